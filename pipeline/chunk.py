@@ -1,0 +1,262 @@
+"""What a worker does with a chunk of tasks: sample it, adapt to it, return one gradient sum.
+
+The chunk is the unit of distributed work. A job names tasks by their indices and carries no data;
+its result depends on the experiment, on θ and on the job alone - not on who computes it, nor when.
+Both worker groups, in process and Ray, call `ChunkComputer.run` and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from pipeline.compilation import worth_compiling
+from pipeline.components import build_model
+from pipeline.config import Experiment
+from pipeline.meta_gradient import adaptation_curve, chunk_function
+from pipeline.meta_loss import Objective
+from pipeline.parameters import Layout, Params
+from tasks.base import Examples, TaskBatch, TaskDistribution
+
+FlatVector = npt.NDArray[np.floating[Any]]
+EVALUATION_SEED = 0
+"""Validation and test tasks are the same for every run, whatever its seed: curves can be paired."""
+
+
+@dataclass(frozen=True)
+class GradientJob:
+    """Compute chunk `chunk` of the meta-batch of `iteration`."""
+
+    iteration: int
+    chunk: int
+
+
+@dataclass(frozen=True)
+class EvaluationJob:
+    """Adapt to tasks `first` .. `first + count - 1` of a split and report every step of `steps`."""
+
+    split: str
+    first: int
+    count: int
+    steps: tuple[int, ...]
+    changes: dict[str, Any] = field(default_factory=dict)
+    """Task settings that differ from the experiment's."""
+    oracle: bool = False
+    """Judge the task distribution's oracle instead of the model."""
+
+
+Job = GradientJob | EvaluationJob
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What comes back for a job."""
+
+    job: Job
+    num_tasks: int
+    gradient: FlatVector | None
+    """Sum of the tasks' meta-gradients, [D]; None for an evaluation."""
+    metrics: dict[str, npt.NDArray[Any]]
+    """Per task: [B] for a gradient job, [len(steps), B] for an evaluation."""
+    seconds_sampling: float
+    seconds_computing: float
+
+
+def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int) -> int:
+    """From the model and the meta-batch alone, so that results do not depend on the workers.
+
+    A small model is cheaper in one piece (the cost is in calls, not in arithmetic); a large one is
+    cut in four, so that workers can share the batch and memory stays bounded.
+    """
+    if num_parameters < 20_000:
+        return tasks_per_batch
+    return max(1, -(-tasks_per_batch // 4))
+
+
+def model_of(experiment: Experiment, seed: int | None = None) -> torch.nn.Module:
+    """The experiment's model, its initial parameters drawn from the run's seed (or another)."""
+    return build_model(
+        experiment.model.kind,
+        experiment.model.settings,
+        experiment.build_task(),
+        experiment.seed if seed is None else seed,
+    )
+
+
+def initial_parameters(experiment: Experiment, seed: int | None = None) -> Params:
+    """The model's named parameters at initialisation, on the CPU, in the compute precision."""
+    dtype = getattr(torch, experiment.compute.dtype)
+    model = model_of(experiment, seed)
+    return {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+
+
+def tasks_per_chunk(experiment: Experiment, layout: Layout) -> int:
+    """Tasks in a chunk; the last chunk of a meta-batch may have fewer."""
+    outer = experiment.outer
+    return outer.tasks_per_chunk or default_tasks_per_chunk(layout.size, outer.tasks_per_batch)
+
+
+def compute_device(experiment: Experiment) -> torch.device:
+    """Where chunks are computed. Raises ValueError where a GPU is asked for and there is none."""
+    name = experiment.compute.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("compute.device: cuda was asked for, but torch sees no GPU here")
+    return torch.device(name)
+
+
+class ChunkComputer:
+    """Runs jobs of one experiment. Keeps nothing between jobs but caches that can be rebuilt."""
+
+    def __init__(self, experiment: Experiment, compile: bool):
+        self._experiment = experiment
+        self._device = compute_device(experiment)
+        self._dtype: torch.dtype = getattr(torch, experiment.compute.dtype)
+        model = model_of(experiment)
+        self._task = experiment.build_task()
+        self._layout = Layout.of(dict(model.named_parameters()))
+        self._tasks_per_chunk = tasks_per_chunk(experiment, self._layout)
+        self._objective = Objective(model.to(self._device, self._dtype), self._task)
+        self._alpha = torch.tensor(experiment.inner.lr, dtype=self._dtype, device=self._device)
+        self._gradient = chunk_function(
+            self._objective,
+            self._layout,
+            steps=experiment.inner.steps,
+            order=experiment.inner.order,
+            checkpoint=experiment.inner.checkpoint,
+            compile=compile,
+        )
+        self._changed_tasks: dict[str, TaskDistribution] = {}
+        # Supervised tasks do not depend on θ: those of the next iteration are prepared while the
+        # driver aggregates this one. One thread, because more would take cores from computing.
+        self._sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
+        self._prepared: dict[GradientJob, Future[TaskBatch]] = {}
+        self._lock = threading.Lock()
+
+    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
+        """Compute a job at θ, a flat vector [D] that is only read."""
+        # Ray hands out read-only memory; torch would warn about aliasing it.
+        flat = torch.from_numpy(np.array(theta)).to(self._device, self._dtype)
+        if isinstance(job, GradientJob):
+            return self._run_gradient(flat, job)
+        return self._run_evaluation(flat, job)
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a meta-batch."""
+        return -(-self._experiment.outer.tasks_per_batch // self._tasks_per_chunk)
+
+    def warm_up(self) -> None:
+        """Compute chunks of every size that occurs once, so that compilation is behind us.
+
+        Also the moment at which missing data or a model that does not fit its tasks is noticed.
+        """
+        theta = self._layout.join(initial_parameters(self._experiment)).numpy()
+        per_batch = self._experiment.outer.tasks_per_batch
+        uneven = per_batch % self._tasks_per_chunk != 0
+        for chunk in {0, self.num_chunks - 1} if uneven else {0}:
+            self.run(theta, GradientJob(0, chunk))
+
+    def worth_compiling(self, calls: int) -> bool:
+        """Whether so many chunks repay compilation; decided from the computation alone."""
+        self.warm_up()  # what happens only once must not be counted
+        theta = self._layout.join(initial_parameters(self._experiment)).to(self._device)
+        batch = self._sample(GradientJob(0, 0))
+        return worth_compiling(self._gradient, (theta, batch, self._alpha), calls)
+
+    def close(self) -> None:
+        """Stop preparing tasks."""
+        self._sampler.shutdown(wait=True, cancel_futures=True)
+
+    def _run_gradient(self, theta: Tensor, job: GradientJob) -> ChunkResult:
+        batch, sampling = self._take(job)
+        started = time.perf_counter()
+        gradient, metrics = self._gradient(theta, batch, self._alpha)
+        host_gradient = gradient.cpu().numpy()
+        host_metrics = {name: value.cpu().numpy() for name, value in metrics.items()}
+        computing = time.perf_counter() - started
+        self._prepare(GradientJob(job.iteration + 1, job.chunk))
+        return ChunkResult(
+            job, batch.query.x.shape[0], host_gradient, host_metrics, sampling, computing
+        )
+
+    def _run_evaluation(self, theta: Tensor, job: EvaluationJob) -> ChunkResult:
+        started = time.perf_counter()
+        task = self._changed(job.changes)
+        indices = np.arange(job.first, job.first + job.count)
+        batch = self._on_device(task.sample(EVALUATION_SEED, job.split, indices))
+        sampled = time.perf_counter()
+        if job.oracle:
+            metrics = self._judge_oracle(task, batch, job.steps)
+        else:
+            metrics = adaptation_curve(
+                self._objective, self._layout.split(theta), batch, self._alpha, steps=job.steps
+            )
+        host = {name: value.cpu().numpy() for name, value in metrics.items()}
+        return ChunkResult(
+            job, job.count, None, host, sampled - started, time.perf_counter() - sampled
+        )
+
+    def _judge_oracle(
+        self, task: TaskDistribution, batch: TaskBatch, steps: tuple[int, ...]
+    ) -> dict[str, Tensor]:
+        prediction = task.oracle(batch)
+        if prediction is None:
+            raise ValueError(
+                f"evaluation.baselines: {self._experiment.task.kind} tasks have no oracle"
+            )
+        pairs = zip(prediction, batch.query.y, strict=True)
+        losses = torch.stack([task.loss(p, y) for p, y in pairs])
+        return {"loss": losses.expand(len(steps), -1)}
+
+    def _changed(self, changes: dict[str, Any]) -> TaskDistribution:
+        if not changes:
+            return self._task
+        key = json.dumps(changes, sort_keys=True)
+        if key not in self._changed_tasks:
+            self._changed_tasks[key] = self._experiment.build_task(**changes)
+        return self._changed_tasks[key]
+
+    def _take(self, job: GradientJob) -> tuple[TaskBatch, float]:
+        """The tasks of a job and the seconds spent on waiting for them."""
+        with self._lock:
+            prepared = self._prepared.pop(job, None)
+            # What was prepared for an iteration that is over went to another worker.
+            for stale in [j for j in self._prepared if j.iteration <= job.iteration]:
+                if stale.iteration < job.iteration:
+                    self._prepared.pop(stale).cancel()
+        started = time.perf_counter()
+        batch = prepared.result() if prepared is not None else self._sample(job)
+        return batch, time.perf_counter() - started
+
+    def _prepare(self, job: GradientJob) -> None:
+        if job.iteration >= self._experiment.outer.iterations:
+            return
+        with self._lock:
+            if job not in self._prepared:
+                self._prepared[job] = self._sampler.submit(self._sample, job)
+
+    def _sample(self, job: GradientJob) -> TaskBatch:
+        per_batch = self._experiment.outer.tasks_per_batch
+        first = job.chunk * self._tasks_per_chunk
+        last = min(first + self._tasks_per_chunk, per_batch)
+        indices = np.arange(first, last) + job.iteration * per_batch
+        return self._on_device(self._task.sample(self._experiment.seed, "train", indices))
+
+    def _on_device(self, batch: TaskBatch) -> TaskBatch:
+        def place(tensor: Tensor) -> Tensor:
+            dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
+            return tensor.to(self._device, dtype)
+
+        support, query = (Examples(place(part.x), place(part.y)) for part in batch)
+        return TaskBatch(support, query)

@@ -1,0 +1,263 @@
+"""The whole experiment as one typed, self-validating schema; `experiments` loads it from YAML.
+
+The sections `task` and `model` hold a `kind` and the settings of whatever that kind names - a task
+distribution's or a model builder's keyword parameters (see `components`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from pipeline.components import build_task
+from tasks.base import TaskDistribution
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot be changed afterwards."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Component(Section):
+    """A kind and its settings."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    kind: str = Field(description="a built-in kind, or 'package.module:name' of your own")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The keyword arguments of the kind's constructor or builder."""
+        return dict(self.model_extra or {})
+
+
+class Inner(Section):
+    """Adaptation to one task (eq. 2)."""
+
+    lr: float = Field(0.01, gt=0, description="inner learning rate α, for the mean loss")
+    steps: int = Field(1, ge=1, description="gradient steps of adaptation while meta-training")
+    order: Literal["second", "first"] = Field(
+        "second", description="first: inner gradients are constants of the meta-gradient (FOMAML)"
+    )
+    checkpoint: bool = Field(
+        False, description="recompute inner steps in the backward pass: memory flat in the steps"
+    )
+
+
+class Outer(Section):
+    """The meta-update (eq. 4); the meta-gradient is the mean over the tasks of a meta-batch."""
+
+    lr: float = Field(1e-3, gt=0, description="outer learning rate β")
+    iterations: int = Field(..., ge=1, description="meta-updates")
+    tasks_per_batch: int = Field(..., ge=1, description="tasks per meta-update")
+    tasks_per_chunk: int | None = Field(
+        None,
+        ge=1,
+        description="tasks that a worker adapts at once; null: from the meta-batch and the model",
+    )
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    weight_decay: float = Field(0.0, ge=0)
+    scheduler: str | None = Field(
+        None, description="a class of torch.optim.lr_scheduler, stepped once per iteration"
+    )
+    scheduler_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="its arguments; T_max, total_iters and total_steps default to outer.iterations",
+    )
+    clip_norm: float | None = Field(None, gt=0, description="largest norm of the meta-gradient")
+    clip_value: float | None = Field(None, gt=0, description="largest size of each of its elements")
+    max_bad_updates: int = Field(
+        3, ge=1, description="stop after so many non-finite meta-gradients in a row"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Outer:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"outer.momentum: only sgd has momentum, not {self.optimizer}")
+        if self.tasks_per_chunk and self.tasks_per_chunk > self.tasks_per_batch:
+            raise ValueError(
+                f"outer.tasks_per_chunk: {self.tasks_per_chunk} is more than "
+                f"outer.tasks_per_batch ({self.tasks_per_batch})"
+            )
+        if self.scheduler_args and not self.scheduler:
+            raise ValueError("outer.scheduler_args: given without outer.scheduler")
+        return self
+
+
+class Compute(Section):
+    """How a chunk is computed, wherever that happens."""
+
+    compile: Literal["auto", "always", "never"] = Field(
+        "auto", description="torch.compile; auto: when the iterations to come pay for it"
+    )
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["float32", "float64"] = "float32"
+    threads: int | None = Field(
+        None, ge=1, description="per chunk; null: all cores in process, one per CPU of an actor"
+    )
+
+
+class Cluster(Section):
+    """Who computes the chunks."""
+
+    workers: Literal["auto"] | int = Field(
+        "auto", description="Ray actors; 0: in process; auto: measured at the start"
+    )
+    cpus_per_worker: float = Field(1.0, ge=0)
+    gpus_per_worker: float = Field(0.0, ge=0)
+    address: str | None = Field(
+        None, description="of a running Ray cluster; null: RAY_ADDRESS, else a local Ray"
+    )
+    chunk_timeout: float | None = Field(
+        None,
+        gt=0,
+        description="seconds after which a chunk is issued again; null: from the chunks before it",
+    )
+
+    @model_validator(mode="after")
+    def _not_negative(self) -> Cluster:
+        if self.workers != "auto" and self.workers < 0:
+            raise ValueError(f"cluster.workers: must be 'auto' or at least 0, got {self.workers}")
+        return self
+
+
+class Evaluation(Section):
+    """Validation while training, and the meta-test at the end."""
+
+    every: int | None = Field(
+        None, ge=1, description="iterations between validations; null: ten times per run"
+    )
+    validation_tasks: int = Field(200, ge=2)
+    tasks: int = Field(600, ge=2, description="test tasks")
+    steps: tuple[int, ...] | None = Field(
+        None,
+        description="gradient steps to report; null: 0 to inner.steps, and ten if that is fewer",
+    )
+    selection_step: int | None = Field(
+        None, ge=0, description="step whose validation metric chooses the best; null: inner.steps"
+    )
+    variants: dict[str, dict[str, Any]] = Field(
+        default_factory=dict,
+        description="further meta-tests by name, as changed task settings ('K=5': {shots: 5})",
+    )
+    baselines: tuple[Literal["random-init", "oracle"], ...] = ("random-init",)
+
+    @model_validator(mode="after")
+    def _sorted_steps(self) -> Evaluation:
+        if self.steps is not None and (
+            not self.steps or list(self.steps) != sorted(set(self.steps)) or self.steps[0] < 0
+        ):
+            raise ValueError(
+                f"evaluation.steps: must be ascending and not negative, got {list(self.steps)}"
+            )
+        return self
+
+
+class Tracking(Section):
+    """The MLflow record of a run."""
+
+    enabled: bool = True
+    uri: str | None = Field(
+        None, description="null: MLFLOW_TRACKING_URI, else sqlite beside the runs"
+    )
+    experiment: str = Field("maml", min_length=1)
+    every: int | None = Field(
+        None,
+        ge=1,
+        description="iterations per record (means over them); null: at most 2,000 records a run",
+    )
+    tags: dict[str, str] = Field(default_factory=dict)
+
+
+class Checkpointing(Section):
+    """What survives."""
+
+    every: int | None = Field(
+        None, ge=1, description="iterations between checkpoints; null: with every validation"
+    )
+    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
+    uri: str | None = Field(
+        None, description="any folder that pyarrow.fs knows (s3://...); null: in the run's folder"
+    )
+
+
+class Data(Section):
+    """Where image stores are."""
+
+    root: str = Field("data", description="folder of the image stores")
+
+
+class Experiment(Section):
+    """One meta-training run, complete."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**63)
+    run_dir: str | None = Field(None, description="null: runs/NAME-DATE-TIME")
+    task: Component
+    model: Component
+    inner: Inner = Inner()
+    outer: Outer
+    compute: Compute = Compute()
+    cluster: Cluster = Cluster()
+    evaluation: Evaluation = Evaluation()
+    tracking: Tracking = Tracking()
+    checkpoint: Checkpointing = Checkpointing()
+    data: Data = Data()
+
+    @property
+    def validate_every(self) -> int:
+        """Iterations between validations."""
+        return self.evaluation.every or max(1, self.outer.iterations // 10)
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Iterations between checkpoints."""
+        return self.checkpoint.every or self.validate_every
+
+    @property
+    def track_every(self) -> int:
+        """Iterations whose means make one MLflow record."""
+        return self.tracking.every or max(1, self.outer.iterations // 2000)
+
+    @property
+    def selection_step(self) -> int:
+        """The adaptation step whose validation metric chooses the best checkpoint."""
+        chosen = self.evaluation.selection_step
+        return self.inner.steps if chosen is None else chosen
+
+    @property
+    def report_steps(self) -> tuple[int, ...]:
+        """The adaptation steps that evaluations report."""
+        if self.evaluation.steps is not None:
+            return self.evaluation.steps
+        return tuple(sorted({*range(self.inner.steps + 1), 10}))
+
+    def build_task(self, **changes: Any) -> TaskDistribution:
+        """The task distribution, with some settings changed (`evaluation.variants`)."""
+        root = Path(self.data.root).expanduser().absolute()
+        return build_task(self.task.kind, {**self.task.settings, **changes}, str(root))
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted path, as MLflow parameters."""
+
+        def walk(prefix: str, value: Any) -> dict[str, Any]:
+            if isinstance(value, dict) and value:
+                return {
+                    path: leaf
+                    for key, inner in value.items()
+                    for path, leaf in walk(f"{prefix}{key}.", inner).items()
+                }
+            return {prefix[:-1]: value}
+
+        return walk("", self.model_dump(mode="json"))
+
+    def to_yaml(self) -> str:
+        """The resolved configuration; loading it gives the same experiment again."""
+        dump = self.model_dump(mode="json")
+        return str(yaml.safe_dump(dump, sort_keys=False, allow_unicode=True))

@@ -1,0 +1,185 @@
+"""Meta-test: how well tasks that were never trained on are learned, step by step.
+
+Tasks of a split are the same for every run. A number is a mean over tasks with the 95 % confidence
+interval of that mean, 1.96·sd/√n over the tasks (not the spread over training seeds), and carries
+its protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.checkpoint import CheckpointError, load_theta
+from pipeline.chunk import EvaluationJob, FlatVector, initial_parameters, tasks_per_chunk
+from pipeline.config import Experiment
+from pipeline.parameters import Layout
+from pipeline.workers import InProcess, WorkerGroup
+
+TRAINED, RANDOM, ORACLE = "trained", "random init", "oracle"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metrics of a set of tasks after each of `steps` gradient steps."""
+
+    who: str
+    """'trained', or a baseline: 'random init', 'oracle'."""
+    variant: str
+    """Name of the changed task settings (`evaluation.variants`), or ''."""
+    steps: tuple[int, ...]
+    mean: dict[str, list[float]]
+    """By metric, one value per step; 'loss' is always there."""
+    ci95: dict[str, list[float]]
+    """Half the width of the confidence interval, like `mean`."""
+    protocol: dict[str, Any]
+    """Split, tasks and their settings, steps trained, normalisation: what the numbers mean."""
+
+    @property
+    def title(self) -> str:
+        """Who and on what, for a table or a legend."""
+        if not self.variant:
+            return self.who
+        return self.variant if self.who == TRAINED else f"{self.variant}, {self.who}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def adaptation_curve_of(
+    workers: WorkerGroup,
+    experiment: Experiment,
+    theta: FlatVector,
+    *,
+    split: str,
+    num_tasks: int,
+    steps: tuple[int, ...],
+    who: str = TRAINED,
+    variant: str = "",
+) -> Curve:
+    """Evaluate θ (flat, [D]) on tasks 0 .. num_tasks − 1 of a split."""
+    changes = experiment.evaluation.variants[variant] if variant else {}
+    layout = Layout.of(initial_parameters(experiment))
+    chunk = min(num_tasks, tasks_per_chunk(experiment, layout))
+    jobs = [
+        EvaluationJob(split, first, min(chunk, num_tasks - first), steps, changes, who == ORACLE)
+        for first in range(0, num_tasks, chunk)
+    ]
+    results = workers.run(theta, jobs).results
+    mean, ci95 = {}, {}
+    for name in results[0].metrics:
+        values = np.concatenate([result.metrics[name] for result in results], axis=1)
+        mean[name], ci95[name] = _mean_and_ci95(values)
+    return Curve(who, variant, steps, mean, ci95, protocol(experiment, split, num_tasks, changes))
+
+
+def meta_test(
+    workers: WorkerGroup,
+    experiment: Experiment,
+    theta: FlatVector,
+    *,
+    split: str = "test",
+    num_tasks: int | None = None,
+    steps: tuple[int, ...] | None = None,
+    on_curve: Callable[[Curve], None] = lambda curve: None,
+) -> list[Curve]:
+    """Curves of the trained parameters and of the baselines, for every variant of the tasks."""
+    baselines = [name.replace("-", " ") for name in experiment.evaluation.baselines]
+    starting_points = {TRAINED: theta, ORACLE: theta}
+    if RANDOM in baselines:
+        # Another draw than the one that training began with.
+        fresh = initial_parameters(experiment, seed=experiment.seed + 1)
+        starting_points[RANDOM] = Layout.of(fresh).join(fresh).numpy()
+    curves = []
+    for variant in experiment.evaluation.variants or ("",):
+        for who in (TRAINED, *baselines):
+            curve = adaptation_curve_of(
+                workers,
+                experiment,
+                starting_points[who],
+                split=split,
+                num_tasks=num_tasks or experiment.evaluation.tasks,
+                steps=steps or experiment.report_steps,
+                who=who,
+                variant=variant,
+            )
+            on_curve(curve)
+            curves.append(curve)
+    return curves
+
+
+def evaluate_run(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    split: str,
+    num_tasks: int | None,
+    steps: tuple[int, ...] | None,
+) -> list[Curve]:
+    """Meta-test the final parameters in a run's folder, in this process. Raises CheckpointError."""
+    theta = load_theta(run_dir / "theta.safetensors")
+    layout = Layout.of(initial_parameters(experiment))
+    if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
+        raise CheckpointError(f"{run_dir}/theta.safetensors does not fit the model of config.yaml")
+    workers = InProcess(experiment, compile=False)
+    try:
+        return meta_test(
+            workers,
+            experiment,
+            layout.join(theta).numpy(),
+            split=split,
+            num_tasks=num_tasks,
+            steps=steps,
+        )
+    finally:
+        workers.close()
+
+
+def protocol(
+    experiment: Experiment, split: str, num_tasks: int, changes: dict[str, Any]
+) -> dict[str, Any]:
+    """What a reader must know to compare a number with another."""
+    return {
+        **experiment.build_task(**changes).protocol(),
+        "task_kind": experiment.task.kind,
+        "split": split,
+        "tasks": num_tasks,
+        "inner_lr": experiment.inner.lr,
+        "inner_steps_trained": experiment.inner.steps,
+        "normalisation": "statistics of the current batch, support and query apart"
+        if experiment.model.settings.get("normalisation") == "batch"
+        else "none",
+        "ci95": "1.96 sd / sqrt(tasks)",
+    }
+
+
+def selection_value(curve: Curve, metric: str, step: int) -> float:
+    """The value by which checkpoints are chosen; the last reported step where `step` is later."""
+    position = max(i for i, s in enumerate(curve.steps) if s <= step or i == 0)
+    return curve.mean[metric][position]
+
+
+def as_series(curves: Sequence[Curve], metric: str) -> dict[str, dict[str, Any]]:
+    """Curves as the plots take them: {title: {steps, mean, ci95}}."""
+    return {
+        curve.title: {
+            "steps": list(curve.steps),
+            "mean": curve.mean[metric],
+            "ci95": curve.ci95[metric],
+        }
+        for curve in curves
+        if metric in curve.mean
+    }
+
+
+def _mean_and_ci95(values: npt.NDArray[Any]) -> tuple[list[float], list[float]]:
+    """Over the last axis, [steps, tasks] -> two lists over the steps."""
+    exact = values.astype(np.float64)
+    half_width = 1.96 * exact.std(axis=1, ddof=1) / np.sqrt(values.shape[1])
+    return exact.mean(axis=1).tolist(), half_width.tolist()

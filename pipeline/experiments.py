@@ -1,0 +1,261 @@
+"""Experiments: from a name or a YAML file and overrides to a validated configuration.
+
+An experiment is a YAML file of `tune_configs/` (found by name) or anywhere (by path), plus
+overrides such as `inner.lr=0.1`. `load` resolves it into an `Experiment`: every default filled in,
+every error in one `ConfigError` that names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from pipeline.components import (
+    ComponentError,
+    build_task,
+    check_settings,
+    component_schema,
+    kinds,
+)
+from pipeline.config import Experiment, Outer
+
+EXPERIMENTS = Path(__file__).resolve().parent.parent / "tune_configs"
+
+
+class ConfigError(Exception):
+    """All that is wrong with an experiment; `str()` is the message for a person."""
+
+    def __init__(self, source: str, errors: Sequence[str]):
+        self.errors = list(errors)
+        plural = "error" if len(self.errors) == 1 else "errors"
+        super().__init__(
+            "\n".join([f"{len(self.errors)} {plural} in {source}:", *(f"  {e}" for e in errors)])
+        )
+
+
+def experiments() -> dict[str, str]:
+    """Names of the shipped experiments and their descriptions."""
+    return {
+        path.stem: str((yaml.safe_load(path.read_text()) or {}).get("description", ""))
+        for path in sorted(EXPERIMENTS.glob("*.yaml"))
+    }
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a shipped name or a YAML file, with overrides like `inner.lr=0.1`.
+
+    Raises ConfigError.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        path = EXPERIMENTS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            f"'{name_or_path}'",
+            [
+                "neither a YAML file nor a shipped experiment "
+                f"(there are: {', '.join(experiments())})"
+            ],
+        )
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"not YAML: {error}"]) from None
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), ["must hold sections (task:, model:, inner:, ...)"])
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "run")
+    return from_dict(apply_overrides(data, overrides), source=str(path))
+
+
+def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run's folder. Raises ConfigError."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(str(run_dir), [f"is not the folder of a run: it has no {path.name}"])
+    return load(str(path), overrides)
+
+
+# What may change when a run is continued: none of it changes what has been computed so far.
+_RESUMABLE = ("outer.iterations", "cluster.", "evaluation.", "tracking.", "checkpoint.", "data.")
+
+
+def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run that is to be continued. Raises ConfigError.
+
+    The run's own configuration counts; overrides may change how long it goes on and everything
+    that does not touch its results.
+    """
+    before = load_run(run_dir)
+    named = Path(name_or_path)
+    name = named.stem if named.suffix in (".yaml", ".yml") else name_or_path
+    if name not in (before.name, "config"):
+        raise ConfigError(str(run_dir), [f"holds a run of {before.name}, not of {name}"])
+    after = load_run(run_dir, overrides)
+    was, now = before.flat(), after.flat()
+    errors = [
+        f"{path}: was {was.get(path)!r}; a run that is resumed cannot change it to {now.get(path)!r}"
+        for path in sorted({*was, *now})
+        if was.get(path) != now.get(path) and not path.startswith(_RESUMABLE)
+    ]
+    if errors:
+        raise ConfigError("the overrides", errors)
+    return after
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`data` with every `path=value` set; values are read as YAML. Raises ConfigError."""
+    data = _copied(data)
+    errors = []
+    for override in overrides:
+        path, equals, text = override.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            errors.append(f"override {override!r}: must look like inner.lr=0.1")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            errors.append(f"override {override!r}: the value is not YAML")
+            continue
+        node = data
+        for key in keys[:-1]:
+            if not isinstance(node.get(key), dict):
+                node[key] = {}
+            node = node[key]
+        # Another kind has other settings: those of the kind in the file do not apply to it.
+        if keys[-1] == "kind" and node.get("kind") != value:
+            node.clear()
+        node[keys[-1]] = value
+    if errors:
+        raise ConfigError("the overrides", errors)
+    return data
+
+
+def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experiment:
+    """Validate and resolve; every error is reported at once. Raises ConfigError."""
+    errors: list[str] = []
+    data = _copied(data)
+    task_ok = False
+    for section in ("task", "model"):
+        component = data.get(section)
+        if isinstance(component, dict) and isinstance(component.get("kind"), str):
+            settings = {key: value for key, value in component.items() if key != "kind"}
+            try:
+                resolved = check_settings(section, component["kind"], settings)
+                data[section] = {"kind": component["kind"], **resolved}
+                task_ok = task_ok or section == "task"
+            except ComponentError as error:
+                errors += error.errors
+    experiment = None
+    try:
+        experiment = Experiment.model_validate(data)
+    except ValidationError as error:
+        errors += [_readable(e) for e in error.errors()]
+    if task_ok:
+        errors += _task_errors(data)
+    if errors or experiment is None:
+        raise ConfigError(source, errors)
+    if bad := _scheduler_error(experiment.outer):
+        raise ConfigError(source, [bad])
+    return experiment
+
+
+def new_run_dir(experiment: Experiment) -> Path:
+    """The absolute folder of a new run."""
+    if experiment.run_dir is not None:
+        return Path(experiment.run_dir).expanduser().absolute()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = Path("runs").absolute() / f"{experiment.name}-{stamp}"
+    attempt = 2
+    while folder.exists():
+        folder = folder.with_name(f"{experiment.name}-{stamp}-{attempt}")
+        attempt += 1
+    return folder
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of an experiment, the settings of the built-in kinds included."""
+    schema = Experiment.model_json_schema()
+    for section in ("task", "model"):
+        schema["properties"][section] = {
+            "anyOf": [
+                *(component_schema(section, kind) for kind in kinds(section)),
+                {
+                    "type": "object",
+                    "properties": {"kind": {"type": "string", "pattern": "^[\\w.]+:\\w+$"}},
+                    "required": ["kind"],
+                    "title": "your own, by dotted path",
+                },
+            ]
+        }
+    return schema
+
+
+def _task_errors(data: dict[str, Any]) -> list[str]:
+    """Errors that only the task distribution itself can see, of the task and of its variants."""
+    kind, settings = data["task"]["kind"], {k: v for k, v in data["task"].items() if k != "kind"}
+    root = (
+        (data.get("data") or {}).get("root", "data")
+        if isinstance(data.get("data"), dict)
+        else "data"
+    )
+    evaluation = data.get("evaluation")
+    variants = (evaluation.get("variants") if isinstance(evaluation, dict) else None) or {}
+    if not isinstance(variants, dict):
+        variants = {}
+    errors = []
+    for prefix, changes in [
+        ("task", {}),
+        *((f"evaluation.variants.{n}", c) for n, c in variants.items()),
+    ]:
+        if not isinstance(changes, dict):
+            continue  # reported by the schema
+        try:
+            changed = check_settings(prefix, kind, {**settings, **changes}, section="task")
+            build_task(kind, changed, str(root))
+        except ComponentError as error:
+            errors += error.errors
+        except ValueError as error:
+            errors.append(f"{prefix}.{error}")
+    return errors
+
+
+def _scheduler_error(outer: Outer) -> str | None:
+    """What is wrong with the scheduler, found by building it once."""
+    if outer.scheduler is None:
+        return None
+    import torch
+
+    from pipeline.outer_update import build_scheduler
+
+    try:
+        build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=outer.lr), outer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _readable(error: Any) -> str:
+    """One pydantic error as 'path: what is wrong, got value'."""
+    path = ".".join(str(part) for part in error["loc"] if part not in ("int", "literal['auto']"))
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown setting"
+    if error["type"] == "missing":
+        return f"{path}: missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return message
+    message = message[0].lower() + message[1:]
+    return f"{path}: {message}, got {error['input']!r}"
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return value

@@ -1,0 +1,94 @@
+"""MLflow's own pages over the project's tracking store, started lightly."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import webbrowser
+
+from pipeline.mlflow_sender import TrackingError, sqlite_file
+
+_STARTUP = 60.0  # seconds within which the server answers
+
+
+def serve(uri: str, host: str = "127.0.0.1", port: int = 5000, open_browser: bool = False) -> None:
+    """Serve the store at `uri` until Ctrl-C, in the foreground.
+
+    Raises TrackingError if there is no such store, the port is taken, or the server stops.
+    """
+    server = start_server(uri, host, port)
+    try:
+        wait_until_up(server, host, port)
+        if open_browser:
+            webbrowser.open(f"http://{host}:{port}")
+        code = server.wait()
+    except KeyboardInterrupt:
+        return
+    finally:
+        stop_server(server)
+    raise TrackingError(f"the MLflow server stopped by itself with exit code {code}; see above")
+
+
+def start_server(uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
+    """Start the server's process. Raises TrackingError if it could not work."""
+    if uri.startswith(("http://", "https://")):
+        raise TrackingError(f"{uri} is an MLflow server already: open it in a browser")
+    database = sqlite_file(uri)
+    if database is not None and not database.is_file():
+        raise TrackingError(
+            f"there is no tracking store at {database}: train something first (maml train), or "
+            "name another store"
+        )
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise TrackingError(
+                f"cannot listen on {host}:{port} ({error.strerror or error}); "
+                "choose another with --port"
+            ) from None
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command += ["--host", host, "--port", str(port)]
+    # One worker and no job runner: a third of the start-up time and a quarter of the memory.
+    command += ["--workers", "1"]
+    if database is not None:
+        command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
+    environment = {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        **os.environ,
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the group.
+    return subprocess.Popen(command, env=environment, start_new_session=True)
+
+
+def wait_until_up(server: subprocess.Popen[bytes], host: str, port: int) -> None:
+    """Wait until the server answers. Raises TrackingError if it does not."""
+    deadline = time.monotonic() + _STARTUP
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            with urllib.request.urlopen(f"http://{reachable}:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    raise TrackingError(f"the MLflow server did not start on {host}:{port}; see above")
+
+
+def stop_server(server: subprocess.Popen[bytes]) -> None:
+    """End the server and its workers."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGTERM)
+    try:
+        server.wait(10)
+    except subprocess.TimeoutExpired:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()

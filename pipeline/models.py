@@ -1,0 +1,198 @@
+"""Model builders: plain `nn.Module`s; nothing in them knows that it is meta-learned.
+
+A builder is `build(input_shape, output_size, *, settings...) -> nn.Module`; its keyword parameters
+are the settings of the `model:` section. Modules keep no state but their parameters: batch
+normalisation uses the statistics of the batch at hand, in training and at test (the papers'
+transductive protocol), and nothing is updated in place.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Normalisation = Literal["batch", "none"]
+
+
+class BatchNorm(nn.Module):
+    """Normalises each channel (the last dimension) by the statistics of the current batch.
+
+    With a bias and no scale, as in the original code: a ReLU follows, so a positive scale could as
+    well stand in the next layer's weights. Input and output [n, ..., C].
+    """
+
+    def __init__(self, channels: int, epsilon: float = 1e-5):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.epsilon = epsilon
+
+    def forward(self, x: Tensor) -> Tensor:
+        axes = tuple(range(x.dim() - 1))
+        centred = x - x.mean(axes)
+        variance = (centred * centred).mean(axes)
+        return centred * torch.rsqrt(variance + self.epsilon) + self.bias
+
+
+class Conv3x3(nn.Module):
+    """A 3x3 convolution with padding 1, channels last: [n, H, W, C] -> [n, ⌈H/s⌉, ⌈W/s⌉, C_out].
+
+    Written as patches times a matrix instead of `F.conv2d`: with a weight per task, vmap turns the
+    latter into a grouped convolution, whose second derivative is slow and cannot be fused, while
+    this becomes one batched matrix product (measured in benchmarks/). The weight [9·C, C_out] is
+    ordered (row tap, column tap, channel).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, bias: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(9 * in_channels, out_channels))
+        self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
+        self.stride = stride
+        # Xavier initialisation of a convolution: a unit sees 9·C inputs and feeds 9·C_out outputs.
+        bound = math.sqrt(6 / (9 * in_channels + 9 * out_channels))
+        nn.init.uniform_(self.weight, -bound, bound)
+
+    def forward(self, x: Tensor) -> Tensor:
+        patches = neighbours(neighbours(x, 2, self.stride), 1, self.stride)
+        out = patches @ self.weight
+        return out if self.bias is None else out + self.bias
+
+
+def neighbours(x: Tensor, dim: int, stride: int) -> Tensor:
+    """Every `stride`-th element along `dim` with its two neighbours, as channels (last dimension).
+
+    Zeros beyond the ends. For 3x3 patches, along both dimensions. Nothing but pads, unbinds and
+    concatenations, because their derivatives are again such, where the derivative of a strided
+    slice fills and adds whole tensors.
+    """
+    after_dim = (0, 0) * (x.dim() - 1 - dim)
+    if stride == 1:
+        before, centre, after = F.pad(x, (*after_dim, 1, -1)), x, F.pad(x, (*after_dim, -1, 1))
+    else:
+        if x.shape[dim] % 2:
+            x = F.pad(x, (*after_dim, 0, 1))
+        centre, after = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
+        before = F.pad(after, (*after_dim, 1, -1))
+    return torch.cat([before, centre, after], dim=-1)
+
+
+class MaxPool2x2(nn.Module):
+    """2x2 max-pooling, channels last; an odd last row or column is dropped."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, height, width, channels = x.shape
+        x = x[:, : height // 2 * 2, : width // 2 * 2]
+        return x.reshape(n, height // 2, 2, width // 2, 2, channels).amax((2, 4))
+
+
+class ChannelsLast(nn.Module):
+    """[n, C, H, W] -> [n, H, W, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.permute(0, 2, 3, 1)
+
+
+class SpatialMean(nn.Module):
+    """[n, H, W, C] -> [n, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2))
+
+
+def linear(input_shape: Sequence[int], output_size: int, *, bias: bool = False) -> nn.Module:
+    """One linear map; with `task.kind: quadratic` its meta-gradient has a closed form."""
+    features = _product(input_shape)
+    return nn.Sequential(nn.Flatten(), nn.Linear(features, output_size, bias=bias))
+
+
+def mlp(
+    input_shape: Sequence[int],
+    output_size: int,
+    *,
+    hidden: tuple[int, ...] = (40, 40),
+    normalisation: Normalisation = "none",
+    init_std: float | None = 0.01,
+) -> nn.Module:
+    """Fully connected ReLU network: (40, 40) for the sinusoid, (256, 128, 64, 64) for images.
+
+    `init_std`: weights ~ truncated normal of this deviation, biases 0, as in the original code;
+    null for Xavier initialisation.
+    """
+    _check_sizes("hidden", hidden)
+    layers: list[nn.Module] = [nn.Flatten()]
+    features = _product(input_shape)
+    for width in hidden:
+        layers.append(nn.Linear(features, width))
+        if normalisation == "batch":
+            layers.append(BatchNorm(width))
+        layers.append(nn.ReLU())
+        features = width
+    layers.append(nn.Linear(features, output_size))
+    for layer in layers:
+        if isinstance(layer, nn.Linear):
+            if init_std is None:
+                nn.init.xavier_uniform_(layer.weight)
+            else:
+                nn.init.trunc_normal_(layer.weight, std=init_std, a=-2 * init_std, b=2 * init_std)
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(*layers)
+
+
+def conv4(
+    input_shape: Sequence[int],
+    output_size: int,
+    *,
+    filters: int = 64,
+    downsample: Literal["stride", "max-pool"] = "stride",
+    head: Literal["mean", "flatten"] = "mean",
+    layers: int = 4,
+    normalisation: Normalisation = "batch",
+) -> nn.Module:
+    """Four 3x3 convolutions, batch normalisation, ReLU; then a linear layer.
+
+    The published forms: Omniglot, 64 filters, `downsample: stride`, `head: mean`; miniImageNet,
+    32 filters, `downsample: max-pool`, `head: flatten`.
+    """
+    if len(input_shape) != 3:
+        raise ValueError(f"model: conv4 needs images (C, H, W), the task has {tuple(input_shape)}")
+    _check_sizes("filters", (filters,))
+    _check_sizes("layers", (layers,))
+    channels, height, width = input_shape
+    modules: list[nn.Module] = [ChannelsLast()]
+    for _ in range(layers):
+        stride = 2 if downsample == "stride" else 1
+        # A bias before the normalisation would be subtracted again by the mean.
+        modules.append(Conv3x3(channels, filters, stride, bias=normalisation == "none"))
+        if normalisation == "batch":
+            modules.append(BatchNorm(filters))
+        modules.append(nn.ReLU())
+        channels = filters
+        if downsample == "stride":
+            height, width = (height + 1) // 2, (width + 1) // 2
+        else:
+            modules.append(MaxPool2x2())
+            height, width = height // 2, width // 2
+    if height * width == 0:
+        raise ValueError(
+            f"model.layers: {layers} poolings leave nothing of images of {tuple(input_shape)}"
+        )
+    modules += [SpatialMean()] if head == "mean" else [nn.Flatten()]
+    features = channels if head == "mean" else channels * height * width
+    classifier = nn.Linear(features, output_size)
+    nn.init.xavier_uniform_(classifier.weight)
+    nn.init.zeros_(classifier.bias)
+    return nn.Sequential(*modules, classifier)
+
+
+def _product(shape: Sequence[int]) -> int:
+    size = 1
+    for extent in shape:
+        size *= extent
+    return size
+
+
+def _check_sizes(name: str, sizes: Sequence[int]) -> None:
+    if any(size < 1 for size in sizes):
+        raise ValueError(f"model.{name}: must be positive, got {list(sizes)}")

@@ -1,0 +1,155 @@
+"""θ, optimiser state, meta-gradient -> the next θ (eq. 4)."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.config import Outer
+from pipeline.parameters import Layout, Params
+
+# Schedulers that cannot be written in YAML, or that need more than the iteration.
+_UNSUITABLE = {"LRScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau"} | {
+    "SequentialLR",
+    "ChainedScheduler",
+    "SWALR",
+}
+_LENGTHS = ("T_max", "total_iters", "total_steps")
+
+
+def schedulers() -> list[str]:
+    """Names of the torch schedulers that `outer.scheduler` accepts."""
+    base = torch.optim.lr_scheduler.LRScheduler
+    return sorted(
+        name
+        for name, value in vars(torch.optim.lr_scheduler).items()
+        if inspect.isclass(value)
+        and issubclass(value, base)
+        and not name.startswith("_")
+        and name not in _UNSUITABLE
+    )
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, outer: Outer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The scheduler that the configuration names. Raises ValueError naming the field."""
+    if outer.scheduler is None:
+        return None
+    if outer.scheduler not in schedulers():
+        raise ValueError(
+            f"outer.scheduler: {outer.scheduler!r} is none of {', '.join(schedulers())}"
+        )
+    factory = getattr(torch.optim.lr_scheduler, outer.scheduler)
+    arguments = dict(outer.scheduler_args)
+    for name in _LENGTHS:
+        if name in inspect.signature(factory).parameters:
+            arguments.setdefault(name, outer.iterations)
+    try:
+        scheduler: torch.optim.lr_scheduler.LRScheduler = factory(optimizer, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"outer.scheduler_args: {outer.scheduler} refuses them: {error}") from None
+    return scheduler
+
+
+class OuterUpdate:
+    """θ and its optimiser.
+
+    θ is one flat vector [D] to the optimiser: those offered here work element by element, so the
+    result is the same as with one tensor per parameter, in a single fused call.
+    """
+
+    def __init__(self, theta: Params, outer: Outer):
+        self.layout = Layout.of(theta)
+        self._outer = outer
+        self._flat = torch.nn.Parameter(self.layout.join(theta))
+        options: dict[str, Any] = {"lr": outer.lr, "weight_decay": outer.weight_decay}
+        factory: Any
+        if outer.optimizer == "sgd":
+            factory, options["momentum"] = torch.optim.SGD, outer.momentum
+        else:
+            factory = torch.optim.Adam if outer.optimizer == "adam" else torch.optim.AdamW
+        self._optimizer: torch.optim.Optimizer = factory([self._flat], fused=True, **options)
+        self._scheduler = build_scheduler(self._optimizer, outer)
+
+    @property
+    def flat(self) -> Tensor:
+        """θ as a flat vector [D]; updated in place by `step`."""
+        return self._flat.detach()
+
+    @property
+    def theta(self) -> Params:
+        """θ by name: views, updated in place by `step`."""
+        return self.layout.split(self.flat)
+
+    @property
+    def lr(self) -> float:
+        """The outer rate β of the next update."""
+        return float(self._optimizer.param_groups[0]["lr"])
+
+    def step(self, gradient: Tensor) -> float:
+        """One update with the mean meta-gradient [D]; returns its norm before clipping.
+
+        A gradient that is not finite is not applied (the returned norm is not finite either); the
+        schedule goes on, because it counts iterations.
+        """
+        norm = float(torch.linalg.vector_norm(gradient))
+        if bool(torch.isfinite(gradient).all()):
+            if self._outer.clip_value is not None:
+                gradient = gradient.clamp(-self._outer.clip_value, self._outer.clip_value)
+            if self._outer.clip_norm is not None:
+                largest = self._outer.clip_norm
+                gradient = gradient * min(
+                    1.0, largest / max(norm, torch.finfo(gradient.dtype).tiny)
+                )
+            self._flat.grad = gradient
+            self._optimizer.step()
+        if self._scheduler is not None:
+            self._scheduler.step()
+        return norm
+
+    def tensors(self) -> dict[str, Tensor]:
+        """θ and the optimiser's tensors by name, for a checkpoint; copies."""
+        named = {f"theta.{name}": value.clone() for name, value in self.theta.items()}
+        for key, value in self._optimizer.state.get(self._flat, {}).items():
+            if value is None:
+                continue
+            if value.dim() == 0:
+                named[f"optimizer.{key}"] = value.clone()
+            else:
+                for name, part in self.layout.split(value).items():
+                    named[f"optimizer.{key}.{name}"] = part.clone()
+        return named
+
+    def scheduler_state(self) -> dict[str, Any]:
+        """The scheduler's state and the current rate, fit for JSON."""
+        state = self._scheduler.state_dict() if self._scheduler else {}
+        plain: dict[str, Any] = json.loads(json.dumps({"lr": self.lr, "scheduler": state}))
+        return plain
+
+    def restore(self, tensors: dict[str, Tensor], scheduler_state: dict[str, Any]) -> None:
+        """Continue where `tensors` and `scheduler_state` were taken. Raises ValueError."""
+        parts: dict[str, Params] = {}
+        state: dict[str, Any] = {}
+        for path, value in tensors.items():
+            key, _, name = path.removeprefix("optimizer.").partition(".")
+            if name:
+                parts.setdefault(key, {})[name] = value
+            else:
+                state[key] = value
+        theta = parts.pop("theta", {})
+        if Layout.of(theta).shapes_by_name != self.layout.shapes_by_name:
+            raise ValueError("the checkpoint's parameters are not those of this model")
+        with torch.no_grad():
+            self._flat.copy_(self.layout.join(theta))
+        state |= {key: self.layout.join(params) for key, params in parts.items()}
+        if state:
+            self._optimizer.state[self._flat] = state
+        for group in self._optimizer.param_groups:
+            group["lr"] = scheduler_state["lr"]
+        if self._scheduler is not None:
+            self._scheduler.load_state_dict(scheduler_state["scheduler"])

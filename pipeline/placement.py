@@ -1,0 +1,104 @@
+"""Decides, before a run starts, what the configuration leaves open: compile? how many workers?
+
+Compilation changes the last bits of the results, so it is decided from the configuration alone.
+The number of workers does not, so it is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple
+
+import torch
+
+from pipeline.chunk import ChunkComputer
+from pipeline.config import Experiment
+from pipeline.workers import connect
+
+_RAY_START_SECONDS = 8.0
+_ROUND_TRIP_SECONDS = 0.004
+
+
+class Placement(NamedTuple):
+    """How many actors, and why, in words."""
+
+    workers: int
+    reason: str
+
+
+def decide_compile(experiment: Experiment) -> bool:
+    """`compute.compile`, with auto resolved; the same answer wherever and whenever it is asked."""
+    wanted = experiment.compute.compile
+    if wanted != "auto":
+        return wanted == "always"
+    computer = ChunkComputer(experiment, compile=False)
+    try:
+        calls = experiment.outer.iterations * computer.num_chunks
+        return computer.worth_compiling(calls)
+    finally:
+        computer.close()
+
+
+def decide_workers(experiment: Experiment) -> Placement:
+    """`cluster.workers`, with auto resolved by measuring a chunk here, with one thread and all."""
+    cluster = experiment.cluster
+    if cluster.workers != "auto":
+        return Placement(cluster.workers, "as configured")
+    computer = ChunkComputer(experiment, compile=False)
+    try:
+        chunks = computer.num_chunks
+        if cluster.address or os.environ.get("RAY_ADDRESS") or cluster.gpus_per_worker:
+            fitting = _fitting_in_cluster(experiment)
+            return Placement(
+                max(1, min(chunks, fitting)),
+                f"the cluster has room for {fitting}, a meta-batch has {chunks} chunks",
+            )
+        cores = os.cpu_count() or 1
+        fitting = int(cores / cluster.cpus_per_worker) if cluster.cpus_per_worker else cores
+        workers = min(chunks, fitting)
+        if workers < 2:
+            return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
+        here = chunks * _chunk_seconds(computer, experiment.compute.threads or cores)
+        threads = experiment.compute.threads or max(1, int(cluster.cpus_per_worker))
+        per_worker = -(-chunks // workers)
+        actors = per_worker * _chunk_seconds(computer, threads) + _ROUND_TRIP_SECONDS
+    finally:
+        computer.close()
+    saved = (here - actors) * experiment.outer.iterations
+    measured = (
+        f"an uncompiled iteration takes about {1e3 * here:.1f} ms in process, "
+        f"{1e3 * actors:.1f} ms with {workers} actors"
+    )
+    if saved > _RAY_START_SECONDS:
+        return Placement(workers, measured)
+    return Placement(0, f"{measured}: not worth starting Ray")
+
+
+def _chunk_seconds(computer: ChunkComputer, threads: int) -> float:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        computer.warm_up()
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            computer.warm_up()
+            times.append(time.perf_counter() - started)
+        return min(times)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _fitting_in_cluster(experiment: Experiment) -> int:
+    import ray
+
+    connect(experiment, 1)
+    resources = ray.cluster_resources()
+    cluster = experiment.cluster
+    rooms = []
+    if cluster.gpus_per_worker:
+        rooms.append(resources.get("GPU", 0) / cluster.gpus_per_worker)
+    if cluster.cpus_per_worker:
+        rooms.append(resources.get("CPU", 0) / cluster.cpus_per_worker)
+    return int(min(rooms)) if rooms else 1

@@ -1,0 +1,106 @@
+"""The plots of a run, from its curves and parameters: RUN_DIR/plots/*.png."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from torch.func import vmap
+
+from pipeline.chunk import EVALUATION_SEED, model_of
+from pipeline.config import Experiment
+from pipeline.evaluation import Curve, as_series
+from pipeline.meta_gradient import Stages
+from pipeline.meta_loss import Objective
+from pipeline.parameters import Params
+from tasks.sinusoid import Sinusoid
+
+_NUM_FITS = 4
+
+
+def write_plots(
+    experiment: Experiment, run_dir: Path, theta: Params, curves: Sequence[Curve]
+) -> list[Path]:
+    """Draw what the run has to show; returns the files."""
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    task = experiment.build_task()
+    metrics = [m for m in ("accuracy", "loss") if m in curves[0].mean]
+    written = []
+    for metric in metrics:
+        path = folder / f"adaptation_{metric}.png"
+        label = task.loss_name if metric == "loss" else metric
+        plot_adaptation_curve(
+            as_series(curves, metric),
+            path,
+            metric=label,
+            title=f"{experiment.name}: learning new tasks",
+            caption=_caption(curves[0]),
+        )
+        written.append(path)
+    history = read_history(run_dir)
+    if history["iteration"]:
+        path = folder / "training.png"
+        plot_training(history, path, metric=task.loss_name, title=experiment.name)
+        written.append(path)
+    if isinstance(task, Sinusoid):
+        path = folder / "fits.png"
+        steps = (0, 1, experiment.report_steps[-1])
+        plot_sinusoid_fits(path, sinusoid_fits(experiment, task, theta, steps))
+        written.append(path)
+    return written
+
+
+def read_history(run_dir: Path) -> dict[str, list[float]]:
+    """The training losses of metrics.jsonl by iteration, as the plot takes them."""
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    records = [record for line in lines if "train/query_loss" in (record := json.loads(line))]
+    return {
+        "iteration": [record["iteration"] for record in records],
+        "support": [record["train/support_loss"] for record in records],
+        "query": [record["train/query_loss"] for record in records],
+    }
+
+
+@torch.no_grad()
+def sinusoid_fits(
+    experiment: Experiment, task: Sinusoid, theta: Params, steps: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """What the model draws for a few test tasks before and after adaptation."""
+    indices = np.arange(_NUM_FITS)
+    dtype = getattr(torch, experiment.compute.dtype)
+    batch = task.sample(EVALUATION_SEED, "test", indices)
+    support = type(batch.support)(*(part.to(dtype) for part in batch.support))
+    grid = torch.linspace(*task.x_range, 200, dtype=dtype)
+    objective = Objective(model_of(experiment).to(dtype), task)
+    stages = Stages.of(objective)
+    alpha = torch.tensor(experiment.inner.lr, dtype=dtype)
+    params = {name: p.expand(_NUM_FITS, *p.shape) for name, p in theta.items()}
+    fits: dict[int, torch.Tensor] = {}
+    for step in range(steps[-1] + 1):
+        if step in steps:
+            fits[step] = vmap(objective.predict, in_dims=(0, None))(params, grid[:, None])[..., 0]
+        params, _ = stages.step(params, support, alpha, False)
+    truth = task.parameters(EVALUATION_SEED, "test", indices)
+    return [
+        {
+            "x_grid": grid.numpy(),
+            "truth": amplitude * np.sin(grid.numpy() - phase),
+            "support_x": support.x[i, :, 0].numpy(),
+            "support_y": support.y[i, :, 0].numpy(),
+            "fits": {step: fit[i].numpy() for step, fit in fits.items()},
+        }
+        for i, (amplitude, phase) in enumerate(truth)
+    ]
+
+
+def _caption(curve: Curve) -> str:
+    shown = ("tasks", "split", "ways", "shots", "queries", "rotations", "inner_lr")
+    facts = [f"{key} {curve.protocol[key]}" for key in shown if key in curve.protocol]
+    return ", ".join(facts) + "; bands: CI95 over tasks"

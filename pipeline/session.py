@@ -1,0 +1,318 @@
+"""A run that is open: its workers, its state, its folder, its MLflow record.
+
+`training` decides what happens when; this file knows where everything goes.
+
+    RUN_DIR/config.yaml          the resolved configuration
+    RUN_DIR/checkpoints/         the newest ones and the best (elsewhere with `checkpoint.uri`)
+    RUN_DIR/metrics.jsonl        what was logged while training, one line per record
+    RUN_DIR/theta.safetensors    the final parameters
+    RUN_DIR/results.json         the meta-test, every number with its protocol
+    RUN_DIR/plots/               PNG
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta, write_atomically
+from pipeline.chunk import FlatVector, initial_parameters, tasks_per_chunk
+from pipeline.config import Experiment
+from pipeline.evaluation import Curve
+from pipeline.outer_update import OuterUpdate
+from pipeline.placement import Placement, decide_compile, decide_workers
+from pipeline.report import write_plots
+from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
+from pipeline.workers import InProcess, RayWorkers, WorkerGroup
+
+
+class RunFolderError(Exception):
+    """The run's folder cannot be used as asked; `str()` says what to do."""
+
+
+class Watcher:
+    """What a person may want to see of a run; the command line overrides it, tests too."""
+
+    def starting(self, experiment: Experiment, run_dir: Path, what: str) -> None:
+        """A stage of the preparation begins."""
+
+    def started(self, session: Session) -> None:
+        """Everything is ready; training begins or goes on."""
+
+    def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
+        """An update was done."""
+
+    def validated(self, iteration: int, curve: Curve, best: bool) -> None:
+        """Validation tasks were evaluated."""
+
+    def testing(self, experiment: Experiment) -> None:
+        """The meta-test begins."""
+
+    def tested(self, curve: Curve) -> None:
+        """One curve of the meta-test."""
+
+    def notice(self, message: str) -> None:
+        """Something out of the ordinary, in words."""
+
+
+class Session:
+    """State of a run between two iterations, and the only writer of its results."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_dir: Path,
+        state: TrainingState | None,
+        store: CheckpointStore,
+        watcher: Watcher,
+    ):
+        theta = initial_parameters(experiment)
+        task = experiment.build_task()
+        self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
+        self.update = OuterUpdate(theta, experiment.outer)
+        self.iteration = 0
+        self.bad_updates = 0
+        self.best: dict[str, Any] | None = None
+        self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
+        self.selection_step = experiment.selection_step
+        chunk = tasks_per_chunk(experiment, self.update.layout)
+        self.num_chunks = -(-experiment.outer.tasks_per_batch // chunk)
+        self.workers: WorkerGroup
+        self.tracker: RunTracker = NullTracker()
+        self._store = store
+        self._improved = False
+        self._window: dict[str, float] = {}
+        self._window_length = 0
+        self._seconds_tracking = 0.0
+        self._history = run_dir / "metrics.jsonl"
+        if state is not None:
+            self._restore(state)
+        # θ as the workers take it: the same memory, so that it is always the current one.
+        self._theta = self.update.flat.numpy()
+        self.compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
+
+    @property
+    def theta(self) -> FlatVector:
+        """θ, flat [D]."""
+        return self._theta
+
+    def record(self, metrics: dict[str, float], began: float) -> None:
+        """Take in the metrics of an iteration that began at `began` (time.perf_counter)."""
+        started = time.perf_counter()
+        metrics["tasks_per_second"] = self.experiment.outer.tasks_per_batch / (started - began)
+        metrics["seconds/tracking"] = self._seconds_tracking
+        window = self._window
+        for name, value in metrics.items():
+            window[name] = window.get(name, 0.0) + value
+        self._window_length += 1
+        last = self.iteration == self.experiment.outer.iterations
+        if self.iteration % self.experiment.track_every == 0 or last:
+            means = {name: total / self._window_length for name, total in window.items()}
+            self._window, self._window_length = {}, 0
+            self._append_history({"iteration": self.iteration, **means})
+            self.tracker.log_metrics(means, self.iteration)
+        self.watcher.iteration(self.iteration, metrics)
+        self._seconds_tracking = time.perf_counter() - started
+
+    def record_validation(self, curve: Curve, value: float) -> None:
+        """Take in a validation; `value` is what checkpoints are chosen by."""
+        better = self.best is None or (
+            value > self.best["value"] if self._higher_is_better else value < self.best["value"]
+        )
+        if better and np.isfinite(value):
+            self.best = {"iteration": self.iteration, "value": value, "metric": self.metric}
+            self._improved = True
+            self.save_checkpoint()
+        metrics = {
+            f"validation/{name}_step{step}{suffix}": values[position]
+            for suffix, table in (("", curve.mean), ("_ci95", curve.ci95))
+            for name, values in table.items()
+            for position, step in enumerate(curve.steps)
+        }
+        self._append_history({"iteration": self.iteration, **metrics})
+        self.tracker.log_metrics(metrics, self.iteration)
+        self.watcher.validated(self.iteration, curve, better)
+
+    def save_checkpoint(self) -> None:
+        """Write the state of this moment, unless it is written already."""
+        if self._saved_at == self.iteration and not self._improved:
+            return
+        self._store.save(
+            TrainingState(
+                iteration=self.iteration,
+                tensors=self.update.tensors(),
+                scheduler=self.update.scheduler_state(),
+                best=self.best,
+                bad_updates=self.bad_updates,
+                config=self.experiment.model_dump(mode="json"),
+                mlflow_run_id=self.tracker.run_id,
+                extra={"compile": self.compile},
+            ),
+            best=self._improved,
+        )
+        # A flag that stayed set would make every later checkpoint the best one.
+        self._improved, self._saved_at = False, self.iteration
+
+    _saved_at = -1
+
+    def save_theta(self) -> None:
+        """Write the final parameters."""
+        save_theta(self.run_dir / "theta.safetensors", self.update.theta)
+        self.tracker.log_artifact(self.run_dir / "theta.safetensors")
+
+    def record_test(self, curves: Sequence[Curve]) -> None:
+        """Write and log the meta-test, and the plots."""
+        write_results(self.run_dir, curves)
+        for curve in curves:
+            prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
+            self.tracker.log_metrics(
+                {
+                    f"{prefix}{name}_step{step}{suffix}": values[position]
+                    for suffix, table in (("", curve.mean), ("_ci95", curve.ci95))
+                    for name, values in table.items()
+                    for position, step in enumerate(curve.steps)
+                },
+                self.iteration,
+            )
+        self.tracker.log_artifact(self.run_dir / "results.json")
+        for plot in write_plots(self.experiment, self.run_dir, self.update.theta, curves):
+            self.tracker.log_artifact(plot, "plots")
+
+    def _restore(self, state: TrainingState) -> None:
+        try:
+            self.update.restore(state.tensors, state.scheduler)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise RunFolderError(f"{self._store.folder}: {error}") from error
+        self.iteration, self.bad_updates, self.best = state.iteration, state.bad_updates, state.best
+        self._saved_at = state.iteration
+        if self._history.exists():
+            # Records after the checkpoint will be made again.
+            lines = self._history.read_text().splitlines()
+            kept = [line for line in lines if _iteration_of(line) <= state.iteration]
+            write_atomically(self._history, "".join(line + "\n" for line in kept))
+
+    def _append_history(self, record: dict[str, float]) -> None:
+        with self._history.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+
+
+@contextlib.contextmanager
+def open_session(
+    experiment: Experiment, run_dir: Path, resume: bool, watcher: Watcher
+) -> Iterator[Session]:
+    """Open a new run in `run_dir`, or continue the one that is there; close it whatever happens.
+
+    Raises RunFolderError, CheckpointError, TrackingError, ValueError for what is wrong with the
+    folder, the checkpoints, the tracking address, the model or the data.
+    """
+    store = CheckpointStore(
+        experiment.checkpoint.uri or run_dir / "checkpoints", experiment.checkpoint.keep
+    )
+    if not resume:
+        _refuse_to_overwrite(run_dir, store)
+    state = _state_to_resume(store) if resume else None
+    _create(run_dir, store)
+    session = Session(experiment, run_dir, state, store, watcher)
+    write_atomically(run_dir / "config.yaml", experiment.to_yaml())
+    watcher.starting(experiment, run_dir, "workers")
+    placement = decide_workers(experiment)
+    session.workers = _start_workers(experiment, session.compile, placement, watcher)
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        session.tracker = _start_tracking(session, state, placement)
+        watcher.started(session)
+        yield session
+        status = "FINISHED"
+    except (KeyboardInterrupt, Exception) as error:
+        if type(error).__name__ in ("Interrupted", "KeyboardInterrupt"):
+            status = "KILLED"
+        raise
+    finally:
+        session.workers.close()
+        unsent = session.tracker.close(status)
+        if unsent is not None:
+            watcher.notice(f"MLflow could not be reached; what it missed is in {unsent}")
+
+
+def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
+    """Write results.json."""
+    content = json.dumps([curve.to_json() for curve in curves], indent=1)
+    write_atomically(run_dir / "results.json", content)
+
+
+def _refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
+    if (run_dir / "config.yaml").exists() or (run_dir.is_dir() and store.list()):
+        raise RunFolderError(
+            f"run_dir: {run_dir} already holds a run; continue it with --resume {run_dir}, "
+            "or choose another folder"
+        )
+
+
+def _state_to_resume(store: CheckpointStore) -> TrainingState:
+    state = store.latest()
+    if state is None:
+        raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
+    return state
+
+
+def _create(run_dir: Path, store: CheckpointStore) -> None:
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / ".writable").touch()
+        (run_dir / ".writable").unlink()
+    except OSError as error:
+        raise RunFolderError(
+            f"run_dir: cannot write to {run_dir}: {error.strerror}; choose another folder"
+        ) from error
+    store.check_writable()
+
+
+def _start_workers(
+    experiment: Experiment, compile: bool, placement: Placement, watcher: Watcher
+) -> WorkerGroup:
+    if experiment.cluster.workers == "auto":
+        number = f"{placement.workers} actors" if placement.workers else "in process"
+        watcher.notice(f"workers: {number} ({placement.reason})")
+    if placement.workers == 0:
+        return InProcess(experiment, compile)
+    return RayWorkers(experiment, compile, placement.workers, watcher.notice)
+
+
+def _start_tracking(
+    session: Session, state: TrainingState | None, placement: Placement
+) -> RunTracker:
+    experiment = session.experiment
+    if not experiment.tracking.enabled:
+        return NullTracker()
+    tracker = Tracker.open(
+        uri=experiment.tracking.uri,
+        experiment=experiment.tracking.experiment,
+        run_name=session.run_dir.name,
+        run_dir=session.run_dir,
+        params={"num_parameters": session.update.layout.size, **experiment.flat()},
+        tags={
+            **environment_tags(),
+            "algorithm": "maml" if experiment.inner.order == "second" else "fomaml",
+            "order": experiment.inner.order,
+            "workers": str(placement.workers),
+            "compiled": str(session.compile),
+            "run_dir": str(session.run_dir),
+            **experiment.tracking.tags,
+        },
+        run_id=state.mlflow_run_id if state else None,
+    )
+    tracker.log_artifact(session.run_dir / "config.yaml")
+    return tracker
+
+
+def _iteration_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, KeyError):
+        return 2**62  # the half of a line that a crash left

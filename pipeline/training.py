@@ -1,0 +1,148 @@
+"""Meta-training: the loop that reads as the algorithm (paper, Algorithm 1 and 2).
+
+    for every iteration:
+        every chunk of tasks:  sample, adapt (eq. 2), differentiate the query loss    workers
+        mean over the tasks                                                           aggregation
+        θ <- θ − β · meta-gradient (eq. 4)                                            outer_update
+
+The driver is the only one who writes: checkpoints, the run's folder, MLflow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.aggregation import Aggregate, aggregate
+from pipeline.chunk import GradientJob
+from pipeline.config import Experiment
+from pipeline.evaluation import Curve, adaptation_curve_of, meta_test, selection_value
+from pipeline.session import Session, Watcher, open_session
+from pipeline.workers import Round
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; `str()` says why and what to do. A checkpoint holds what it has."""
+
+
+class Interrupted(Exception):
+    """The run was asked to stop, and has: its state is in a checkpoint."""
+
+
+def train(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Curve]:
+    """Meta-train, then meta-test; returns the curves of the meta-test.
+
+    Raises TrainingFailed, Interrupted, and what `open_session` raises.
+    """
+    with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
+        while session.iteration < experiment.outer.iterations:
+            if should_stop():
+                session.save_checkpoint()
+                raise Interrupted(f"stopped after iteration {session.iteration}")
+            _meta_update(session)
+            if _due(session, experiment.validate_every):
+                _validate(session)
+            if _due(session, experiment.checkpoint_every):
+                session.save_checkpoint()
+        session.save_theta()
+        session.watcher.testing(experiment)
+        curves = meta_test(
+            session.workers,
+            experiment,
+            session.theta,
+            on_curve=lambda curve: session.watcher.tested(curve),
+        )
+        session.record_test(curves)
+        return curves
+
+
+def _meta_update(session: Session) -> None:
+    """One iteration: t -> t + 1."""
+    began = time.perf_counter()
+    jobs = [GradientJob(session.iteration, chunk) for chunk in range(session.num_chunks)]
+    answers = session.workers.run(session.theta, jobs)
+    answered = time.perf_counter()
+    mean = aggregate(answers.results)
+    aggregated = time.perf_counter()
+    lr = session.update.lr
+    norm = session.update.step(mean.gradient)
+    updated = time.perf_counter()
+    session.iteration += 1
+    _guard(session, mean)
+    session.record(
+        {
+            **{f"train/{name}": value for name, value in mean.metrics.items()},
+            "meta_gradient_norm": norm,
+            "outer_lr": lr,
+            **_seconds(answers, answered - began),
+            "seconds/aggregating": aggregated - answered,
+            "seconds/updating": updated - aggregated,
+        },
+        began,
+    )
+
+
+def _seconds(answers: Round, elapsed: float) -> dict[str, float]:
+    """Sampling and computing as sums over chunks; waiting is what the busiest worker cannot
+    explain: transfers, scheduling, and chunks that did not divide evenly."""
+    return {
+        "seconds/sampling": sum(result.seconds_sampling for result in answers.results),
+        "seconds/computing": sum(result.seconds_computing for result in answers.results),
+        "seconds/waiting": elapsed - answers.busiest_seconds,
+    }
+
+
+def _guard(session: Session, mean: Aggregate) -> None:
+    """Count updates that were refused because they were not finite; stop when there are many."""
+    if not mean.bad_tasks:
+        session.bad_updates = 0
+        return
+    session.bad_updates += 1
+    per_batch = session.experiment.outer.tasks_per_batch
+    first = (session.iteration - 1) * per_batch
+    tasks = ", ".join(str(first + position) for position in mean.bad_tasks[:8])
+    more = len(mean.bad_tasks) - 8
+    what = (
+        f"iteration {session.iteration - 1}: the meta-gradient is not finite; "
+        f"training tasks {tasks}{f' and {more} more' if more > 0 else ''}"
+    )
+    limit = session.experiment.outer.max_bad_updates
+    if session.bad_updates < limit:
+        session.watcher.notice(f"{what}; the update was not applied")
+        return
+    session.save_checkpoint()
+    raise TrainingFailed(
+        f"{what}. {limit} updates in a row were not finite, so training stopped; none was applied. "
+        "Lower inner.lr or inner.steps, or set outer.clip_norm"
+    )
+
+
+def _validate(session: Session) -> None:
+    experiment = session.experiment
+    curve = adaptation_curve_of(
+        session.workers,
+        experiment,
+        session.theta,
+        split="validation",
+        num_tasks=experiment.evaluation.validation_tasks,
+        steps=experiment.report_steps,
+    )
+    session.record_validation(curve, selection_value(curve, session.metric, session.selection_step))
+
+
+def _due(session: Session, every: int) -> bool:
+    return (
+        session.iteration % every == 0 or session.iteration == session.experiment.outer.iterations
+    )
+
+
+__all__: list[Any] = ["Interrupted", "TrainingFailed", "train"]

@@ -1,0 +1,349 @@
+"""Who runs the jobs: this process, or Ray actors. One interface, one `ChunkComputer` underneath.
+
+    driver                                   worker (x N)
+    ------                                   ------------
+    put(θ) ──────── object reference ──────▶ (first use on a node fetches it)
+    idle worker?  ── GradientJob(t, c) ────▶ sample chunk c of iteration t, compute
+    results[c]    ◀─ ChunkResult ─────────── return the gradient sum, then sample t + 1
+    ... until every chunk of t is there; the order of arrival does not matter.
+
+Idle workers pull the next job, so a slow one gets fewer. A job whose worker died is issued again; a
+job that is overdue is issued a second time and the first answer wins; answers to an earlier round
+are discarded. Workers may join late and come back after a restart: nothing depends on who they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from filelock import FileLock
+
+from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job
+from pipeline.config import Experiment
+
+Notice = Callable[[str], None]
+"""Receives a line for a person: a worker died, a chunk was issued again, ..."""
+
+_TICK = 0.5  # seconds between looks at what is overdue
+_SHORTEST_TIMEOUT = 30.0
+_REPLACED_AFTER = 3  # timeouts without an answer
+
+
+class WorkersLost(Exception):
+    """No worker is left, and none will come back."""
+
+
+class Round(NamedTuple):
+    """The answers to the jobs of one `run`, in the order of the jobs."""
+
+    results: list[ChunkResult]
+    busiest_seconds: float
+    """Sampling and computing of the worker that had most to do: what the driver cannot avoid."""
+
+
+class WorkerGroup(Protocol):
+    """Runs jobs, wherever."""
+
+    size: int
+    """Number of actors; 0 in process."""
+
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
+        """Blocks until every job is answered. `theta` is a flat vector [D]."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was taken."""
+        ...
+
+
+class InProcess:
+    """The group without actors."""
+
+    size = 0
+
+    def __init__(self, experiment: Experiment, compile: bool):
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(experiment.compute.threads or os.cpu_count() or 1)
+        self._computer = ChunkComputer(experiment, compile)
+        with _one_compiler_per_node():
+            self._computer.warm_up()
+
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
+        results = [self._computer.run(theta, job) for job in jobs]
+        return Round(results, sum(r.seconds_sampling + r.seconds_computing for r in results))
+
+    def close(self) -> None:
+        self._computer.close()
+        torch.set_num_threads(self._threads_before)
+
+
+class ChunkActor:
+    """The Ray actor: a `ChunkComputer` in a process of its own."""
+
+    def __init__(self, experiment: Experiment, compile: bool, import_paths: list[str]):
+        # A task or model of the user's own is imported as the driver would.
+        sys.path += [path for path in import_paths if path not in sys.path]
+        threads = experiment.compute.threads or max(1, int(experiment.cluster.cpus_per_worker))
+        # Without this, N actors would start N x cores threads.
+        torch.set_num_threads(threads)
+        self._experiment, self._compile = experiment, compile
+        self._computer: ChunkComputer | None = None
+
+    def ready(self) -> int:
+        """Build and warm up everything; returns the process id."""
+        if self._computer is None:
+            computer = ChunkComputer(self._experiment, self._compile)
+            with _one_compiler_per_node():
+                computer.warm_up()
+            self._computer = computer
+        return os.getpid()
+
+    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
+        """Compute a job at θ."""
+        self.ready()
+        assert self._computer is not None
+        return self._computer.run(theta, job)
+
+
+@dataclass
+class _Worker:
+    number: int
+    handle: Any
+    pid: int | None = None
+    """None until it answered that it is ready."""
+    ready_again: float = 0.0
+    """When to ask a restarting worker next (time.monotonic)."""
+
+
+@dataclass
+class _Call:
+    worker: _Worker
+    started: float
+    round: int = -1
+    """-1: the question whether it is ready."""
+    job: int = -1
+    overdue: bool = field(default=False)
+
+
+class RayWorkers:
+    """A group of Ray actors."""
+
+    def __init__(self, experiment: Experiment, compile: bool, size: int, notice: Notice):
+        import ray
+
+        self._ray = ray
+        self.size = size
+        self._experiment = experiment
+        self._notice = notice
+        self._started_ray = connect(experiment, size)
+        self._round = 0
+        self._durations: deque[float] = deque(maxlen=64)
+        self._calls: dict[Any, _Call] = {}
+        self._actor = ray.remote(ChunkActor).options(
+            num_cpus=experiment.cluster.cpus_per_worker,
+            num_gpus=experiment.cluster.gpus_per_worker,
+            max_restarts=-1,
+        )
+        # Small plain arguments: a restart must not need an object that may be gone.
+        self._arguments = (experiment, compile, [os.getcwd()])
+        self._workers = [_Worker(number, self._new_actor()) for number in range(size)]
+        self._wait_for_first_worker()
+
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
+        self._round += 1
+        reference = self._ray.put(theta)
+        waiting = deque(range(len(jobs)))
+        answers: dict[int, ChunkResult] = {}
+        busy: dict[int, float] = {}
+        while len(answers) < len(jobs):
+            self._assign(reference, jobs, waiting, answers)
+            settled = self._wait()
+            for call, answer in settled:
+                if call.round != self._round:
+                    continue
+                if answer is None:
+                    waiting.appendleft(call.job)
+                elif call.job not in answers:
+                    answers[call.job] = answer
+                    seconds = answer.seconds_sampling + answer.seconds_computing
+                    busy[call.worker.number] = busy.get(call.worker.number, 0.0) + seconds
+            self._issue_overdue_again(waiting, answers)
+        return Round([answers[n] for n in range(len(jobs))], max(busy.values()))
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are ready."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            self._ray.kill(worker.handle)
+        if self._started_ray:
+            self._ray.shutdown()
+
+    def _new_actor(self) -> Any:
+        return self._actor.remote(*self._arguments)
+
+    def _assign(
+        self,
+        reference: Any,
+        jobs: Sequence[Job],
+        waiting: deque[int],
+        answers: dict[int, ChunkResult],
+    ) -> None:
+        """Give every idle worker a job, while there are jobs."""
+        for worker in self._idle():
+            if worker.pid is None:
+                continue
+            while waiting and waiting[0] in answers:
+                waiting.popleft()
+            if not waiting:
+                continue
+            job = waiting.popleft()
+            ref = worker.handle.run.remote(reference, jobs[job])
+            self._calls[ref] = _Call(worker, time.monotonic(), self._round, job)
+
+    def _idle(self) -> list[_Worker]:
+        occupied = {call.worker.number for call in self._calls.values()}
+        return [worker for worker in self._workers if worker.number not in occupied]
+
+    def _wait(self) -> list[tuple[_Call, ChunkResult | None]]:
+        """Calls that have ended, with the answer or None for one that was lost."""
+        for worker in self._idle():
+            if worker.pid is None and time.monotonic() >= worker.ready_again:
+                self._calls[worker.handle.ready.remote()] = _Call(worker, time.monotonic())
+        if not self._calls:
+            if not self._workers:
+                raise WorkersLost("all workers are gone and cannot be restarted")
+            time.sleep(0.05)
+            return []
+        done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=_TICK)
+        settled = []
+        for ref in done:
+            call = self._calls.pop(ref)
+            answer = self._answer(ref, call)
+            if call.round >= 0:
+                settled.append((call, answer))
+        return settled
+
+    def _answer(self, ref: Any, call: _Call) -> ChunkResult | None:
+        errors = self._ray.exceptions
+        worker = call.worker
+        try:
+            answer = self._ray.get(ref)
+        except errors.RayTaskError as error:
+            # The computation itself failed, and would fail anywhere else too.
+            raise (error.cause if isinstance(error.cause, Exception) else error) from None
+        except errors.ActorDiedError as error:
+            self._workers.remove(worker)
+            self._notice(f"worker {worker.number} is gone for good: {_first_line(error)}")
+            return None
+        except errors.RayError as error:
+            if worker.pid is not None:
+                self._notice(
+                    f"worker {worker.number} (process {worker.pid}) was lost; "
+                    f"its chunk is computed elsewhere ({type(error).__name__})"
+                )
+            worker.pid, worker.ready_again = None, time.monotonic() + _TICK
+            return None
+        if call.round < 0:
+            worker.pid = int(answer)
+            return None
+        self._durations.append(time.monotonic() - call.started)
+        result: ChunkResult = answer
+        return result
+
+    def _timeout(self) -> float:
+        """Seconds after which a chunk is overdue."""
+        if self._experiment.cluster.chunk_timeout is not None:
+            return self._experiment.cluster.chunk_timeout
+        if not self._durations:
+            return float("inf")
+        return max(_SHORTEST_TIMEOUT, 20 * statistics.median(self._durations))
+
+    def _issue_overdue_again(self, waiting: deque[int], answers: dict[int, ChunkResult]) -> None:
+        limit, now = self._timeout(), time.monotonic()
+        for ref, call in list(self._calls.items()):
+            silent = now - call.started
+            if call.round < 0 or silent < limit:
+                continue
+            worker = call.worker
+            if not call.overdue:
+                call.overdue = True
+                self._notice(
+                    f"worker {worker.number} (process {worker.pid}) has not answered for "
+                    f"{silent:.1f} s; its chunk is issued again"
+                )
+                if call.round == self._round and call.job not in answers:
+                    waiting.appendleft(call.job)
+            elif silent > _REPLACED_AFTER * limit:
+                self._notice(f"worker {worker.number} (process {worker.pid}) is replaced")
+                del self._calls[ref]
+                self._ray.kill(worker.handle)
+                worker.handle, worker.pid = self._new_actor(), None
+
+    def _wait_for_first_worker(self) -> None:
+        complained = time.monotonic()
+        while not self.pids():
+            self._wait()
+            if time.monotonic() - complained > 20:
+                complained = time.monotonic()
+                self._notice(self._what_is_missing())
+
+    def _what_is_missing(self) -> str:
+        cluster = self._experiment.cluster
+        free = self._ray.available_resources()
+        wanted = f"{cluster.cpus_per_worker:g} CPU"
+        if cluster.gpus_per_worker:
+            wanted += f" and {cluster.gpus_per_worker:g} GPU"
+        return (
+            f"still waiting for the first of {self.size} workers to start: each takes {wanted}; "
+            f"free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+        )
+
+
+def connect(experiment: Experiment, size: int) -> bool:
+    """Make sure that Ray is there; True if it was started here and is ours to stop."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = experiment.cluster.address or os.environ.get("RAY_ADDRESS")
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address and address != "local":
+        # A running cluster has its own resources; naming any here would be an error.
+        ray.init(address=address, **quiet)
+        return True
+    needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
+    cores = os.cpu_count() or 1
+    ray.init(
+        address="local",
+        num_cpus=max(cores, needed),
+        include_dashboard=False,
+        **quiet,
+    )
+    return True
+
+
+@contextlib.contextmanager
+def _one_compiler_per_node() -> Iterator[None]:
+    """Let one process of a node compile first; the others then find its work in the cache.
+
+    The lock is the operating system's: it ends with the process that holds it.
+    """
+    with FileLock(os.path.join(tempfile.gettempdir(), f"maml-compile-{os.getuid()}.lock")):
+        yield
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,118 @@
+"""What is learned: task distributions p(T) and the batches of tasks drawn from them (eq. 1).
+
+A supervised task is a support set to adapt on and a query set to be judged by; its horizon H is 1.
+`TaskDistribution` is the one interface between tasks and the pipeline, for the shipped
+distributions and for a user's own alike.
+
+Shapes: B tasks, n support examples and m query examples per task (n = N·K, m = N·Q for N-way
+classification with K shots and Q queries per class).
+"""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SPLITS = ("train", "validation", "test")
+
+
+class Examples(NamedTuple):
+    """Inputs and targets of one task, or of B tasks with a leading dimension B."""
+
+    x: Tensor
+    y: Tensor
+
+
+class TaskBatch(NamedTuple):
+    """B tasks at once: every tensor has the leading dimension B."""
+
+    support: Examples
+    query: Examples
+
+
+class TaskDistribution(ABC):
+    """p(T). Subclass it, usually as `@dataclass(frozen=True, kw_only=True)`.
+
+    The constructor's keyword parameters are the settings of the `task:` section of an experiment:
+    they are checked against their type annotations, and a ValueError raised in `__post_init__`
+    that begins with the name of the parameter is reported as an error of that field.
+    A parameter named `data_root` receives the configuration's `data.root`.
+    """
+
+    input_shape: tuple[int, ...]
+    """Shape of one example's input, without batch dimensions."""
+    output_size: int
+    """Number of outputs the model must have: classes, or dimensions of the regression target."""
+    primary_metric: ClassVar[str] = "loss"
+    """The metric by which checkpoints are chosen; 'loss' or a key of `metrics`."""
+    higher_is_better: ClassVar[bool] = False
+    loss_name: ClassVar[str] = "loss"
+    """What the loss is called in tables and plots."""
+
+    @abstractmethod
+    def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
+        """The tasks with these indices, as CPU tensors with leading dimension B = len(indices).
+
+        Must be pure: each task depends on (seed, split, its own index) and on nothing else - not on
+        its neighbours in `indices`, nor on any random state. `tasks.random` has what is needed.
+        """
+
+    @abstractmethod
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        """L_T of one task: the *mean* over its examples, a scalar."""
+
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Further scalars of one task worth reporting, by name (means over its examples)."""
+        return {}
+
+    def protocol(self) -> dict[str, Any]:
+        """What a reader must know to compare a number measured on these tasks."""
+        return {}
+
+    def oracle(self, batch: TaskBatch) -> Tensor | None:
+        """Predictions for `batch.query.x` by one who knows the tasks, or None where nobody can."""
+        return None
+
+
+class Regression(TaskDistribution):
+    """Tasks judged by the mean squared error (eq. 5, as a mean: the rate does not depend on K)."""
+
+    loss_name: ClassVar[str] = "MSE"
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.mse_loss(prediction, target)
+
+
+class Classification(TaskDistribution):
+    """Tasks judged by the mean cross-entropy (eq. 6) and by accuracy."""
+
+    primary_metric: ClassVar[str] = "accuracy"
+    higher_is_better: ClassVar[bool] = True
+    loss_name: ClassVar[str] = "cross-entropy"
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(prediction, target)
+
+    def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        return {"accuracy": (prediction.argmax(-1) == target).to(prediction.dtype).mean()}
+
+
+def at_least(name: str, value: float, minimum: float) -> None:
+    """Raise the ValueError that the configuration turns into an error of the field `name`."""
+    if not value >= minimum:
+        raise ValueError(f"{name}: must be at least {minimum}, got {value}")
+
+
+def ascending(name: str, bounds: tuple[float, float]) -> None:
+    """Raise unless `bounds` is (low, high) with low < high."""
+    if not bounds[0] < bounds[1]:
+        raise ValueError(f"{name}: must be [low, high] with low < high, got {list(bounds)}")
+
+
+def as_tensor(array: npt.NDArray[Any]) -> Tensor:
+    """A tensor of an array, precision kept; the computation casts it where it runs."""
+    return torch.from_numpy(np.ascontiguousarray(array))

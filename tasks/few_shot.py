@@ -1,0 +1,195 @@
+"""N-way K-shot classification: tasks drawn from the classes of an image store.
+
+Shapes: B tasks, N ways, K shots, Q queries per class, images [C, H, W] with pixels in [0, 1].
+"""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from tasks.base import SPLITS, Classification, Examples, TaskBatch, as_tensor, at_least
+from tasks.image_store import ImageClass, ImageStore, UInt8
+from tasks.random import UInt64, bits, integers, task_keys, uniform
+
+Int64 = npt.NDArray[np.int64]
+
+_CLASSES, _TURNS, _IMAGES = range(3)  # random streams
+
+
+class _Rows(NamedTuple):
+    """The classes of one split: class c has the rows [firsts[c], firsts[c] + counts[c])."""
+
+    images: UInt8
+    firsts: Int64
+    counts: Int64
+
+
+@dataclass(frozen=True, kw_only=True)
+class FewShot(Classification):
+    """N different classes in random order, K + Q different images of each.
+
+    A class's label is its place in that order, so it is drawn anew for every task, and the same in
+    support and query set. `rotations` by multiples of 90 degrees, in every split:
+      none       images as they are;
+      per-task   each class of a task is turned by its own random angle (Santoro et al. 2016, Finn
+                 et al. 2017); the turned class counts as the same class, never meeting itself;
+      classes    each class stands for four, one per angle, and they may meet in one task (Vinyals
+                 et al. 2016).
+
+    Raises ValueError for settings that no store could satisfy; `check` is for the rest.
+    """
+
+    data_root: str = "data"
+    ways: int = 5
+    shots: int = 1
+    queries: int = 15
+    rotations: Literal["none", "per-task", "classes"] = "none"
+
+    def __post_init__(self) -> None:
+        at_least("ways", self.ways, 2)
+        at_least("shots", self.shots, 1)
+        at_least("queries", self.queries, 1)
+
+    @abstractmethod
+    def store_name(self) -> str:
+        """The name of the image store under `data_root`."""
+
+    @abstractmethod
+    def prepare_command(self) -> str:
+        """The command that builds the store, for messages."""
+
+    def split_of(self, image_class: ImageClass) -> str:
+        """The split that a class belongs to."""
+        return image_class.split
+
+    def open_store(self) -> ImageStore:
+        """The store, opened once per process. Raises StoreError."""
+        return _store(self.data_root, self.store_name(), self.prepare_command())
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:  # type: ignore[override]  # depends on the store
+        height, width, channels = self.open_store().image_shape
+        return (channels, height, width)
+
+    @property
+    def output_size(self) -> int:  # type: ignore[override]  # depends on a setting
+        return self.ways
+
+    def check(self, split: str) -> None:
+        """Raise unless the store can pose tasks of this split: `sample` would, later.
+
+        Raises StoreError without a usable store, and a ValueError that begins with the setting's
+        name where the split has too few classes, or a class too few images.
+        """
+        _rows(self, split)
+
+    def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
+        """x float32 [B, N·n, C, H, W] and y int64 [B, N·n]; n is K for support and Q for query.
+
+        Example j of a set belongs to the class with label j mod N. The support set does not depend
+        on `queries`.
+        """
+        keys = task_keys(seed, split, indices)
+        rows = _rows(self, split)
+        classes, turns = self._draw_classes(keys, len(rows.firsts))
+        picks = _different(
+            bits(keys, _IMAGES, self.ways), rows.counts[classes], self.shots + self.queries
+        )
+        where = np.moveaxis(rows.firsts[classes][..., None] + picks, 1, 2)  # [B, K + Q, N]
+        images = rows.images.take(where, axis=0)
+        if turns is not None:
+            for turn in (1, 2, 3):
+                task, label = np.nonzero(turns == turn)
+                images[task, :, label] = np.rot90(images[task, :, label], turn, axes=(2, 3))
+        return TaskBatch(
+            support=self._examples(images[:, : self.shots]),
+            query=self._examples(images[:, self.shots :]),
+        )
+
+    def protocol(self) -> dict[str, Any]:
+        store = self.open_store()
+        splits = [self.split_of(each) for each in store.classes]
+        return {
+            "dataset": store.name,
+            "content_hash": store.content_hash,
+            "ways": self.ways,
+            "shots": self.shots,
+            "queries": self.queries,
+            "rotations": self.rotations,
+            "classes": {split: splits.count(split) for split in SPLITS},
+        }
+
+    def _draw_classes(self, keys: UInt64, available: int) -> tuple[Int64, Int64 | None]:
+        """Classes and their quarter turns, both [B, N]."""
+        angles = 4 if self.rotations == "classes" else 1
+        drawn = _different(keys, np.full(len(keys), available * angles), self.ways, _CLASSES)
+        if self.rotations == "classes":
+            return drawn // 4, drawn % 4
+        if self.rotations == "per-task":
+            return drawn, integers(keys, _TURNS, self.ways, 4)
+        return drawn, None
+
+    def _examples(self, images: UInt8) -> Examples:
+        """Of images [B, n, N, H, W, C]."""
+        num_tasks, count, ways, *shape = images.shape
+        flat = torch.from_numpy(images.reshape(num_tasks, count * ways, *shape))
+        x = flat.permute(0, 1, 4, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
+        labels = np.tile(np.arange(ways), (num_tasks, count))
+        return Examples(x.div_(255.0), as_tensor(labels))
+
+
+def _different(keys: UInt64, populations: Int64, count: int, stream: int = 0) -> Int64:
+    """`count` different integers of [0, population) in random order: [...] -> [..., count].
+
+    One draw after the other, each out of what the earlier ones left: its rank among the values left
+    is turned into the value. The work does not depend on the population, unlike `random.choose`,
+    and populations may differ.
+    """
+    ranks = uniform(keys, stream, count) * (populations[..., None] - np.arange(count))
+    drawn = ranks.astype(np.int64)
+    for i in range(1, count):
+        # The value of rank r is r + s, where s earlier values lie below it: those whose own rank
+        # among the values left, p_(k) - k in ascending order, is at most r.
+        taken = np.sort(drawn[..., :i], axis=-1) - np.arange(i)
+        drawn[..., i] += (taken <= drawn[..., i, None]).sum(axis=-1)
+    return drawn
+
+
+@lru_cache(maxsize=16)
+def _store(root: str, name: str, command: str) -> ImageStore:
+    return ImageStore.open(root, name, command=command)
+
+
+@lru_cache(maxsize=64)
+def _rows(task: FewShot, split: str) -> _Rows:
+    """The split's classes, once they are found sufficient for the task's settings."""
+    store = task.open_store()
+    height, width, _ = store.image_shape
+    if task.rotations != "none" and height != width:
+        raise ValueError(
+            f"rotations: images of {height}x{width} pixels cannot be turned by 90 degrees"
+        )
+    classes = [each for each in store.classes if task.split_of(each) == split]
+    available = len(classes) * (4 if task.rotations == "classes" else 1)
+    if task.ways > available:
+        raise ValueError(
+            f"ways: {task.ways} ways need as many classes, the {split} split of "
+            f"{store.name} has {available}"
+        )
+    smallest = min(classes, key=lambda each: each.count)
+    if task.shots + task.queries > smallest.count:
+        raise ValueError(
+            f"shots: {task.shots} shots and {task.queries} queries need "
+            f"{task.shots + task.queries} images of a class, {smallest.name} in the {split} split "
+            f"of {store.name} has {smallest.count}"
+        )
+    return _Rows(
+        images=store.images,
+        firsts=np.array([each.first for each in classes]),
+        counts=np.array([each.count for each in classes]),
+    )

@@ -1,0 +1,79 @@
+"""Random numbers that belong to a task: the same (seed, split, index) gives the same numbers on
+any machine, in any order, in any process.
+
+SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") is a
+counter-based generator: number `i` of a stream is a hash of `key + i * golden`, so a whole batch of
+tasks is drawn by one vectorised expression and nothing has a state that could be shared by mistake.
+
+Shapes: B tasks. A `stream` names what the numbers are for (amplitude, noise, ...), so that adding a
+quantity to a task never shifts the others.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+UInt64 = npt.NDArray[np.uint64]
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_SPLIT_CODES = {"train": 1, "validation": 2, "test": 3}
+
+
+def _mix(z: UInt64) -> UInt64:
+    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits look independent."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def task_keys(seed: int, split: str, indices: npt.ArrayLike) -> UInt64:
+    """One 64-bit key per task, [B], from the run's seed, the split's name and the task's index."""
+    if split not in _SPLIT_CODES:
+        raise ValueError(f"split: {split!r} is not one of {', '.join(_SPLIT_CODES)}")
+    run = np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN
+    per_split = _mix(run) + np.full(1, _SPLIT_CODES[split], dtype=np.uint64) * _GOLDEN
+    index = np.atleast_1d(np.asarray(indices, dtype=np.int64)).view(np.uint64)
+    return _mix(_mix(per_split) + _GOLDEN * (index + np.uint64(1)))
+
+
+def stream_keys(keys: UInt64, stream: int) -> UInt64:
+    """Keys of an independent stream, same shape as `keys`; may be nested."""
+    return _mix(keys ^ _mix(np.full(1, stream + 1, dtype=np.uint64) * _GOLDEN))
+
+
+def bits(keys: UInt64, stream: int, count: int) -> UInt64:
+    """`count` uniform 64-bit words per key: [B] -> [B, count]."""
+    counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
+    return _mix(stream_keys(keys, stream)[..., None] + counters)
+
+
+def uniform(
+    keys: UInt64, stream: int, count: int, low: float = 0.0, high: float = 1.0
+) -> npt.NDArray[np.float64]:
+    """Uniform numbers on [low, high), [B, count]."""
+    unit = (bits(keys, stream, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return low + (high - low) * unit
+
+
+def normal(keys: UInt64, stream: int, count: int) -> npt.NDArray[np.float64]:
+    """Standard normal numbers, [B, count] (Box-Muller)."""
+    u = uniform(keys, stream, 2 * count)
+    radius = np.sqrt(-2.0 * np.log1p(-u[..., :count]))
+    return radius * np.cos(2.0 * np.pi * u[..., count:])
+
+
+def integers(keys: UInt64, stream: int, count: int, high: int) -> npt.NDArray[np.int64]:
+    """Integers on [0, high), [B, count]."""
+    return (uniform(keys, stream, count) * high).astype(np.int64)
+
+
+def choose(keys: UInt64, stream: int, population: int, count: int) -> npt.NDArray[np.int64]:
+    """`count` different integers of [0, population) in random order, [B, count]."""
+    if count > population:
+        raise ValueError(f"cannot choose {count} different items out of {population}")
+    tickets = bits(keys, stream, population)
+    if count < population:
+        # The smallest `count` tickets win; sorting only those is what makes large classes cheap.
+        winners = np.argpartition(tickets, count, axis=-1)[..., :count]
+        order = np.argsort(np.take_along_axis(tickets, winners, axis=-1), axis=-1)
+        return np.take_along_axis(winners, order, axis=-1)
+    return np.argsort(tickets, axis=-1)

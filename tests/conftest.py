@@ -1,0 +1,77 @@
+"""What several test files need: small experiments, a Ray of our own, the real data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+# Before Ray and torch are asked: two processes that each start all threads are slower than one.
+os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+os.environ["RAY_ADDRESS"] = "local"
+
+from pipeline.config import Experiment
+from pipeline.experiments import from_dict
+
+
+@pytest.fixture
+def quick() -> dict[str, Any]:
+    """A small sinusoid experiment in process, without compilation or tracking; change at will."""
+    return {
+        "name": "quick",
+        "task": {"kind": "sinusoid", "shots": 5, "queries": 5},
+        "model": {"kind": "mlp", "hidden": [8]},
+        "inner": {"lr": 0.01, "steps": 2},
+        "outer": {"lr": 0.01, "iterations": 6, "tasks_per_batch": 10, "tasks_per_chunk": 3},
+        "compute": {"compile": "never", "device": "cpu", "threads": 1},
+        "cluster": {"workers": 0, "cpus_per_worker": 0.5},
+        "evaluation": {"tasks": 6, "validation_tasks": 5, "steps": [0, 1, 3]},
+        "tracking": {"enabled": False},
+    }
+
+
+def experiment_of(settings: dict[str, Any], **sections: dict[str, Any]) -> Experiment:
+    """The experiment of these settings, with sections changed: `outer={"iterations": 9}`."""
+    changed = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}
+    for name, values in sections.items():
+        changed[name] = {**changed.get(name, {}), **values}
+    return from_dict(changed)
+
+
+@pytest.fixture(scope="session")
+def ray_local() -> Iterator[None]:
+    """One local Ray for all tests that take it; started here, so stopped here."""
+    import ray
+
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+    )
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def _few_threads() -> Iterator[None]:
+    """Tests share two cores; results must not depend on the number found in the machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the real data sets; tests that need it are skipped where it is missing."""
+    default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    folder = Path(os.environ.get("MAML_TEST_DATA", default))
+    if not (folder / "omniglot" / "images_background.zip").exists():
+        pytest.skip(f"no data sets in {folder} (MAML_TEST_DATA names another folder)")
+    return folder

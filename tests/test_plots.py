@@ -1,0 +1,155 @@
+"""Figures: drawn to files of a sensible size, and telling what they were given to tell."""
+
+import math
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+
+STEPS = list(range(11))
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Figure]:
+    """The figures that are saved, in order."""
+    figures: list[Figure] = []
+    original = Figure.savefig
+
+    def remember(self: Figure, *args: object, **settings: object) -> None:
+        figures.append(self)
+        original(self, *args, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
+
+
+def curve(first: float, last: float) -> dict[str, list[float]]:
+    mean = [last + (first - last) * 0.4**step for step in STEPS]
+    return {"steps": STEPS, "mean": mean, "ci95": [0.1 * abs(m) for m in mean]}
+
+
+def assert_image(path: Path) -> None:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        width, height = image.size
+        assert 500 <= width <= 1400
+        assert 400 <= height <= 1400
+        assert len(np.unique(np.asarray(image.convert("L")))) > 20  # not blank
+
+
+def texts_inside(figure: Figure) -> bool:
+    """Whether all of the labels, legends and captions lie on the canvas and apart."""
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in figure.texts]
+    for axes in figure.axes:
+        boxes += [axes.xaxis.label.get_window_extent(renderer)] if axes.get_xlabel() else []
+        boxes += [axes.title.get_window_extent(renderer)] if axes.get_title() else []
+    legends = [axes.get_legend() for axes in figure.axes if axes.get_legend()] + figure.legends
+    boxes += [legend.get_window_extent(renderer) for legend in legends]
+    apart = all(not a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+    within = all(box.x0 >= -1 and box.y0 >= -1 and box.x1 <= figure.bbox.x1 + 1 for box in boxes)
+    covers = any(
+        legend.get_window_extent(renderer).overlaps(axes.get_window_extent(renderer))
+        for legend in legends
+        for axes in figure.axes
+    )
+    return apart and within and not covers
+
+
+def test_adaptation_curve_of_losses(tmp_path: Path, drawn: list[Figure]) -> None:
+    path = tmp_path / "new folder" / "curve.png"
+    zero = {"steps": STEPS, "mean": [0.0] * 11, "ci95": [0.0] * 11}
+    curves = {"K=5": curve(3, 0.4), "K=10": curve(3, 0.01), "oracle": zero}
+    caption = "test split, 600 tasks, 10 queries, normalisation none, seed 0; " * 4
+    plot_adaptation_curve(curves, path, metric="MSE", title="Sinusoid", caption=caption)
+    assert_image(path)
+    [axes] = drawn[0].axes
+    assert axes.get_yscale() == "log"
+    assert axes.get_ylabel() == "MSE (log scale)"
+    assert axes.get_xlabel() == "gradient steps"
+    assert axes.get_title() == "Sinusoid"
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["K=5", "K=10", "oracle (= 0)"]
+    assert list(axes.lines[0].get_ydata()) == curves["K=5"]["mean"]
+    assert "".join(t.get_text() for t in drawn[0].texts).replace("\n", " ") == caption.strip()
+    assert all(float(tick).is_integer() for tick in axes.get_xticks())
+    assert texts_inside(drawn[0])
+
+
+def test_adaptation_curve_of_accuracy(tmp_path: Path, drawn: list[Figure]) -> None:
+    path = tmp_path / "curve.png"
+    curves = {"5-way 1-shot": curve(0.2, 0.8), "random init": curve(0.2, 0.25)}
+    plot_adaptation_curve(curves, path, metric="accuracy")
+    [axes] = drawn[0].axes
+    assert axes.get_ylabel() == "accuracy (%)"
+    assert axes.get_yscale() == "linear"
+    assert axes.yaxis.get_major_formatter()(0.5).startswith("50")
+    assert "95%" in drawn[0].texts[0].get_text()
+    assert texts_inside(drawn[0])
+    assert_image(path)
+
+
+def test_losses_of_one_size_are_drawn_linearly(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_adaptation_curve({"a": curve(3, 1)}, tmp_path / "a.png", metric="loss")
+    assert drawn[0].axes[0].get_yscale() == "linear"
+
+
+def test_a_diverged_series_does_not_spoil_the_figure(tmp_path: Path, drawn: list[Figure]) -> None:
+    bad = {"steps": STEPS, "mean": [1.0, math.inf, *[math.nan] * 9], "ci95": [math.nan] * 11}
+    plot_adaptation_curve({"bad": bad, "good": curve(3, 1)}, tmp_path / "a.png")
+    low, high = drawn[0].axes[0].get_ylim()
+    assert -1 < low < high < 10
+    assert_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3, 4])
+def test_sinusoid_fits(tmp_path: Path, drawn: list[Figure], num_tasks: int) -> None:
+    x = np.linspace(-5, 5, 101)
+    task = {
+        "x_grid": x,
+        "truth": 3 * np.sin(x),
+        "support_x": x[::10],
+        "support_y": 3 * np.sin(x[::10]),
+        "title": "y = 3.0 sin(x)",
+        "fits": {10: 2.9 * np.sin(x), 0: 0 * x, 1: 2 * np.sin(x)},
+    }
+    plot_sinusoid_fits([task] * num_tasks, tmp_path / "fits.png", caption="K=10")
+    assert_image(tmp_path / "fits.png")
+    assert sum(axes.axison for axes in drawn[0].axes) == num_tasks
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == [
+        "truth", "before adaptation", "after 1 step", "after 10 steps", "support points"
+    ]  # fmt: skip
+    assert texts_inside(drawn[0])
+
+
+@pytest.mark.parametrize("length", [1, 30, 2000])
+def test_training(tmp_path: Path, drawn: list[Figure], length: int) -> None:
+    noise = np.random.default_rng(0).random(length)
+    history = {
+        "iteration": range(length),
+        "support": list(3 + noise),
+        "query": list(2 + noise),
+    }
+    plot_training(history, tmp_path / "training.png", caption="means over 10 iterations")
+    assert_image(tmp_path / "training.png")
+    [axes] = drawn[0].axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["support", "query"]
+    assert axes.get_xlabel() == "iteration"
+    assert texts_inside(drawn[0])
+
+
+def test_another_thread_may_draw_and_pyplot_stays_unused(tmp_path: Path) -> None:
+    before = "matplotlib.pyplot" in sys.modules
+    args = ({"a": curve(3, 1)}, tmp_path / "a.png")
+    thread = threading.Thread(target=plot_adaptation_curve, args=args)
+    thread.start()
+    thread.join()
+    assert_image(tmp_path / "a.png")
+    assert ("matplotlib.pyplot" in sys.modules) == before
