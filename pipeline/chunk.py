@@ -22,10 +22,10 @@ from torch import Tensor
 from pipeline.compilation import worth_compiling
 from pipeline.components import build_model
 from pipeline.config import Experiment
-from pipeline.meta_gradient import adaptation_curve, chunk_function
+from pipeline.meta_gradient import ChunkFunction, adaptation_curve, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Layout, Params
-from tasks.base import Examples, TaskBatch, TaskDistribution
+from tasks.base import TaskBatch, TaskDistribution
 
 FlatVector = npt.NDArray[np.floating[Any]]
 EVALUATION_SEED = 0
@@ -171,8 +171,12 @@ class ChunkComputer:
         """Whether so many chunks repay compilation; decided from the computation alone."""
         self.warm_up()  # what happens only once must not be counted
         theta = self._layout.join(initial_parameters(self._experiment)).to(self._device)
-        batch = self._sample(GradientJob(0, 0))
-        return worth_compiling(self._gradient, (theta, batch, self._alpha), calls)
+        function, batch, alpha = self.program(GradientJob(0, 0))
+        return worth_compiling(function, (theta, batch, alpha), calls)
+
+    def program(self, job: GradientJob) -> tuple[ChunkFunction, TaskBatch, Tensor]:
+        """The function that computes a chunk, and its arguments beside θ: for those who measure."""
+        return self._gradient, self._sample(job), self._alpha
 
     def close(self) -> None:
         """Stop preparing tasks."""
@@ -194,7 +198,8 @@ class ChunkComputer:
         started = time.perf_counter()
         task = self._changed(job.changes)
         indices = np.arange(job.first, job.first + job.count)
-        batch = self._on_device(task.sample(EVALUATION_SEED, job.split, indices))
+        sampled_tasks = task.sample(EVALUATION_SEED, job.split, indices)
+        batch = sampled_tasks.to(self._device, self._dtype)
         sampled = time.perf_counter()
         if job.oracle:
             metrics = self._judge_oracle(task, batch, job.steps)
@@ -251,12 +256,5 @@ class ChunkComputer:
         first = job.chunk * self._tasks_per_chunk
         last = min(first + self._tasks_per_chunk, per_batch)
         indices = np.arange(first, last) + job.iteration * per_batch
-        return self._on_device(self._task.sample(self._experiment.seed, "train", indices))
-
-    def _on_device(self, batch: TaskBatch) -> TaskBatch:
-        def place(tensor: Tensor) -> Tensor:
-            dtype = self._dtype if tensor.is_floating_point() else tensor.dtype
-            return tensor.to(self._device, dtype)
-
-        support, query = (Examples(place(part.x), place(part.y)) for part in batch)
-        return TaskBatch(support, query)
+        batch = self._task.sample(self._experiment.seed, "train", indices)
+        return batch.to(self._device, self._dtype)

@@ -74,8 +74,8 @@ def _described(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
     from pipeline.checkpoint import CheckpointError
     from pipeline.experiments import ConfigError
-    from pipeline.session import RunFolderError
     from pipeline.mlflow_sender import TrackingError
+    from pipeline.session import RunFolderError
     from pipeline.training import Interrupted, TrainingFailed
     from pipeline.workers import WorkersLost
     from tasks.image_store import StoreError
@@ -195,7 +195,6 @@ def ui(
 ) -> None:
     """Open MLflow's pages on the runs of this folder."""
     from pipeline.mlflow_ui import serve
-
     from pipeline.tracking import resolve_uri
 
     serve(resolve_uri(uri, Path("runs").absolute() / "any"), host=host, port=port)

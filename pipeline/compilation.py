@@ -1,6 +1,6 @@
 """Compiling a pure function of tensors, and deciding whether that pays.
 
-`Compiler.compiled(function)` traces a function - however many `vmap`, `grad` and `jvp` it contains -
+`Compiler.compiled(function)` traces a function - however many `vmap`, `grad` and `jvp` are in it -
 into a flat graph of tensor operations (`make_fx`; torch.compile's own frontend cannot trace a `jvp`
 of a `grad`), removes what the graph computes twice, and has TorchInductor compile the rest. Where
 anything about that fails, the eager function goes on alone, and one warning says so.
@@ -13,6 +13,7 @@ calls that the configuration asks for: never at a clock, never at the number of 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -22,11 +23,16 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 _log = logging.getLogger(__name__)
+
+# Loops below this many elements run on one thread: a sinusoid's are microseconds long, and waiting
+# for a second thread costs as much, far more on a busy machine.
+_OPTIONS = {"cpp.min_chunk_size": 16384}
 
 
 class Compiler:
@@ -93,13 +99,15 @@ def _compile(
         results.append(spec)
         return out
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    # Without a shape environment the compiler would not use its cache on disk.
+    mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     # A cached result of a view is no view, which forward differentiation insists on.
     mode.cache_enabled = False
     # One fake tensor per argument: a tensor passed twice would be traced as one argument.
-    examples = [mode.from_tensor(x.detach()) for x in tensors]
-    with torch.no_grad():
-        run = torch._inductor.compile(trace(flat, examples), examples)
+    examples: list[Any] = [mode.from_tensor(x.detach()) for x in tensors]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch, about torch
+        run = torch._inductor.compile(trace(flat, examples), examples, _OPTIONS)
     spec = results[0]
 
     def program(values: list[Tensor]) -> Any:
@@ -156,21 +164,21 @@ def _simplify(graph: fx.Graph) -> None:
     graph.eliminate_dead_code()
 
 
-# What eager execution costs on the machine of benchmarks/README.md (2 threads): one operator call,
-# dispatched through vmap and autograd, and a rate of arithmetic at these sizes.
-_SECONDS_PER_CALL = 10e-6
-_FLOPS_PER_SECOND = 20e9
-# What compilation costs there, per operator call that it has to look at, and at least.
-_COMPILE_SECONDS = 15.0
-_COMPILE_SECONDS_PER_CALL = 0.05
-# Part of the eager time that compilation saves.
-_SAVING = 0.4
+# What eager execution costs on the machine of benchmarks/README.md (2 threads): an operator call,
+# dispatched through vmap and autograd, and arithmetic at the sizes of few-shot tasks.
+_SECONDS_PER_CALL = 15e-6
+_FLOPS_PER_SECOND = 35e9
+# What compilation costs there: at least, and per operator call of the eager function.
+_COMPILE_SECONDS = 5.0
+_COMPILE_SECONDS_PER_CALL = 0.025
+# Part of the eager time that compilation saves: 0.6 for conv4, 0.95 for small networks.
+_SAVING = 0.5
 
 
-class _CallCounter(TorchDispatchMode):
+class _CallCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count: int = 0
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -179,14 +187,24 @@ class _CallCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def operator_calls(function: Callable[..., Any], *arguments: Any) -> int:
+    """How many operators an eager call of the function runs (it is called once to see)."""
+    with torch.no_grad(), _CallCounter() as counter:
+        function(*arguments)
+    return int(counter.count)
+
+
 def worth_compiling(function: Callable[..., Any], arguments: tuple[Any, ...], calls: int) -> bool:
     """Whether `calls` calls of this eager function repay its compilation.
 
-    Runs the function once and counts operators and arithmetic; the same answer everywhere. For that
-    `calls` must come from the configuration (iterations x chunks), not from what is left to do.
+    Runs it twice and counts operators and arithmetic, so that the answer is the same everywhere.
+    For that, `calls` must come from the configuration (iterations x chunks), not from what is left.
     """
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, _CallCounter() as counter:
-        function(*arguments)
-    eager = counter.count * _SECONDS_PER_CALL + flops.get_total_flops() / _FLOPS_PER_SECOND
-    compilation = _COMPILE_SECONDS + counter.count * _COMPILE_SECONDS_PER_CALL
+    # What the first call finds out by trying must not be tried under a counter: it would crash.
+    function(*arguments)
+    with FlopCounterMode(display=False) as flops:
+        count = operator_calls(function, *arguments)
+    arithmetic: int = flops.get_total_flops()
+    eager = count * _SECONDS_PER_CALL + arithmetic / _FLOPS_PER_SECOND
+    compilation = _COMPILE_SECONDS + count * _COMPILE_SECONDS_PER_CALL
     return calls * eager * _SAVING > compilation

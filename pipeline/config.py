@@ -169,7 +169,7 @@ class Tracking(Section):
     every: int | None = Field(
         None,
         ge=1,
-        description="iterations per record (means over them); null: at most 2,000 records a run",
+        description="iterations per record (means over them); null: at most 1,000 records a run",
     )
     tags: dict[str, str] = Field(default_factory=dict)
 
@@ -223,7 +223,7 @@ class Experiment(Section):
     @property
     def track_every(self) -> int:
         """Iterations whose means make one MLflow record."""
-        return self.tracking.every or max(1, self.outer.iterations // 2000)
+        return self.tracking.every or max(1, self.outer.iterations // 1000)
 
     @property
     def selection_step(self) -> int:

@@ -99,7 +99,7 @@ def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = 
     after = load_run(run_dir, overrides)
     was, now = before.flat(), after.flat()
     errors = [
-        f"{path}: was {was.get(path)!r}; a run that is resumed cannot change it to {now.get(path)!r}"
+        f"{path}: was {was.get(path)!r}; a resumed run cannot change it to {now.get(path)!r}"
         for path in sorted({*was, *now})
         if was.get(path) != now.get(path) and not path.startswith(_RESUMABLE)
     ]
@@ -248,7 +248,7 @@ def _readable(error: Any) -> str:
         return f"{path}: unknown setting"
     if error["type"] == "missing":
         return f"{path}: missing"
-    message = error["msg"].removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":
         return message
     message = message[0].lower() + message[1:]

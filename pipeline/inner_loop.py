@@ -5,6 +5,8 @@ Everything here is a pure function of one task; `meta_gradient` maps it over all
 
 from __future__ import annotations
 
+import warnings
+
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
@@ -44,11 +46,14 @@ def hessian_vector_product(
     """
 
     def gradient(at: Params) -> Params:
-        return grad(loss)(at, support)
+        result: Params = grad(loss)(at, support)
+        return result
 
     if forward:
-        return jvp(gradient, (params,), (v,))[1]
-    return vjp(gradient, params)[1](v)[0]
+        product: Params = jvp(gradient, (params,), (v,))[1]
+    else:
+        product = vjp(gradient, params)[1](v)[0]
+    return product
 
 
 def differentiates_forward(loss: Loss, params: Params, support: Examples) -> bool:
@@ -57,6 +62,10 @@ def differentiates_forward(loss: Loss, params: Params, support: Examples) -> boo
     Tried before anything is traced, because a failure inside a trace cannot be recovered from, and
     under `vmap`, because some derivatives of torch fail only there.
     """
+    with warnings.catch_warnings():
+        # torch's forward derivatives are its own last users of the deprecated torch.jit.script.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        import torch._decomp.decompositions_for_jvp  # noqa: F401
     try:
         vmap(lambda examples: hessian_vector_product(loss, params, examples, params))(support)
     except RuntimeError:  # NotImplementedError is one

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.func import grad_and_value, vmap
 from torch.utils import _pytree as pytree
 
-from pipeline.compilation import Compiler
+from pipeline.compilation import Compiler, operator_calls
 from pipeline.inner_loop import differentiates_forward, inner_step, inner_step_back
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Layout, Params
@@ -107,6 +107,10 @@ def meta_gradient(
 ChunkFunction = Callable[[Tensor, TaskBatch, Tensor], tuple[Tensor, dict[str, Tensor]]]
 """(flat θ [D], B tasks, α) -> (flat gradient sum [D], metrics per task [B])."""
 
+# Compiling takes time in proportion to the operators: conv4 with one step has 2,000 (about a
+# minute), with five steps 8,500, while its stages have a constant number.
+_LARGEST_PROGRAM = 4000
+
 
 def chunk_function(
     objective: Objective,
@@ -119,39 +123,49 @@ def chunk_function(
 ) -> ChunkFunction:
     """The computation of a chunk, from and to the flat vectors that travel.
 
-    Compiled plain, all of it is one program, whose activations the compiler shares between the way
-    forward and the way back; `checkpoint` makes one program per stage, so that activations live
-    within a stage only and memory does not grow with `steps`. In eager mode both are the same walk,
-    which keeps nothing but the θ_s.
+    Compiled, all of it is one program, which keeps activations of the way forward for the way back.
+    `checkpoint` makes one program per stage instead: activations live within a stage only, so that
+    memory does not grow with `steps`, and each step back computes its gradient again. Where one
+    program would take minutes to compile, there is one per stage in any case. In eager mode
+    everything is the same walk, which keeps nothing but the θ_s.
+
+    All three arguments of a call must be on one device; α is a tensor, another rate is not another
+    program. The first call decides how to differentiate, traces and compiles.
     """
 
-    def build(theta: Params, batch: TaskBatch) -> ChunkFunction:
-        one = pytree.tree_map(lambda t: t[:1], batch.support)
-        forward = order == "first" or differentiates_forward(objective.loss, theta, one)
-        stages = Stages.of(objective, forward=forward)
+    def build(theta: Tensor, batch: TaskBatch, alpha: Tensor) -> ChunkFunction:
+        one_task = pytree.tree_map(lambda t: t[:1], batch.support)
+        forward = order == "first" or differentiates_forward(
+            objective.loss, layout.split(theta), one_task
+        )
+        eager = Stages.of(objective, forward=forward)
+        walk = _walk(eager, layout, steps, order)
+        if not compile:
+            return walk
         compiler = Compiler()
-        if compile and checkpoint:
-            stages = Stages(*(compiler.compiled(stage) for stage in stages))
-
-        def chunk(
-            flat: Tensor, batch: TaskBatch, alpha: Tensor
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            result = meta_gradient(
-                stages, layout.split(flat), batch, alpha, steps=steps, order=order
-            )
-            return layout.join(result.gradient), result.metrics
-
-        return compiler.compiled(chunk) if compile and not checkpoint else chunk
+        if checkpoint or operator_calls(walk, theta, batch, alpha) > _LARGEST_PROGRAM:
+            return _walk(Stages(*map(compiler.compiled, eager)), layout, steps, order)
+        return compiler.compiled(walk)
 
     built: list[ChunkFunction] = []
 
     @torch.no_grad()
-    def call(theta: Tensor, batch: TaskBatch, alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunk(theta: Tensor, batch: TaskBatch, alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         if not built:
-            built.append(build(layout.split(theta), batch))
+            built.append(build(theta, batch, alpha))
         return built[0](theta, batch, alpha)
 
-    return call
+    return chunk
+
+
+def _walk(stages: Stages, layout: Layout, steps: int, order: Order) -> ChunkFunction:
+    """`meta_gradient` from and to flat vectors."""
+
+    def walk(theta: Tensor, batch: TaskBatch, alpha: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        result = meta_gradient(stages, layout.split(theta), batch, alpha, steps=steps, order=order)
+        return layout.join(result.gradient), result.metrics
+
+    return walk
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a task's parameters are judged by: the one definition for training and evaluation (eq. 3)."""
+"""What a task's parameters are judged by: one definition for training and evaluation (eq. 3)."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Objective:
     def __init__(self, model: nn.Module, judge: Judge):
         if names := [name for name, _ in model.named_buffers()]:
             raise ValueError(
-                f"model: has buffers ({', '.join(names[:3])}), which adaptation would share between "
-                "tasks; use batch statistics (track_running_stats=False) and parameters only"
+                f"model: has buffers ({', '.join(names[:3])}), which adaptation would "
+                "share between tasks; use batch statistics (track_running_stats=False), no buffers"
             )
         if not any(True for _ in model.parameters()):
             raise ValueError("model: has no parameters to adapt")

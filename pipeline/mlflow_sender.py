@@ -28,8 +28,6 @@ from pipeline.checkpoint import write_atomically
 log = logging.getLogger(__name__)
 
 _TOKEN = "maml.token"
-# MLflow's pages open on training runs, rather than on traces of language models.
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _INTERVAL = 1.0  # seconds between deliveries
 _LONGEST_BACKOFF = 30.0  # seconds between attempts while MLflow is away
 _LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # of entries per request, set by MLflow
@@ -323,7 +321,7 @@ def _experiment_id(client: Any, name: str, artifacts: str | None) -> str:
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return str(client.create_experiment(name, artifacts, _EXPERIMENT_TAGS))
+            return str(client.create_experiment(name, artifacts))
         except Exception:
             experiment = client.get_experiment_by_name(name)  # another driver was faster
             if experiment is None:

@@ -73,7 +73,7 @@ def neighbours(x: Tensor, dim: int, stride: int) -> Tensor:
     else:
         if x.shape[dim] % 2:
             x = F.pad(x, (*after_dim, 0, 1))
-        centre, after = x.unflatten(dim, (-1, 2)).unbind(dim + 1)
+        centre, after = torch.unflatten(x, dim, (-1, 2)).unbind(dim + 1)
         before = F.pad(after, (*after_dim, 1, -1))
     return torch.cat([before, centre, after], dim=-1)
 

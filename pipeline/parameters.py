@@ -39,7 +39,7 @@ class Layout:
 
     def split(self, flat: Tensor) -> Params:
         """Views into a flat vector [D], by name."""
-        pieces = flat.split([math.prod(shape) for _, shape in self.shapes])
+        pieces = torch.split(flat, [math.prod(shape) for _, shape in self.shapes])
         return {
             name: piece.view(shape)
             for (name, shape), piece in zip(self.shapes, pieces, strict=True)

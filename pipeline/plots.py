@@ -59,8 +59,8 @@ def plot_adaptation_curve(
 
 
 def plot_sinusoid_fits(
-    tasks: Sequence[Mapping[str, Any]],
     path: str | Path,
+    tasks: Sequence[Mapping[str, Any]],
     *,
     title: str = "Fits before and after adaptation",
     caption: str = "",

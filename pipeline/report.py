@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
 from torch.func import vmap
 
 from pipeline.chunk import EVALUATION_SEED, model_of
@@ -18,6 +17,7 @@ from pipeline.evaluation import Curve, as_series
 from pipeline.meta_gradient import Stages
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
+from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
 from tasks.sinusoid import Sinusoid
 
 _NUM_FITS = 4
@@ -75,8 +75,7 @@ def sinusoid_fits(
     """What the model draws for a few test tasks before and after adaptation."""
     indices = np.arange(_NUM_FITS)
     dtype = getattr(torch, experiment.compute.dtype)
-    batch = task.sample(EVALUATION_SEED, "test", indices)
-    support = type(batch.support)(*(part.to(dtype) for part in batch.support))
+    support = task.sample(EVALUATION_SEED, "test", indices).to("cpu", dtype).support
     grid = torch.linspace(*task.x_range, 200, dtype=dtype)
     objective = Objective(model_of(experiment).to(dtype), task)
     stages = Stages.of(objective)

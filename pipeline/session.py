@@ -247,10 +247,10 @@ def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
 
 
 def _refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
-    if (run_dir / "config.yaml").exists() or (run_dir.is_dir() and store.list()):
+    if (run_dir / "config.yaml").exists() or store.list():
         raise RunFolderError(
-            f"run_dir: {run_dir} already holds a run; continue it with --resume {run_dir}, "
-            "or choose another folder"
+            f"run_dir: {run_dir} (or its checkpoint folder) already holds a run; continue it with "
+            f"--resume {run_dir}, or choose another folder"
         )
 
 

@@ -38,6 +38,7 @@ Notice = Callable[[str], None]
 _TICK = 0.5  # seconds between looks at what is overdue
 _SHORTEST_TIMEOUT = 30.0
 _REPLACED_AFTER = 3  # timeouts without an answer
+_JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
 
 
 class WorkersLost(Exception):
@@ -97,6 +98,12 @@ class ChunkActor:
         threads = experiment.compute.threads or max(1, int(experiment.cluster.cpus_per_worker))
         # Without this, N actors would start N x cores threads.
         torch.set_num_threads(threads)
+        # An answer should leave at once, not when the thread that samples ahead has had its 5 ms.
+        sys.setswitchinterval(2e-4)
+        if not experiment.cluster.gpus_per_worker and experiment.compute.device == "auto":
+            # Ray hides no GPU from actors that asked for none: all would crowd onto the first.
+            compute = experiment.compute.model_copy(update={"device": "cpu"})
+            experiment = experiment.model_copy(update={"compute": compute})
         self._experiment, self._compile = experiment, compile
         self._computer: ChunkComputer | None = None
 
@@ -201,26 +208,27 @@ class RayWorkers:
         waiting: deque[int],
         answers: dict[int, ChunkResult],
     ) -> None:
-        """Give every idle worker a job, while there are jobs."""
-        for worker in self._idle():
-            if worker.pid is None:
-                continue
-            while waiting and waiting[0] in answers:
-                waiting.popleft()
-            if not waiting:
-                continue
-            job = waiting.popleft()
-            ref = worker.handle.run.remote(reference, jobs[job])
-            self._calls[ref] = _Call(worker, time.monotonic(), self._round, job)
+        """Give jobs to the workers that have the fewest, while there are jobs."""
+        for load in range(_JOBS_AHEAD):
+            for worker in self._workers:
+                if worker.pid is None or len(self._calls_of(worker)) != load:
+                    continue
+                while waiting and waiting[0] in answers:
+                    waiting.popleft()
+                if not waiting:
+                    return
+                job = waiting.popleft()
+                ref = worker.handle.run.remote(reference, jobs[job])
+                self._calls[ref] = _Call(worker, time.monotonic(), self._round, job)
 
-    def _idle(self) -> list[_Worker]:
-        occupied = {call.worker.number for call in self._calls.values()}
-        return [worker for worker in self._workers if worker.number not in occupied]
+    def _calls_of(self, worker: _Worker) -> list[_Call]:
+        return [call for call in self._calls.values() if call.worker is worker]
 
     def _wait(self) -> list[tuple[_Call, ChunkResult | None]]:
         """Calls that have ended, with the answer or None for one that was lost."""
-        for worker in self._idle():
-            if worker.pid is None and time.monotonic() >= worker.ready_again:
+        for worker in self._workers:
+            due = worker.pid is None and time.monotonic() >= worker.ready_again
+            if due and not self._calls_of(worker):
                 self._calls[worker.handle.ready.remote()] = _Call(worker, time.monotonic())
         if not self._calls:
             if not self._workers:
@@ -259,7 +267,10 @@ class RayWorkers:
         if call.round < 0:
             worker.pid = int(answer)
             return None
-        self._durations.append(time.monotonic() - call.started)
+        now = time.monotonic()
+        self._durations.append(now - call.started)
+        for next_call in self._calls_of(worker):
+            next_call.started = now  # it was in the queue until now
         result: ChunkResult = answer
         return result
 
@@ -273,22 +284,24 @@ class RayWorkers:
 
     def _issue_overdue_again(self, waiting: deque[int], answers: dict[int, ChunkResult]) -> None:
         limit, now = self._timeout(), time.monotonic()
-        for ref, call in list(self._calls.items()):
-            silent = now - call.started
-            if call.round < 0 or silent < limit:
+        for worker in self._workers:
+            calls = [call for call in self._calls_of(worker) if call.round >= 0]
+            silent = max((now - call.started for call in calls), default=0.0)
+            if silent < limit:
                 continue
-            worker = call.worker
-            if not call.overdue:
-                call.overdue = True
+            late = [call for call in calls if not call.overdue]
+            if late:
                 self._notice(
                     f"worker {worker.number} (process {worker.pid}) has not answered for "
-                    f"{silent:.1f} s; its chunk is issued again"
+                    f"{silent:.1f} s; its work is issued again"
                 )
+            for call in late:
+                call.overdue = True
                 if call.round == self._round and call.job not in answers:
                     waiting.appendleft(call.job)
-            elif silent > _REPLACED_AFTER * limit:
+            if silent > _REPLACED_AFTER * limit:
                 self._notice(f"worker {worker.number} (process {worker.pid}) is replaced")
-                del self._calls[ref]
+                self._calls = {r: c for r, c in self._calls.items() if c.worker is not worker}
                 self._ray.kill(worker.handle)
                 worker.handle, worker.pid = self._new_actor(), None
 

@@ -33,6 +33,14 @@ class TaskBatch(NamedTuple):
     support: Examples
     query: Examples
 
+    def to(self, device: torch.device | str, dtype: torch.dtype) -> "TaskBatch":
+        """The same tasks on a device, in the precision of the model; labels stay integers."""
+
+        def place(tensor: Tensor) -> Tensor:
+            return tensor.to(device, dtype if tensor.is_floating_point() else tensor.dtype)
+
+        return TaskBatch(*(Examples(place(part.x), place(part.y)) for part in self))
+
 
 class TaskDistribution(ABC):
     """p(T). Subclass it, usually as `@dataclass(frozen=True, kw_only=True)`.

@@ -9,49 +9,82 @@ Shapes: B tasks. A `stream` names what the numbers are for (amplitude, noise, ..
 quantity to a task never shifts the others.
 """
 
+from functools import lru_cache
+
 import numpy as np
 import numpy.typing as npt
 
 UInt64 = npt.NDArray[np.uint64]
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
+_R30, _R27, _R31, _R11 = np.uint64(30), np.uint64(27), np.uint64(31), np.uint64(11)
+_ONE = np.uint64(1)
 _SPLIT_CODES = {"train": 1, "validation": 2, "test": 3}
 
 
 def _mix(z: UInt64) -> UInt64:
-    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits look independent."""
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits look independent.
+
+    Consumes its argument, which must be an array of the caller's own.
+    """
+    # In place: a small array costs little more than the calls that it takes.
+    z ^= z >> _R30
+    z *= _FIRST
+    z ^= z >> _R27
+    z *= _SECOND
+    z ^= z >> _R31
+    return z
+
+
+@lru_cache(maxsize=1024)
+def _split_key(seed: int, split: str) -> UInt64:
+    """Key of all tasks of a split, [1]."""
+    if split not in _SPLIT_CODES:
+        raise ValueError(f"split: {split!r} is not one of {', '.join(_SPLIT_CODES)}")
+    run = _mix(np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN)
+    return _mix(run + np.full(1, _SPLIT_CODES[split], dtype=np.uint64) * _GOLDEN)
+
+
+@lru_cache(maxsize=1024)
+def _stream_key(stream: int) -> UInt64:
+    """What distinguishes a stream, [1]."""
+    return _mix(np.full(1, stream + 1, dtype=np.uint64) * _GOLDEN)
+
+
+@lru_cache(maxsize=64)
+def _counters(count: int) -> UInt64:
+    """Increments of a stream's numbers, [count]."""
+    return np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
 
 
 def task_keys(seed: int, split: str, indices: npt.ArrayLike) -> UInt64:
     """One 64-bit key per task, [B], from the run's seed, the split's name and the task's index."""
-    if split not in _SPLIT_CODES:
-        raise ValueError(f"split: {split!r} is not one of {', '.join(_SPLIT_CODES)}")
-    run = np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN
-    per_split = _mix(run) + np.full(1, _SPLIT_CODES[split], dtype=np.uint64) * _GOLDEN
     index = np.atleast_1d(np.asarray(indices, dtype=np.int64)).view(np.uint64)
-    return _mix(_mix(per_split) + _GOLDEN * (index + np.uint64(1)))
+    return _mix(_split_key(seed, split) + _GOLDEN * (index + _ONE))
 
 
 def stream_keys(keys: UInt64, stream: int) -> UInt64:
-    """Keys of an independent stream, same shape as `keys`; may be nested."""
-    return _mix(keys ^ _mix(np.full(1, stream + 1, dtype=np.uint64) * _GOLDEN))
+    """Keys of an independent stream, shaped as `keys`; use it again for streams within streams."""
+    return _mix(keys ^ _stream_key(stream))
 
 
 def bits(keys: UInt64, stream: int, count: int) -> UInt64:
     """`count` uniform 64-bit words per key: [B] -> [B, count]."""
-    counters = np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
-    return _mix(stream_keys(keys, stream)[..., None] + counters)
+    return _mix(stream_keys(keys, stream)[..., None] + _counters(count))
 
 
 def uniform(
     keys: UInt64, stream: int, count: int, low: float = 0.0, high: float = 1.0
 ) -> npt.NDArray[np.float64]:
     """Uniform numbers on [low, high), [B, count]."""
-    unit = (bits(keys, stream, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
-    return low + (high - low) * unit
+    words = bits(keys, stream, count)
+    words >>= _R11
+    unit = words.astype(np.float64)
+    unit *= 2.0**-53
+    unit *= high - low
+    unit += low
+    return unit
 
 
 def normal(keys: UInt64, stream: int, count: int) -> npt.NDArray[np.float64]:

@@ -119,7 +119,7 @@ def test_sinusoid_fits(tmp_path: Path, drawn: list[Figure], num_tasks: int) -> N
         "title": "y = 3.0 sin(x)",
         "fits": {10: 2.9 * np.sin(x), 0: 0 * x, 1: 2 * np.sin(x)},
     }
-    plot_sinusoid_fits([task] * num_tasks, tmp_path / "fits.png", caption="K=10")
+    plot_sinusoid_fits(tmp_path / "fits.png", [task] * num_tasks, caption="K=10")
     assert_image(tmp_path / "fits.png")
     assert sum(axes.axison for axes in drawn[0].axes) == num_tasks
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]

@@ -195,7 +195,9 @@ def test_resume_after_sigkill_equals_an_uninterrupted_run(
     assert 0 < state.iteration < 30
     train(experiment_of(settings), tmp_path / "cut", resume=True)
     assert torch.equal(final_theta(tmp_path / "whole"), final_theta(tmp_path / "cut"))
-    whole, cut = (CheckpointStore(tmp_path / n / "checkpoints", 2).latest() for n in ("whole", "cut"))
+    whole, cut = (
+        CheckpointStore(tmp_path / n / "checkpoints", 2).latest() for n in ("whole", "cut")
+    )
     assert whole is not None
     assert cut is not None
     assert whole.best == cut.best
@@ -222,7 +224,10 @@ def test_interrupt_leaves_a_checkpoint(quick: dict[str, Any], tmp_path: Path) ->
 
 def test_nan_stops_before_the_update(quick: dict[str, Any], tmp_path: Path) -> None:
     """Tasks become NaN in iteration 3: θ stays that of iteration 2, and the tasks are named."""
-    settings = {**quick, "task": {"kind": "tests.helpers:NanSinusoid", "first_bad": 23, "last_bad": 58}}
+    settings = {
+        **quick,
+        "task": {"kind": "tests.helpers:NanSinusoid", "first_bad": 23, "last_bad": 58},
+    }
     recorder = Recorder()
     with pytest.raises(TrainingFailed) as failure:
         train(experiment_of(settings), tmp_path / "run", watcher=recorder)
@@ -239,7 +244,10 @@ def test_nan_stops_before_the_update(quick: dict[str, Any], tmp_path: Path) -> N
 
 
 def test_one_bad_update_is_passed_over(quick: dict[str, Any], tmp_path: Path) -> None:
-    settings = {**quick, "task": {"kind": "tests.helpers:NanSinusoid", "first_bad": 23, "last_bad": 24}}
+    settings = {
+        **quick,
+        "task": {"kind": "tests.helpers:NanSinusoid", "first_bad": 23, "last_bad": 24},
+    }
     recorder = Recorder()
     train(experiment_of(settings), tmp_path / "run", watcher=recorder)
     assert torch.isfinite(final_theta(tmp_path / "run")).all()

@@ -1,0 +1,134 @@
+"""What a whole training iteration costs beyond the meta-gradient: sampling, transfer, update.
+
+    python benchmarks/iteration.py                    all of it (minutes, mostly compiling)
+    python benchmarks/iteration.py --cases sinusoid   the sinusoid alone
+
+Three cases, as in benchmarks/README.md. Times are medians over iterations of a real training run,
+through the functions that `maml train` calls, MLflow included; ratios are within one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.config import Experiment
+from pipeline.experiments import load
+from pipeline.parameters import Layout
+from pipeline.session import Watcher
+from pipeline.training import train
+
+
+class Stopwatch(Watcher):
+    """The time of every iteration and what the driver says of it."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self.metrics: list[dict[str, float]] = []
+        self._last = 0.0
+
+    def started(self, session: Any) -> None:
+        self._last = time.perf_counter()
+
+    def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
+        now = time.perf_counter()
+        self.times.append(now - self._last)
+        self.metrics.append(metrics)
+        self._last = time.perf_counter()
+
+    def median_ms(self, skip: int) -> float:
+        """Median time of an iteration, the first ones left out."""
+        return 1e3 * statistics.median(self.times[skip:])
+
+
+def run(name: str, *overrides: str) -> Stopwatch:
+    """Train for a while in a folder that is thrown away."""
+    with tempfile.TemporaryDirectory() as folder:
+        watch = Stopwatch()
+        experiment = load(name, [f"run_dir={folder}/runs/run", *SHORT, *overrides])
+        train(experiment, Path(folder) / "runs" / "run", watcher=watch)
+        return watch
+
+
+SHORT = [
+    "compute.compile=always",
+    "evaluation.tasks=2",
+    "evaluation.validation_tasks=2",
+    "evaluation.variants={}",
+    "evaluation.every=1000000",
+]
+
+
+def bare_ms(experiment: Experiment, repeats: int) -> float:
+    """The compiled meta-gradient of one meta-batch and nothing else, tasks already there."""
+    torch.set_num_threads(experiment.compute.threads or os.cpu_count() or 1)
+    computer = ChunkComputer(experiment, compile=True)
+    theta = initial_parameters(experiment)
+    flat = Layout.of(theta).join(theta)
+    function, batch, alpha = computer.program(GradientJob(0, 0))
+    for _ in range(20):
+        function(flat, batch, alpha)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        function(flat, batch, alpha)
+        times.append(time.perf_counter() - started)
+    computer.close()
+    return 1e3 * statistics.median(times)
+
+
+def sinusoid() -> list[str]:
+    """Whole iteration in process against the bare compiled meta-gradient."""
+    watch = run("sinusoid-paper", "outer.iterations=6000")
+    bare = bare_ms(load("sinusoid-paper", SHORT), 4000)
+    whole = watch.median_ms(500)
+    mean = 1e3 * statistics.mean(watch.times[500:])
+    return [
+        "sinusoid, 25 tasks, in process: whole iteration / bare meta-gradient | "
+        f"{whole:.2f} ms (mean {mean:.2f}) / {bare:.2f} ms | {whole / bare:.2f}x | at most 2x"
+    ]
+
+
+def omniglot(data: str) -> list[str]:
+    """conv4 on Omniglot: two actors of one thread against in process with two threads."""
+    common = [f"data.root={data}", "outer.iterations=60", "outer.tasks_per_chunk=8"]
+    here = run("omniglot-5w1s", "cluster.workers=0", "compute.threads=2", *common)
+    actors = run("omniglot-5w1s", "cluster.workers=2", "compute.threads=1", *common)
+    # Waiting is what the busiest worker's sampling and computing do not explain.
+    beyond = [
+        total - (total - m["seconds/waiting"] - m["seconds/aggregating"] - m["seconds/updating"])
+        for total, m in zip(actors.times, actors.metrics, strict=True)
+    ]
+    overhead = 1e3 * statistics.median(beyond[10:])
+    return [
+        "conv4, 112k parameters, 2 actors: driver beyond the slowest worker's work | "
+        f"{overhead:.1f} ms | | at most 10 ms",
+        "Omniglot 5w1s, 32 tasks: 2 actors of 1 thread / in process, 2 threads | "
+        f"{actors.median_ms(10):.0f} ms / {here.median_ms(10):.0f} ms | "
+        f"{actors.median_ms(10) / here.median_ms(10):.2f}x | at most 1.1x",
+    ]
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", nargs="+", default=["sinusoid", "omniglot"])
+    parser.add_argument("--data", default=str(Path("data").absolute()), help="of the image stores")
+    arguments = parser.parse_args()
+    print("| measure | measured | ratio | target |\n|---|---|---|---|")
+    if "sinusoid" in arguments.cases:
+        print(*(f"| {row} |" for row in sinusoid()), sep="\n", flush=True)
+    if "omniglot" in arguments.cases:
+        print(*(f"| {row} |" for row in omniglot(arguments.data)), sep="\n", flush=True)
+
+
+if __name__ == "__main__":
+    main()

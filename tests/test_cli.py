@@ -1,0 +1,244 @@
+"""The `maml` command as a person types it: output, exit codes, no tracebacks."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.checkpoint import CheckpointStore, load_theta
+
+
+def maml(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a folder; standard output is no terminal."""
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**clean_environment(), **environment},
+    )
+
+
+def clean_environment() -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    return {**env, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+
+
+@pytest.fixture
+def experiment_file(quick: dict[str, Any], tmp_path: Path) -> Path:
+    quick["tracking"] = {"enabled": True}
+    quick["evaluation"]["baselines"] = ["random-init", "oracle"]
+    path = tmp_path / "quick.yaml"
+    path.write_text(yaml.safe_dump(quick))
+    return path
+
+
+def test_train_evaluate_resume(experiment_file: Path, tmp_path: Path) -> None:
+    """The whole way: train, look at what is left, evaluate, continue, read MLflow."""
+    run = tmp_path / "runs" / "first"
+    trained = maml("train", "quick.yaml", f"run_dir={run}", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "MSE after n gradient steps on 6 test tasks" in trained.stdout
+    for expected in ("n = 0", "n = 3", "random init", "oracle", str(run), "maml ui"):
+        assert expected in trained.stdout
+    assert {path.name for path in run.iterdir()} >= {
+        "config.yaml",
+        "theta.safetensors",
+        "results.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "plots",
+    }
+    assert {p.name for p in (run / "plots").iterdir()} == {
+        "adaptation_loss.png",
+        "fits.png",
+        "training.png",
+    }
+
+    evaluated = maml(
+        "evaluate", str(run), "--tasks", "5", "--steps", "0,2,20", "--json", cwd=tmp_path
+    )
+    assert evaluated.returncode == 0, evaluated.stderr
+    curves = json.loads(evaluated.stdout)
+    assert [curve["who"] for curve in curves] == ["trained", "random init", "oracle"]
+    assert curves[0]["steps"] == [0, 2, 20], "more steps than were trained"
+    assert curves[0]["protocol"]["tasks"] == 5
+    assert curves[0]["protocol"]["split"] == "test"
+    assert curves[2]["mean"]["loss"] == [0.0, 0.0, 0.0]
+
+    longer = maml("train", "quick.yaml", "outer.iterations=8", "--resume", str(run), cwd=tmp_path)
+    assert longer.returncode == 0, longer.stderr
+    assert "continuing after iteration 6" in longer.stdout
+    recorded(tmp_path, run)
+
+
+def recorded(tmp_path: Path, run: Path) -> None:
+    """One MLflow run holds both halves: parameters, tags, metrics, artifacts."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'maml'")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "FINISHED"
+    assert found.data.params["inner.lr"] == "0.01"
+    assert {"git_commit", "algorithm", "order", "workers"} & set(found.data.tags) >= {
+        "algorithm",
+        "order",
+        "workers",
+    }
+    for metric in (
+        "train/query_loss",
+        "train/support_loss",
+        "meta_gradient_norm",
+        "outer_lr",
+        "tasks_per_second",
+        "seconds/sampling",
+        "seconds/computing",
+        "seconds/waiting",
+        "seconds/aggregating",
+        "seconds/updating",
+        "seconds/tracking",
+        "validation/loss_step3",
+        "validation/loss_step3_ci95",
+    ):
+        assert metric in found.data.metrics, metric
+    history = client.get_metric_history(found.info.run_id, "outer_lr")
+    assert sorted(point.step for point in history) == list(range(1, 9))
+    artifacts = {a.path for a in client.list_artifacts(found.info.run_id)}
+    assert {"config.yaml", "results.json", "theta.safetensors", "plots"} <= artifacts
+
+
+def test_interrupt_writes_a_checkpoint_and_marks_the_run(
+    quick: dict[str, Any], tmp_path: Path
+) -> None:
+    quick["task"] = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.02}
+    quick["outer"]["iterations"] = 10_000
+    quick["tracking"] = {"enabled": True}
+    (tmp_path / "slow.yaml").write_text(yaml.safe_dump(quick))
+    run = tmp_path / "runs" / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "train", "slow.yaml", f"run_dir={run}"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=clean_environment(),
+    )
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 130, err
+    assert "--resume" in out
+    assert "stopped after iteration" in err
+    assert "Traceback" not in err
+    state = CheckpointStore(run / "checkpoints", keep=2).latest()
+    assert state is not None
+    assert state.iteration >= 1
+
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'maml'")
+    (found,) = client.search_runs([experiment.experiment_id])
+    assert found.info.status == "KILLED"
+    assert state.mlflow_run_id in (None, found.info.run_id)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["train", "sinusiod"], "there are: glyphs"),
+        (["train", "sinusoid", "inner.lr=-1", "outer.foo=1"], "2 errors"),
+        (["train", "omniglot-5w1s"], "maml data prepare omniglot"),
+        (["train", "image-folder", "task.store=mine"], "maml data prepare images"),
+        (["train", "sinusoid", "run_dir=quick.yaml/run"], "cannot write"),
+        (["train", "sinusoid", "compute.device=cuda", "cluster.workers=0"], "no GPU"),
+        (["train", "quick", "--resume", "nowhere"], "not the folder of a run"),
+        (["evaluate", "nowhere"], "not the folder of a run"),
+        (["data", "prepare", "omniglot", "--source", "nowhere"], "nowhere"),
+        (["data", "prepare", "images", "--source", "nowhere", "--name", "x"], "nowhere"),
+        (["ui", "--uri", "sqlite:///nowhere/mlflow.db"], "no tracking store"),
+        (["config", "show", "sinusoid", "task.kind=none"], "task.kind"),
+    ],
+)
+def test_bad_input_ends_with_code_2_and_one_clear_message(
+    arguments: list[str], expected: str, experiment_file: Path, tmp_path: Path
+) -> None:
+    done = maml(*arguments, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: ")
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    traced = maml(*arguments, "--debug", cwd=tmp_path)
+    assert "Traceback" in traced.stderr
+
+
+def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) -> None:
+    quick["task"] = {"kind": "tests.helpers:NanSinusoid", "last_bad": 10**6}
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(quick))
+    done = maml("train", "bad.yaml", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "3 updates in a row were not finite" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_training_survives_an_unreachable_tracking_server(
+    experiment_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "runs" / "alone"
+    done = maml(
+        "train",
+        "quick.yaml",
+        f"run_dir={run}",
+        cwd=tmp_path,
+        MLFLOW_TRACKING_URI="http://127.0.0.1:9",
+    )
+    assert done.returncode == 0, done.stderr
+    assert (run / "unsent-tracking.jsonl").exists()
+    assert str(run / "unsent-tracking.jsonl") in done.stdout
+    assert load_theta(run / "theta.safetensors")
+
+
+def test_config_commands(tmp_path: Path) -> None:
+    shown = maml("config", "show", "sinusoid", "inner.lr=0.25", cwd=tmp_path)
+    assert yaml.safe_load(shown.stdout)["inner"]["lr"] == 0.25
+    schema = json.loads(maml("config", "schema", cwd=tmp_path).stdout)
+    assert schema["type"] == "object"
+    listed = maml("config", "list", cwd=tmp_path).stdout
+    assert "sinusoid-paper" in listed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["train"],
+        ["evaluate"],
+        ["ui"],
+        ["config"],
+        ["config", "show"],
+        ["data"],
+        ["data", "prepare", "omniglot"],
+        ["data", "prepare", "images"],
+        ["data", "prepare", "glyphs"],
+    ],
+)
+def test_help_is_there_for_every_command(command: list[str], tmp_path: Path) -> None:
+    done = maml(*command, "--help", cwd=tmp_path, COLUMNS="100")
+    assert done.returncode == 0
+    assert "Usage: " in done.stdout
+    text = re.sub(r"[│╭╮╰╯─\s]+", " ", done.stdout)
+    assert len(text) > 100

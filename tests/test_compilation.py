@@ -1,0 +1,118 @@
+"""Compiled results against eager ones, and what happens when compilation is impossible.
+
+Models are tiny: each program costs seconds to compile the first time.
+"""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline import compilation
+from pipeline.compilation import Compiler, worth_compiling
+from pipeline.meta_gradient import chunk_function
+from pipeline.meta_loss import Objective
+from pipeline.models import mlp
+from pipeline.parameters import Layout
+from tasks.base import Examples, TaskBatch
+from tasks.sinusoid import Sinusoid
+
+
+@pytest.fixture(scope="module")
+def setup():
+    torch.manual_seed(0)
+    task = Sinusoid(shots=3, queries=4)
+    model = mlp((1,), 1, hidden=(4,), init_std=None)
+    params = {name: p.detach() for name, p in model.named_parameters()}
+    layout = Layout.of(params)
+    batch = task.sample(0, "train", np.arange(3))
+    batch = TaskBatch(*(Examples(*(t.float() for t in examples)) for examples in batch))
+    return Objective(model, task), layout, layout.join(params), batch
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The graphs compiled during the test."""
+    graphs = []
+    trace = compilation.trace
+    monkeypatch.setattr(compilation, "trace", lambda *a: graphs.append(trace(*a)) or graphs[-1])
+    return graphs
+
+
+def assert_same(one, other):
+    torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(one[1], other[1], rtol=1e-4, atol=1e-5)
+
+
+def test_compiled_equals_eager_for_any_rate_and_batch(setup, programs):
+    objective, layout, theta, batch = setup
+    eager = chunk_function(objective, layout, steps=2, order="second")
+    compiled = chunk_function(objective, layout, steps=2, order="second", compile=True)
+    same_twice = TaskBatch(batch.support, batch.support)  # one tensor as two arguments
+    other = TaskBatch(batch.support, Examples(batch.support.x + 1, batch.support.y))
+    for alpha in (torch.tensor(0.01), torch.tensor(0.1)):
+        assert_same(compiled(theta, batch, alpha), eager(theta, batch, alpha))
+    assert len(programs) == 1
+    for case in (same_twice, other):
+        assert_same(compiled(theta, case, alpha), eager(theta, case, alpha))
+    assert len(programs) == 2, "another number of queries is another program, aliasing is not"
+
+
+def test_checkpointed_equals_plain(setup, programs):
+    objective, layout, theta, batch = setup
+    alpha = torch.tensor(0.1)
+    eager = chunk_function(objective, layout, steps=3, order="second")
+    checkpointed = chunk_function(
+        objective, layout, steps=3, order="second", checkpoint=True, compile=True
+    )
+    assert_same(checkpointed(theta, batch, alpha), eager(theta, batch, alpha))
+    assert len(programs) == 5, "step and step back, each shared and per task, and the query"
+
+
+def test_compiling_twice_in_a_process_gives_the_same_bits(setup, programs):
+    objective, layout, theta, batch = setup
+    alpha = torch.tensor(0.1)
+    one, other = (
+        chunk_function(objective, layout, steps=2, order="second", compile=True) for _ in range(2)
+    )
+    assert torch.equal(one(theta, batch, alpha)[0], other(theta, batch, alpha)[0])
+    assert len(programs) == 2
+
+
+def test_the_graph_computes_nothing_twice():
+    """The walk back repeats the forward pass of the step; the trace has it once."""
+
+    def product_twice(a, b):
+        return [torch.mm(a, b) + 1, torch.mm(a, b.view(2, 2).detach()) + 2]
+
+    graph = compilation.trace(product_twice, [torch.ones(2, 2), torch.ones(2, 2)]).graph
+    assert sum(node.target is torch.ops.aten.mm.default for node in graph.nodes) == 1
+
+
+def test_what_cannot_be_compiled_runs_eagerly_with_one_warning(caplog):
+    def depends_on_data(x):
+        return x * 2 if x.sum().item() > 0 else x * 3
+
+    compiler = Compiler()
+    one, other = compiler.compiled(depends_on_data), compiler.compiled(depends_on_data)
+    with caplog.at_level(logging.WARNING):
+        for function in (one, one, other):
+            assert function(torch.ones(2)).tolist() == [2, 2]
+            assert function(-torch.ones(2)).tolist() == [-3, -3]
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cannot compile, running eagerly" in caplog.text
+
+
+def test_an_error_of_the_function_itself_is_raised():
+    with pytest.raises(RuntimeError, match="shape"):
+        Compiler().compiled(lambda a, b: a @ b)(torch.ones(2, 3), torch.ones(2, 3))
+
+
+def test_whether_compilation_pays_is_a_matter_of_calls(setup):
+    objective, layout, theta, batch = setup
+    chunk = chunk_function(objective, layout, steps=1, order="second")
+    arguments = (theta, batch, torch.tensor(0.1))
+    answers = [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]
+    assert answers == [False, False, True]
+    assert answers == [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]

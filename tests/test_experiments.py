@@ -1,0 +1,236 @@
+"""Configurations: what is accepted, and what a person reads when it is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.components import kinds
+from pipeline.experiments import (
+    ConfigError,
+    apply_overrides,
+    experiments,
+    from_dict,
+    json_schema,
+    load,
+    load_run,
+    load_to_resume,
+    new_run_dir,
+)
+from tests.conftest import experiment_of
+
+SHIPPED = {
+    "sinusoid",
+    "sinusoid-paper",
+    "glyphs",
+    "omniglot-5w1s",
+    "omniglot-5w5s",
+    "omniglot-20w1s",
+    "omniglot-20w5s",
+    "image-folder",
+}
+
+
+def test_all_experiments_are_shipped() -> None:
+    assert set(experiments()) >= SHIPPED
+    assert all(experiments().values()), "every experiment has a description"
+
+
+@pytest.mark.parametrize("name", sorted(experiments()))
+def test_shipped_experiments_load_and_round_trip(name: str, tmp_path: Path) -> None:
+    experiment = load(name)
+    assert experiment.name == name
+    path = tmp_path / "again.yaml"
+    path.write_text(experiment.to_yaml())
+    assert load(str(path)) == experiment
+
+
+@pytest.mark.parametrize(
+    ("name", "ways", "shots", "steps", "tasks"),
+    [
+        ("omniglot-5w1s", 5, 1, 1, 32),
+        ("omniglot-5w5s", 5, 5, 1, 32),
+        ("omniglot-20w1s", 20, 1, 5, 16),
+        ("omniglot-20w5s", 20, 5, 5, 16),
+    ],
+)
+def test_omniglot_has_the_settings_of_the_paper(
+    name: str, ways: int, shots: int, steps: int, tasks: int
+) -> None:
+    experiment = load(name)
+    task = experiment.task.settings
+    assert (task["ways"], task["shots"], task["queries"]) == (ways, shots, shots)
+    assert task["rotations"] == "per-task"
+    assert (experiment.inner.steps, experiment.outer.tasks_per_batch) == (steps, tasks)
+    assert (experiment.outer.iterations, experiment.outer.lr) == (60_000, 1e-3)
+    # The paper's rate is for a loss that is summed over the classes.
+    assert experiment.inner.lr == pytest.approx({5: 0.4, 20: 0.1}[ways] * ways)
+
+
+def test_sinusoid_has_the_settings_of_the_paper() -> None:
+    experiment = load("sinusoid-paper")
+    assert (experiment.inner.lr, experiment.inner.steps) == (0.01, 1)
+    assert (experiment.outer.iterations, experiment.outer.tasks_per_batch) == (70_000, 25)
+    assert experiment.task.settings["amplitude"] == (0.1, 5.0) or experiment.task.settings[
+        "amplitude"
+    ] == [0.1, 5.0]
+    assert experiment.model.settings["init_std"] == 0.01
+
+
+def test_overrides_are_read_as_yaml() -> None:
+    experiment = load(
+        "sinusoid",
+        ["inner.lr=1e-1", "inner.order=first", "evaluation.steps=[0,2]", "outer.scheduler=null"],
+    )
+    assert experiment.inner.lr == 0.1
+    assert experiment.inner.order == "first"
+    assert experiment.evaluation.steps == (0, 2)
+    assert experiment.outer.scheduler is None
+
+
+def test_another_kind_drops_the_settings_of_the_first() -> None:
+    experiment = load(
+        "sinusoid",
+        ["task.kind=quadratic", "task.dimensions=3", "model.kind=linear", "evaluation.variants={}"],
+    )
+    assert experiment.task.settings["dimensions"] == 3
+    assert "shots" not in experiment.task.settings
+
+
+def test_every_error_is_in_one_message() -> None:
+    with pytest.raises(ConfigError) as caught:
+        from_dict(
+            {
+                "name": "x",
+                "task": {"kind": "sinusoid", "shots": "many", "shoots": 1},
+                "model": {"kind": "mlp", "hidden": 40},
+                "inner": {"lr": -1, "steps": 1.5, "order": "third"},
+                "outer": {"iterations": 0, "tasks_per_batch": 4, "tasks_per_chunk": 8, "beta": 1},
+                "cluster": {"workers": -1},
+                "wokers": 2,
+            }
+        )
+    message = str(caught.value)
+    for field in (
+        "task.shots",
+        "task.shoots",
+        "model.hidden",
+        "inner.lr",
+        "inner.steps",
+        "inner.order",
+        "outer.iterations",
+        "outer.beta",
+        "cluster.workers",
+        "wokers",
+    ):
+        assert field in message, field
+    assert "got -1" in message
+    assert "'second' or 'first'" in message, "what is allowed is said"
+    assert f"{len(caught.value.errors)} errors" in message
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("task.shots=0", "task.shots: must be at least 1, got 0"),
+        ("task.amplitude=[3,1]", "task.amplitude: must be [low, high]"),
+        ("task.kind=sinus", "task.kind: 'sinus' is none of sinusoid, quadratic"),
+        ("task.kind=nowhere.module:Tasks", "task.kind: cannot import nowhere.module:Tasks"),
+        ("task.kind=pathlib:Path", "not a subclass of tasks.base.TaskDistribution"),
+        ("model.kind=resnet", "model.kind: 'resnet' is none of linear, mlp, conv4"),
+        ("outer.scheduler=Cosine", "outer.scheduler: 'Cosine' is none of"),
+        ("outer.scheduler=StepLR", "outer.scheduler_args: StepLR refuses them"),
+        ("outer.momentum=0.9", "outer.momentum: only sgd has momentum"),
+        ("evaluation.steps=[1,0]", "evaluation.steps: must be ascending"),
+        ("evaluation.variants.big={shots: 0}", "evaluation.variants.big.shots: must be at least 1"),
+        ("evaluation.variants.big={size: 1}", "evaluation.variants.big.size: unknown setting"),
+        ("inner.lr=.nan", "inner.lr"),
+        ("compute.dtype=float16", "compute.dtype: input should be 'float32' or 'float64'"),
+        ("inner=3", "inner: "),
+        ("inner.lr", "must look like inner.lr=0.1"),
+        ("inner.lr=[", "the value is not YAML"),
+        ("name=a/b", "name: "),
+    ],
+)
+def test_bad_settings_name_the_field(change: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("sinusoid", [change])
+    assert message in str(caught.value)
+
+
+def test_unknown_experiments_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="there are: glyphs"):
+        load("sinusiod")
+    (tmp_path / "broken.yaml").write_text("task: [")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load(str(tmp_path / "broken.yaml"))
+    (tmp_path / "list.yaml").write_text("- 1")
+    with pytest.raises(ConfigError, match="must hold sections"):
+        load(str(tmp_path / "list.yaml"))
+    (tmp_path / "half.yaml").write_text("task: {kind: sinusoid}\nmodel: {kind: mlp}")
+    with pytest.raises(ConfigError, match="outer: missing"):
+        load(str(tmp_path / "half.yaml"))
+
+
+def test_own_components_are_checked_like_ours() -> None:
+    own = load("sinusoid", ["task.kind=tests.helpers:SlowSinusoid", "task.seconds=0.5"])
+    assert own.build_task().seconds == 0.5  # type: ignore[attr-defined]
+    with pytest.raises(ConfigError, match=r"task\.seconds"):
+        load("sinusoid", ["task.kind=tests.helpers:SlowSinusoid", "task.seconds=soon"])
+
+
+def test_overrides_leave_the_file_alone() -> None:
+    data: dict[str, Any] = {"inner": {"lr": 1}}
+    assert apply_overrides(data, ["inner.lr=2", "a.b.c=3"]) == {
+        "inner": {"lr": 2},
+        "a": {"b": {"c": 3}},
+    }
+    assert data == {"inner": {"lr": 1}}
+
+
+def test_resume_allows_what_does_not_touch_results(quick: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(experiment_of(quick).to_yaml())
+    longer = load_to_resume(tmp_path, "quick", ["outer.iterations=9", "cluster.workers=2"])
+    assert longer.outer.iterations == 9
+    with pytest.raises(ConfigError, match=r"inner\.lr: was 0\.01"):
+        load_to_resume(tmp_path, "quick", ["inner.lr=0.5"])
+    with pytest.raises(ConfigError, match="holds a run of quick, not of sinusoid"):
+        load_to_resume(tmp_path, "sinusoid")
+    with pytest.raises(ConfigError, match="not the folder of a run"):
+        load_run(tmp_path / "nothing")
+
+
+def test_run_folders_are_new_and_absolute(
+    quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    first = new_run_dir(experiment_of(quick))
+    first.mkdir(parents=True)
+    second = new_run_dir(experiment_of(quick))
+    assert first.is_absolute()
+    assert first.parent == tmp_path / "runs"
+    assert second != first
+
+
+def test_json_schema_covers_every_kind() -> None:
+    schema = json.loads(json.dumps(json_schema()))
+    for section in ("task", "model"):
+        named = [
+            option["properties"]["kind"].get("const")
+            for option in schema["properties"][section]["anyOf"]
+        ]
+        assert set(kinds(section)) <= set(named)
+    assert "lr" in schema["$defs"]["Inner"]["properties"]
+
+
+def test_flat_settings_have_the_paths_of_overrides(quick: dict[str, Any]) -> None:
+    experiment = experiment_of(quick)
+    flat = experiment.flat()
+    assert flat["inner.lr"] == 0.01
+    assert flat["task.kind"] == "sinusoid"
+    dumped = yaml.safe_load(experiment.to_yaml())
+    assert dumped["outer"]["tasks_per_batch"] == flat["outer.tasks_per_batch"]

@@ -1,0 +1,126 @@
+"""What the README shows, run: its Python, its experiment, its commands, its tree."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.test_cli import clean_environment
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+# Enough to see a command work; its own settings come first.
+SHORT = [
+    "outer.iterations=3",
+    "outer.tasks_per_batch=4",
+    "outer.tasks_per_chunk=2",
+    "evaluation.tasks=4",
+    "evaluation.validation_tasks=4",
+    "compute.compile=never",
+]
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+def commands() -> list[list[str]]:
+    """Every `maml` command of the README."""
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part)[1:] for part in parts if part.startswith("maml ")]
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    output = None
+    if ">" in arguments:
+        arguments, output = arguments[:-2], folder / arguments[-1]
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=clean_environment(),
+    )
+    assert done.returncode == 0, f"maml {' '.join(arguments)}\n{done.stdout}{done.stderr}"
+    if output is not None:
+        output.write_text(done.stdout)
+    return done
+
+
+def test_the_readme_has_commands() -> None:
+    assert len(commands()) >= 12
+
+
+@pytest.mark.timeout(600)
+def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
+    """In one folder, top to bottom, as a newcomer would; training cut short."""
+    write_example(tmp_path)
+    run_dir, name = "", ""
+    for arguments in commands():
+        arguments = [run_dir if a == "RUN_DIR" else name if a == "NAME" else a for a in arguments]
+        if arguments[:3] == ["data", "prepare", "omniglot"]:
+            arguments += ["--source", str(real_data / "omniglot")]
+        if arguments[:3] == ["data", "prepare", "images"]:
+            archive = real_data / "grocery" / "grocery_32.zip"
+            arguments = [str(archive) if a == "photos.zip" else a for a in arguments]
+            arguments = ["51/10/20" if a == "64/16/20" else a for a in arguments]
+        if arguments[0] == "ui":
+            continue  # serves until it is stopped; tests/test_tracking.py does that
+        if arguments[0] == "train" and "--resume" in arguments:
+            overrides = [a for a in arguments if "=" in a]
+            arguments = [a for a in arguments if "=" not in a]
+            arguments += [f"{override.split('=')[0]}=4" for override in overrides]
+        elif arguments[0] == "train":
+            arguments = [*arguments, *SHORT]
+        if arguments[0] == "evaluate":
+            arguments = ["4" if a == "600" else a for a in arguments]
+        done = run(arguments, tmp_path)
+        if arguments[0] == "train":
+            found = re.search(r"run folder +(\S+)", done.stdout)
+            assert found is not None
+            run_dir, name = found.group(1), Path(arguments[1]).stem
+
+
+def write_example(folder: Path) -> None:
+    """The files of the section on own tasks, by the names in their first lines."""
+    for block in (*blocks("python"), *blocks("yaml")):
+        first = block.splitlines()[0]
+        if first.startswith("# my_lines.py") or first.startswith("# lines.yaml"):
+            (folder / first.removeprefix("# ")).write_text(block)
+
+
+def test_own_tasks_learn(tmp_path: Path) -> None:
+    """The worked example as it stands, not cut short: adapting to a line pays."""
+    write_example(tmp_path)
+    done = run(["train", "lines.yaml", "cluster.workers=0", "compute.compile=never"], tmp_path)
+    row = next(line for line in done.stdout.splitlines() if line.strip().startswith("trained"))
+    losses = [float(text) for text in re.findall(r"(\d+\.\d+) ±", row)]
+    assert losses[1] < 0.5 * losses[0]
+
+
+def test_the_library_example_runs() -> None:
+    (code,) = (block for block in blocks("python") if "chunk_function" in block)
+    assert 12 <= len([line for line in code.splitlines() if line.strip()]) <= 24
+    torch.manual_seed(0)
+    state: dict[str, object] = {}
+    exec(code, state)
+    metrics = state["metrics"]
+    assert isinstance(metrics, dict)
+    assert metrics["query_loss"].mean() < metrics["support_loss"].mean()
+
+
+def test_the_tree_names_every_file() -> None:
+    (tree,) = (block for block in blocks("text") if "tasks/" in block and "pipeline/" in block)
+    for folder in ("tasks", "pipeline"):
+        for path in (ROOT / folder).glob("*.py"):
+            assert path.name in tree, path.name
+    for name in re.findall(r"\b[a-z_]+\.py\b", tree):
+        assert list(ROOT.glob(f"*/{name}")), name
