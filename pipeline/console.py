@@ -41,17 +41,18 @@ class ConsoleWatcher(Watcher):
         self._metric_name, self._percent = "loss", False
 
     def starting(self, experiment: Experiment, run_dir: Path, what: str) -> None:
-        out.print(f"[bold]{experiment.name}[/] -> {run_dir}")
+        out.print(f"[bold]{experiment.name}[/] -> {run_dir}", soft_wrap=True)
 
     def started(self, session: Session) -> None:
         experiment = session.experiment
         workers = f"{session.workers.size} Ray actors" if session.workers.size else "in process"
         out.print(
             f"{experiment.task.kind} tasks, {experiment.model.kind} with "
-            f"{session.update.layout.size:,} parameters; {experiment.inner.steps} inner steps, "
+            f"{session.update.layout.size:,} parameters; inner steps: {experiment.inner.steps}, "
             f"{experiment.inner.order} order; {experiment.outer.tasks_per_batch} tasks per "
-            f"meta-batch in {session.num_chunks} chunks; {workers}; "
-            f"{'compiled' if session.compile else 'eager'}"
+            f"meta-batch, {session.tasks_per_chunk} per chunk; {workers}; "
+            f"{'compiled' if session.compile else 'not compiled'}",
+            soft_wrap=True,
         )
         if session.iteration:
             out.print(f"continuing after iteration {session.iteration:,}")

@@ -126,9 +126,21 @@ class OuterUpdate:
         return named
 
     def scheduler_state(self) -> dict[str, Any]:
-        """The scheduler's state and the current rate, fit for JSON."""
-        state = self._scheduler.state_dict() if self._scheduler else {}
-        plain: dict[str, Any] = json.loads(json.dumps({"lr": self.lr, "scheduler": state}))
+        """Where the schedule stands, and the rates (and betas) it has set, fit for JSON.
+
+        The scheduler's arguments are left out: they are those of the configuration, so that a run
+        that is continued for longer gets a longer schedule.
+        """
+        group = {k: v for k, v in self._optimizer.param_groups[0].items() if k != "params"}
+        state: dict[str, Any] = {}
+        if self._scheduler is not None:
+            arguments = inspect.signature(type(self._scheduler)).parameters
+            state = {
+                key: value
+                for key, value in self._scheduler.state_dict().items()
+                if key not in arguments or key == "last_epoch"
+            }
+        plain: dict[str, Any] = json.loads(json.dumps({"group": group, "scheduler": state}))
         return plain
 
     def restore(self, tensors: dict[str, Tensor], scheduler_state: dict[str, Any]) -> None:
@@ -149,7 +161,9 @@ class OuterUpdate:
         state |= {key: self.layout.join(params) for key, params in parts.items()}
         if state:
             self._optimizer.state[self._flat] = state
-        for group in self._optimizer.param_groups:
-            group["lr"] = scheduler_state["lr"]
+        self._optimizer.param_groups[0] |= {
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in scheduler_state["group"].items()
+        }
         if self._scheduler is not None:
             self._scheduler.load_state_dict(scheduler_state["scheduler"])

@@ -93,8 +93,10 @@ def _chunk_seconds(computer: ChunkComputer, threads: int) -> float:
 def _fitting_in_cluster(experiment: Experiment) -> int:
     import ray
 
-    connect(experiment, 1)
+    started = connect(experiment, 1)
     resources = ray.cluster_resources()
+    if started:
+        ray.shutdown()
     cluster = experiment.cluster
     rooms = []
     if cluster.gpus_per_worker:

@@ -77,16 +77,18 @@ class Session:
         self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
         self.update = OuterUpdate(theta, experiment.outer)
         self.iteration = 0
+        """Completed meta-updates."""
         self.bad_updates = 0
         self.best: dict[str, Any] | None = None
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
         self.selection_step = experiment.selection_step
-        chunk = tasks_per_chunk(experiment, self.update.layout)
-        self.num_chunks = -(-experiment.outer.tasks_per_batch // chunk)
+        self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout)
+        self.num_chunks = -(-experiment.outer.tasks_per_batch // self.tasks_per_chunk)
         self.workers: WorkerGroup
         self.tracker: RunTracker = NullTracker()
         self._store = store
         self._improved = False
+        self._saved_at = -1
         self._window: dict[str, float] = {}
         self._window_length = 0
         self._seconds_tracking = 0.0
@@ -158,8 +160,6 @@ class Session:
         )
         # A flag that stayed set would make every later checkpoint the best one.
         self._improved, self._saved_at = False, self.iteration
-
-    _saved_at = -1
 
     def save_theta(self) -> None:
         """Write the final parameters."""

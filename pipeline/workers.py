@@ -15,6 +15,7 @@ are discarded. Workers may join late and come back after a restart: nothing depe
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import statistics
 import sys
@@ -23,6 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +40,7 @@ Notice = Callable[[str], None]
 _TICK = 0.5  # seconds between looks at what is overdue
 _SHORTEST_TIMEOUT = 30.0
 _REPLACED_AFTER = 3  # timeouts without an answer
+_PATIENCE = 300.0  # seconds without any worker
 _JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
 
 
@@ -107,20 +110,34 @@ class ChunkActor:
         self._experiment, self._compile = experiment, compile
         self._computer: ChunkComputer | None = None
 
-    def ready(self) -> int:
-        """Build and warm up everything; returns the process id."""
+    def ready(self) -> tuple[int, list[str]]:
+        """Build and warm up everything; returns the process id, and warnings for the driver."""
+        warnings = _Warnings()
         if self._computer is None:
+            logging.getLogger("pipeline").addHandler(warnings)
             computer = ChunkComputer(self._experiment, self._compile)
             with _one_compiler_per_node():
                 computer.warm_up()
             self._computer = computer
-        return os.getpid()
+            logging.getLogger("pipeline").removeHandler(warnings)
+        return os.getpid(), warnings.lines
 
     def run(self, theta: FlatVector, job: Job) -> ChunkResult:
         """Compute a job at θ."""
         self.ready()
         assert self._computer is not None
         return self._computer.run(theta, job)
+
+
+class _Warnings(logging.Handler):
+    """Collects warnings: what an actor writes to its log nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
 
 
 @dataclass
@@ -155,6 +172,8 @@ class RayWorkers:
         self._notice = notice
         self._started_ray = connect(experiment, size)
         self._round = 0
+        self._lost_since: float | None = None
+        self._warned: set[str] = set()
         self._durations: deque[float] = deque(maxlen=64)
         self._calls: dict[Any, _Call] = {}
         self._actor = ray.remote(ChunkActor).options(
@@ -162,10 +181,17 @@ class RayWorkers:
             num_gpus=experiment.cluster.gpus_per_worker,
             max_restarts=-1,
         )
-        # Small plain arguments: a restart must not need an object that may be gone.
-        self._arguments = (experiment, compile, [os.getcwd()])
+        # Small plain arguments: a restart must not need an object that may be gone. Paths are
+        # resolved here, where the person is who wrote them.
+        root = str(Path(experiment.data.root).expanduser().absolute())
+        data = experiment.data.model_copy(update={"root": root})
+        self._arguments = (experiment.model_copy(update={"data": data}), compile, [os.getcwd()])
         self._workers = [_Worker(number, self._new_actor()) for number in range(size)]
-        self._wait_for_first_worker()
+        try:
+            self._wait_for_first_worker()
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
         self._round += 1
@@ -230,6 +256,8 @@ class RayWorkers:
             due = worker.pid is None and time.monotonic() >= worker.ready_again
             if due and not self._calls_of(worker):
                 self._calls[worker.handle.ready.remote()] = _Call(worker, time.monotonic())
+        if self._lost_since is not None and time.monotonic() - self._lost_since > _PATIENCE:
+            raise WorkersLost(f"no worker has come back for {_PATIENCE:.0f} s")
         if not self._calls:
             if not self._workers:
                 raise WorkersLost("all workers are gone and cannot be restarted")
@@ -263,9 +291,15 @@ class RayWorkers:
                     f"its chunk is computed elsewhere ({type(error).__name__})"
                 )
             worker.pid, worker.ready_again = None, time.monotonic() + _TICK
+            if not self.pids() and self._lost_since is None:
+                self._lost_since = time.monotonic()
             return None
         if call.round < 0:
-            worker.pid = int(answer)
+            worker.pid, warnings = answer
+            self._lost_since = None
+            for line in set(warnings) - self._warned:
+                self._warned.add(line)
+                self._notice(line)
             return None
         now = time.monotonic()
         self._durations.append(now - call.started)

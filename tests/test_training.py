@@ -20,7 +20,7 @@ import yaml
 from pipeline.aggregation import aggregate
 from pipeline.checkpoint import CheckpointStore, load_theta
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
-from pipeline.outer_update import OuterUpdate
+from pipeline.outer_update import OuterUpdate, schedulers
 from pipeline.parameters import Layout
 from pipeline.session import RunFolderError, Watcher
 from pipeline.training import Interrupted, TrainingFailed, train
@@ -331,6 +331,34 @@ def test_clipping_and_schedule(quick: dict[str, Any]) -> None:
     )
     by_value.step(torch.tensor([3.0, -0.1]))
     assert by_value.flat.tolist() == pytest.approx([-0.5, 0.1])
+
+
+@pytest.mark.parametrize("name", schedulers())
+def test_every_schedule_is_resumed_where_it_was(name: str, quick: dict[str, Any]) -> None:
+    arguments = {
+        "OneCycleLR": {"max_lr": 0.1},
+        "CyclicLR": {"base_lr": 0.01, "max_lr": 0.1, "step_size_up": 3, "cycle_momentum": False},
+        "CosineAnnealingWarmRestarts": {"T_0": 3},
+        "StepLR": {"step_size": 2},
+        "MultiStepLR": {"milestones": [2, 5]},
+        "ExponentialLR": {"gamma": 0.5},
+    }.get(name, {})
+    outer = experiment_of(
+        quick, outer={"iterations": 9, "scheduler": name, "scheduler_args": arguments}
+    ).outer
+    straight, resumed = (OuterUpdate({"w": torch.ones(3)}, outer) for _ in range(2))
+    rates = []
+    for step in range(9):
+        gradient = torch.tensor([1.0, -2.0, 0.5]) * (step + 1)
+        straight.step(gradient)
+        resumed.step(gradient)
+        rates.append(straight.lr)
+        fresh = OuterUpdate({"w": torch.ones(3)}, outer)
+        fresh.restore(resumed.tensors(), resumed.scheduler_state())
+        resumed = fresh
+        assert resumed.lr == straight.lr
+        assert torch.equal(resumed.flat, straight.flat)
+    assert len(set(rates)) > 1 or name == "ConstantLR"
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])
