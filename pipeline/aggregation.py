@@ -44,7 +44,10 @@ def aggregate(results: Sequence[ChunkResult]) -> Aggregate:
         for name in results[0].metrics
     }
     gradient = torch.from_numpy(total) / num_tasks
-    bad = () if bool(torch.isfinite(gradient).all()) else _bad_tasks(results)
+    bad: tuple[int, ...] = ()
+    if not bool(torch.isfinite(gradient).all()):
+        # Finite chunks whose sum overflows: all are to blame.
+        bad = _bad_tasks(results) or tuple(range(num_tasks))
     return Aggregate(gradient, metrics, bad)
 
 

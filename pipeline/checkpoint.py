@@ -31,6 +31,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from pipeline.config import Experiment
 from pipeline.parameters import Params
 
 log = logging.getLogger(__name__)
@@ -96,6 +97,12 @@ class CheckpointStore:
                 f"checkpoint folder {self.folder}: {error}; use a local path or a URI such as "
                 "file:///..., s3://BUCKET/..., gs://BUCKET/..."
             ) from error
+
+    @classmethod
+    def of_run(cls, experiment: Experiment, run_dir: Path) -> CheckpointStore:
+        """The checkpoints of an experiment's run: in its folder, unless configured elsewhere."""
+        settings = experiment.checkpoint
+        return cls(settings.uri or run_dir / "checkpoints", settings.keep)
 
     def check_writable(self) -> None:
         """Create the folder and write to it once, so that a run fails at its start if it must.

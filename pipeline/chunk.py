@@ -161,11 +161,16 @@ class ChunkComputer:
 
         Also the moment at which missing data or a model that does not fit its tasks is noticed.
         """
-        theta = self._layout.join(initial_parameters(self._experiment)).numpy()
-        per_batch = self._experiment.outer.tasks_per_batch
-        uneven = per_batch % self._tasks_per_chunk != 0
-        for chunk in {0, self.num_chunks - 1} if uneven else {0}:
-            self.run(theta, GradientJob(0, chunk))
+        self.run_first_chunk()
+        if self._experiment.outer.tasks_per_batch % self._tasks_per_chunk != 0:
+            self.run(self._initial_theta(), GradientJob(0, self.num_chunks - 1))
+
+    def run_first_chunk(self) -> None:
+        """Compute one chunk, for those who measure."""
+        self.run(self._initial_theta(), GradientJob(0, 0))
+
+    def _initial_theta(self) -> FlatVector:
+        return self._layout.join(initial_parameters(self._experiment)).numpy()
 
     def worth_compiling(self, calls: int) -> bool:
         """Whether so many chunks repay compilation; decided from the computation alone."""
@@ -237,9 +242,8 @@ class ChunkComputer:
         with self._lock:
             prepared = self._prepared.pop(job, None)
             # What was prepared for an iteration that is over went to another worker.
-            for stale in [j for j in self._prepared if j.iteration <= job.iteration]:
-                if stale.iteration < job.iteration:
-                    self._prepared.pop(stale).cancel()
+            for stale in [j for j in self._prepared if j.iteration < job.iteration]:
+                self._prepared.pop(stale).cancel()
         started = time.perf_counter()
         batch = prepared.result() if prepared is not None else self._sample(job)
         return batch, time.perf_counter() - started

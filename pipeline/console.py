@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,8 @@ class ConsoleWatcher(Watcher):
     def __init__(self) -> None:
         self.training = False
         """Between the start of the loop and the meta-test: a Ctrl-C then ends in a checkpoint."""
+        self.has_started = False
+        self.on_started: Callable[[], None] = lambda: None
         self._progress: Progress | None = None
         self._line: TaskID | None = None
         self._total = 0
@@ -40,8 +42,8 @@ class ConsoleWatcher(Watcher):
         self._tasks_per_batch = 0
         self._metric_name, self._percent = "loss", False
 
-    def starting(self, experiment: Experiment, run_dir: Path, what: str) -> None:
-        out.print(f"[bold]{experiment.name}[/] -> {run_dir}", soft_wrap=True)
+    def starting(self, experiment: Experiment, run_dir: Path) -> None:
+        out.print(f"{experiment.name} -> {run_dir}", style="bold", markup=False, soft_wrap=True)
 
     def started(self, session: Session) -> None:
         experiment = session.experiment
@@ -61,7 +63,8 @@ class ConsoleWatcher(Watcher):
         self._total, self._first = experiment.outer.iterations, session.iteration
         self._tasks_per_batch = experiment.outer.tasks_per_batch
         self._began = self._shown = time.monotonic()
-        self.training = True
+        self.training = self.has_started = True
+        self.on_started()
         if out.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=24), TextColumn("{task.description}"), console=out
@@ -86,7 +89,7 @@ class ConsoleWatcher(Watcher):
         if self._progress is not None and self._line is not None:
             self._progress.update(self._line, completed=iteration, description=line)
         else:
-            out.print(line, soft_wrap=True)
+            out.print(line, markup=False, soft_wrap=True)
 
     def validated(self, iteration: int, curve: Curve, best: bool) -> None:
         metric = "accuracy" if "accuracy" in curve.mean else "loss"
@@ -112,7 +115,8 @@ class ConsoleWatcher(Watcher):
             self._progress = None
 
     def _print(self, message: str) -> None:
-        (self._progress.console if self._progress else out).print(message, soft_wrap=True)
+        console = self._progress.console if self._progress else out
+        console.print(message, markup=False, soft_wrap=True)
 
 
 def metric_label(task: Any, metric: str) -> tuple[str, bool]:

@@ -10,17 +10,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.checkpoint import CheckpointError, load_theta
-from pipeline.chunk import EvaluationJob, FlatVector, initial_parameters, tasks_per_chunk
+from pipeline.checkpoint import CheckpointError, CheckpointStore, load_theta
+from pipeline.chunk import (
+    EVALUATION_SEED,
+    EvaluationJob,
+    FlatVector,
+    initial_parameters,
+    tasks_per_chunk,
+)
 from pipeline.config import Experiment
-from pipeline.parameters import Layout
+from pipeline.parameters import Layout, Params
 from pipeline.workers import InProcess, WorkerGroup
+from tasks.base import SPLITS
 
+_NORMALISATION = {
+    "batch": "statistics of the current batch, support and query apart",
+    "none": "none",
+}
 TRAINED, RANDOM, ORACLE = "trained", "random init", "oracle"
 
 
@@ -121,13 +132,19 @@ def evaluate_run(
     split: str,
     num_tasks: int | None,
     steps: tuple[int, ...] | None,
+    checkpoint: Literal["final", "best"] = "final",
 ) -> list[Curve]:
-    """Meta-test the final parameters in a run's folder, in this process. Raises CheckpointError."""
-    theta = load_theta(run_dir / "theta.safetensors")
+    """Meta-test the parameters of a run, in this process.
+
+    `final` are those of the last iteration, `best` those of the best validation. Raises
+    CheckpointError.
+    """
+    theta = _parameters_of(experiment, run_dir, checkpoint)
     layout = Layout.of(initial_parameters(experiment))
     if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
-        raise CheckpointError(f"{run_dir}/theta.safetensors does not fit the model of config.yaml")
-    workers = InProcess(experiment, compile=False)
+        raise CheckpointError(f"the parameters in {run_dir} do not fit the model of config.yaml")
+    check_tasks(experiment, (split,))
+    workers = InProcess(experiment, compile=False, warm_up=False)
     try:
         return meta_test(
             workers,
@@ -141,6 +158,43 @@ def evaluate_run(
         workers.close()
 
 
+def _parameters_of(experiment: Experiment, run_dir: Path, checkpoint: str) -> Params:
+    if checkpoint == "final":
+        return load_theta(run_dir / "theta.safetensors")
+    store = CheckpointStore.of_run(experiment, run_dir)
+    state = store.best()
+    if state is None:
+        raise CheckpointError(f"{store.folder} holds no checkpoint that was the best on validation")
+    return {
+        name.removeprefix("theta."): value
+        for name, value in state.tensors.items()
+        if name.startswith("theta.")
+    }
+
+
+def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
+    """Raise what sampling would raise later: missing or damaged data, too few classes, no oracle.
+
+    Raises ValueError naming the setting, or an error of the data.
+    """
+    task = experiment.build_task()
+    for split in splits:
+        task.check(split)
+    if ORACLE in experiment.evaluation.baselines:
+        one = task.sample(EVALUATION_SEED, splits[-1], np.arange(1))
+        if task.oracle(one) is None:
+            raise ValueError(
+                f"evaluation.baselines: {experiment.task.kind} tasks have no oracle; leave it out"
+            )
+    for name, changes in experiment.evaluation.variants.items():
+        variant = experiment.build_task(**changes)
+        if (variant.input_shape, variant.output_size) != (task.input_shape, task.output_size):
+            raise ValueError(
+                f"evaluation.variants.{name}: its tasks need a model with other inputs or outputs"
+            )
+        variant.check(splits[-1])
+
+
 def protocol(
     experiment: Experiment, split: str, num_tasks: int, changes: dict[str, Any]
 ) -> dict[str, Any]:
@@ -152,17 +206,11 @@ def protocol(
         "tasks": num_tasks,
         "inner_lr": experiment.inner.lr,
         "inner_steps_trained": experiment.inner.steps,
-        "normalisation": "statistics of the current batch, support and query apart"
-        if experiment.model.settings.get("normalisation") == "batch"
-        else "none",
+        "normalisation": _NORMALISATION.get(
+            experiment.model.settings.get("normalisation", ""), "as the model does"
+        ),
         "ci95": "1.96 sd / sqrt(tasks)",
     }
-
-
-def selection_value(curve: Curve, metric: str, step: int) -> float:
-    """The value by which checkpoints are chosen; the last reported step where `step` is later."""
-    position = max(i for i, s in enumerate(curve.steps) if s <= step or i == 0)
-    return curve.mean[metric][position]
 
 
 def as_series(curves: Sequence[Curve], metric: str) -> dict[str, dict[str, Any]]:

@@ -92,9 +92,8 @@ def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = 
     that does not touch its results.
     """
     before = load_run(run_dir)
-    named = Path(name_or_path)
-    name = named.stem if named.suffix in (".yaml", ".yml") else name_or_path
-    if name not in (before.name, "config"):
+    name = load(name_or_path).name if Path(name_or_path).is_file() else name_or_path
+    if name != before.name:
         raise ConfigError(str(run_dir), [f"holds a run of {before.name}, not of {name}"])
     after = load_run(run_dir, overrides)
     was, now = before.flat(), after.flat()

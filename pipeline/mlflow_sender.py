@@ -116,7 +116,7 @@ class Sender:
         self._taken: list[Record] = []
         self._files: list[Artifact] = []
         self._client: Any = None
-        self._recorded: set[tuple[str, int, float]] = set()
+        self._recorded: set[tuple[str, int]] = set()
         self._complaints: set[str] = set()
         self._finishing = threading.Event()
         self._stopped = threading.Event()
@@ -204,21 +204,24 @@ class Sender:
 
     def _find_or_create_run(self, client: Any, artifacts: str | None) -> str:
         wanted = self.destination
+        run = None
         if wanted.run_id is not None:
             run = _existing_run(client, wanted.run_id)
-            if run is not None:
-                # A resumed run repeats the iterations after its checkpoint, with the same values.
-                self._recorded = {
-                    (name, metric.step, metric.value)
-                    for name in run.data.metrics
-                    for metric in client.get_metric_history(wanted.run_id, name)
-                }
-                return wanted.run_id
-            log.warning("MLflow run %s is gone; its record goes on as a new run", wanted.run_id)
+            if run is None:
+                log.warning("MLflow run %s is gone; its record goes on as a new run", wanted.run_id)
         experiment_id = _experiment_id(client, wanted.experiment, artifacts)
-        found = client.search_runs([experiment_id], f"tags.`{_TOKEN}` = '{wanted.token}'")
-        if found:
-            return str(found[0].info.run_id)
+        if run is None:
+            found = client.search_runs([experiment_id], f"tags.`{_TOKEN}` = '{wanted.token}'")
+            run = found[0] if found else None
+        if run is not None:
+            # A resumed run repeats the iterations after its checkpoint: they are recorded once.
+            run_id = str(run.info.run_id)
+            self._recorded = {
+                (name, metric.step)
+                for name in run.data.metrics
+                for metric in client.get_metric_history(run_id, name)
+            }
+            return run_id
         tags = {_TOKEN: wanted.token}
         if wanted.parent_run_id is not None:
             tags["mlflow.parentRunId"] = wanted.parent_run_id
@@ -237,7 +240,7 @@ class Sender:
                     if isinstance(record, Metrics)
                     for name, value in record.values.items()
                 ]
-                new = [e for e in entries if (e[0], e[3], e[1]) not in self._recorded]
+                new = [e for e in entries if (e[0], e[3]) not in self._recorded]
                 self._log("metrics", [Metric(*entry) for entry in new])
             case Params(values):
                 self._log(

@@ -11,14 +11,13 @@ import sys
 import time
 import urllib.error
 import urllib.request
-import webbrowser
 
 from pipeline.mlflow_sender import TrackingError, sqlite_file
 
 _STARTUP = 60.0  # seconds within which the server answers
 
 
-def serve(uri: str, host: str = "127.0.0.1", port: int = 5000, open_browser: bool = False) -> None:
+def serve(uri: str, host: str = "127.0.0.1", port: int = 5000) -> None:
     """Serve the store at `uri` until Ctrl-C, in the foreground.
 
     Raises TrackingError if there is no such store, the port is taken, or the server stops.
@@ -26,8 +25,6 @@ def serve(uri: str, host: str = "127.0.0.1", port: int = 5000, open_browser: boo
     server = start_server(uri, host, port)
     try:
         wait_until_up(server, host, port)
-        if open_browser:
-            webbrowser.open(f"http://{host}:{port}")
         code = server.wait()
     except KeyboardInterrupt:
         return

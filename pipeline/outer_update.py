@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import json
+import warnings
 from typing import Any
 
 import torch
@@ -75,6 +75,7 @@ class OuterUpdate:
             factory = torch.optim.Adam if outer.optimizer == "adam" else torch.optim.AdamW
         self._optimizer: torch.optim.Optimizer = factory([self._flat], fused=True, **options)
         self._scheduler = build_scheduler(self._optimizer, outer)
+        self._steps = 0
 
     @property
     def flat(self) -> Tensor:
@@ -108,6 +109,7 @@ class OuterUpdate:
                 )
             self._flat.grad = gradient
             self._optimizer.step()
+        self._steps += 1
         if self._scheduler is not None:
             self._scheduler.step()
         return norm
@@ -126,25 +128,17 @@ class OuterUpdate:
         return named
 
     def scheduler_state(self) -> dict[str, Any]:
-        """Where the schedule stands, and the rates (and betas) it has set, fit for JSON.
+        """Where the schedule stands, fit for JSON: its steps so far.
 
-        The scheduler's arguments are left out: they are those of the configuration, so that a run
-        that is continued for longer gets a longer schedule.
+        That is all: `restore` walks a fresh schedule as far. So nothing that a scheduler computes
+        from its arguments is frozen, and a run that is continued for longer follows the longer
+        schedule.
         """
-        group = {k: v for k, v in self._optimizer.param_groups[0].items() if k != "params"}
-        state: dict[str, Any] = {}
-        if self._scheduler is not None:
-            arguments = inspect.signature(type(self._scheduler)).parameters
-            state = {
-                key: value
-                for key, value in self._scheduler.state_dict().items()
-                if key not in arguments or key == "last_epoch"
-            }
-        plain: dict[str, Any] = json.loads(json.dumps({"group": group, "scheduler": state}))
-        return plain
+        return {"steps": self._steps}
 
     def restore(self, tensors: dict[str, Tensor], scheduler_state: dict[str, Any]) -> None:
-        """Continue where `tensors` and `scheduler_state` were taken. Raises ValueError."""
+        """Continue where `tensors` and `scheduler_state` were taken; to be called once, on a fresh
+        object. Raises ValueError."""
         parts: dict[str, Params] = {}
         state: dict[str, Any] = {}
         for path, value in tensors.items():
@@ -161,9 +155,10 @@ class OuterUpdate:
         state |= {key: self.layout.join(params) for key, params in parts.items()}
         if state:
             self._optimizer.state[self._flat] = state
-        self._optimizer.param_groups[0] |= {
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in scheduler_state["group"].items()
-        }
+        self._steps = int(scheduler_state["steps"])
         if self._scheduler is not None:
-            self._scheduler.load_state_dict(scheduler_state["scheduler"])
+            with warnings.catch_warnings():
+                # torch wants an optimiser step before each of these; they were done long ago.
+                warnings.simplefilter("ignore")
+                for _ in range(self._steps):
+                    self._scheduler.step()

@@ -1,7 +1,8 @@
 """Decides, before a run starts, what the configuration leaves open: compile? how many workers?
 
 Compilation changes the last bits of the results, so it is decided from the configuration alone.
-The number of workers does not, so it is measured.
+The number of workers does not (the threads of each do, and are kept when a run is resumed), so it
+is measured.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ import torch
 
 from pipeline.chunk import ChunkComputer
 from pipeline.config import Experiment
-from pipeline.workers import connect
+from pipeline.ray_workers import cluster_address, connect
+from pipeline.workers import threads_per_chunk
 
 _RAY_START_SECONDS = 8.0
 _ROUND_TRIP_SECONDS = 0.004
@@ -32,7 +34,7 @@ def decide_compile(experiment: Experiment) -> bool:
     wanted = experiment.compute.compile
     if wanted != "auto":
         return wanted == "always"
-    computer = ChunkComputer(experiment, compile=False)
+    computer = ChunkComputer(_on_driver(experiment), compile=False)
     try:
         calls = experiment.outer.iterations * computer.num_chunks
         return computer.worth_compiling(calls)
@@ -45,10 +47,10 @@ def decide_workers(experiment: Experiment) -> Placement:
     cluster = experiment.cluster
     if cluster.workers != "auto":
         return Placement(cluster.workers, "as configured")
-    computer = ChunkComputer(experiment, compile=False)
+    computer = ChunkComputer(_on_driver(experiment), compile=False)
     try:
         chunks = computer.num_chunks
-        if cluster.address or os.environ.get("RAY_ADDRESS") or cluster.gpus_per_worker:
+        if cluster_address(experiment) is not None or cluster.gpus_per_worker:
             fitting = _fitting_in_cluster(experiment)
             return Placement(
                 max(1, min(chunks, fitting)),
@@ -59,10 +61,9 @@ def decide_workers(experiment: Experiment) -> Placement:
         workers = min(chunks, fitting)
         if workers < 2:
             return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
-        here = chunks * _chunk_seconds(computer, experiment.compute.threads or cores)
-        threads = experiment.compute.threads or max(1, int(cluster.cpus_per_worker))
-        per_worker = -(-chunks // workers)
-        actors = per_worker * _chunk_seconds(computer, threads) + _ROUND_TRIP_SECONDS
+        here = chunks * _chunk_seconds(computer, threads_per_chunk(experiment, 0))
+        chunk = _chunk_seconds(computer, threads_per_chunk(experiment, workers))
+        actors = -(-chunks // workers) * chunk + _ROUND_TRIP_SECONDS
     finally:
         computer.close()
     saved = (here - actors) * experiment.outer.iterations
@@ -75,15 +76,22 @@ def decide_workers(experiment: Experiment) -> Placement:
     return Placement(0, f"{measured}: not worth starting Ray")
 
 
+def _on_driver(experiment: Experiment) -> Experiment:
+    """For a head node without GPU, whose actors will have one."""
+    if not experiment.cluster.gpus_per_worker:
+        return experiment
+    compute = experiment.compute.model_copy(update={"device": "cpu"})
+    return experiment.model_copy(update={"compute": compute})
+
+
 def _chunk_seconds(computer: ChunkComputer, threads: int) -> float:
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        computer.warm_up()
         times = []
-        for _ in range(3):
+        for _ in range(4):  # the first one warms up
             started = time.perf_counter()
-            computer.warm_up()
+            computer.run_first_chunk()
             times.append(time.perf_counter() - started)
         return min(times)
     finally:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -24,23 +25,31 @@ import numpy as np
 from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta, write_atomically
 from pipeline.chunk import FlatVector, initial_parameters, tasks_per_chunk
 from pipeline.config import Experiment
-from pipeline.evaluation import Curve
+from pipeline.evaluation import Curve, check_tasks
 from pipeline.outer_update import OuterUpdate
 from pipeline.placement import Placement, decide_compile, decide_workers
+from pipeline.ray_workers import RayWorkers
 from pipeline.report import write_plots
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
-from pipeline.workers import InProcess, RayWorkers, WorkerGroup
+from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
 
 
 class RunFolderError(Exception):
     """The run's folder cannot be used as asked; `str()` says what to do."""
 
 
+class Interrupted(Exception):
+    """The run was asked to stop, and has: its state is in a checkpoint."""
+
+
+Interruption = (Interrupted, KeyboardInterrupt)
+
+
 class Watcher:
     """What a person may want to see of a run; the command line overrides it, tests too."""
 
-    def starting(self, experiment: Experiment, run_dir: Path, what: str) -> None:
-        """A stage of the preparation begins."""
+    def starting(self, experiment: Experiment, run_dir: Path) -> None:
+        """The preparation begins: workers start, programs are compiled."""
 
     def started(self, session: Session) -> None:
         """Everything is ready; training begins or goes on."""
@@ -81,7 +90,6 @@ class Session:
         self.bad_updates = 0
         self.best: dict[str, Any] | None = None
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
-        self.selection_step = experiment.selection_step
         self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout)
         self.num_chunks = -(-experiment.outer.tasks_per_batch // self.tasks_per_chunk)
         self.workers: WorkerGroup
@@ -98,11 +106,18 @@ class Session:
         # θ as the workers take it: the same memory, so that it is always the current one.
         self._theta = self.update.flat.numpy()
         self.compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
+        # Known before MLflow has answered: a run that is killed early is found again by it.
+        self.tracking_token = str(state.extra["tracking_token"]) if state else uuid.uuid4().hex
 
     @property
     def theta(self) -> FlatVector:
         """θ, flat [D]."""
         return self._theta
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many iterations happens now; the last counts."""
+        last = self.iteration == self.experiment.outer.iterations
+        return self.iteration % every == 0 or last
 
     def record(self, metrics: dict[str, float], began: float) -> None:
         """Take in the metrics of an iteration that began at `began` (time.perf_counter)."""
@@ -113,8 +128,8 @@ class Session:
         for name, value in metrics.items():
             window[name] = window.get(name, 0.0) + value
         self._window_length += 1
-        last = self.iteration == self.experiment.outer.iterations
-        if self.iteration % self.experiment.track_every == 0 or last:
+        # A record never spans a checkpoint: a resumed run then has the same ones.
+        if self.due(self.experiment.track_every) or self.due(self.experiment.checkpoint_every):
             means = {name: total / self._window_length for name, total in window.items()}
             self._window, self._window_length = {}, 0
             self._append_history({"iteration": self.iteration, **means})
@@ -124,13 +139,10 @@ class Session:
 
     def record_validation(self, curve: Curve, value: float) -> None:
         """Take in a validation; `value` is what checkpoints are chosen by."""
-        better = self.best is None or (
-            value > self.best["value"] if self._higher_is_better else value < self.best["value"]
+        before = None if self.best is None else self.best["value"]
+        better = bool(np.isfinite(value)) and (
+            before is None or (value > before if self._higher_is_better else value < before)
         )
-        if better and np.isfinite(value):
-            self.best = {"iteration": self.iteration, "value": value, "metric": self.metric}
-            self._improved = True
-            self.save_checkpoint()
         metrics = {
             f"validation/{name}_step{step}{suffix}": values[position]
             for suffix, table in (("", curve.mean), ("_ci95", curve.ci95))
@@ -139,6 +151,10 @@ class Session:
         }
         self._append_history({"iteration": self.iteration, **metrics})
         self.tracker.log_metrics(metrics, self.iteration)
+        if better:
+            self.best = {"iteration": self.iteration, "value": value, "metric": self.metric}
+            self._improved = True
+            self.save_checkpoint()
         self.watcher.validated(self.iteration, curve, better)
 
     def save_checkpoint(self) -> None:
@@ -154,7 +170,11 @@ class Session:
                 bad_updates=self.bad_updates,
                 config=self.experiment.model_dump(mode="json"),
                 mlflow_run_id=self.tracker.run_id,
-                extra={"compile": self.compile},
+                extra={
+                    "compile": self.compile,
+                    "threads": self.experiment.compute.threads,
+                    "tracking_token": self.tracking_token,
+                },
             ),
             best=self._improved,
         )
@@ -211,33 +231,51 @@ def open_session(
     Raises RunFolderError, CheckpointError, TrackingError, ValueError for what is wrong with the
     folder, the checkpoints, the tracking address, the model or the data.
     """
-    store = CheckpointStore(
-        experiment.checkpoint.uri or run_dir / "checkpoints", experiment.checkpoint.keep
-    )
+    store = CheckpointStore.of_run(experiment, run_dir)
     if not resume:
         _refuse_to_overwrite(run_dir, store)
     state = _state_to_resume(store) if resume else None
+    experiment = _with_absolute_data(experiment)
+    check_tasks(experiment)
     _create(run_dir, store)
-    session = Session(experiment, run_dir, state, store, watcher)
-    write_atomically(run_dir / "config.yaml", experiment.to_yaml())
-    watcher.starting(experiment, run_dir, "workers")
+    watcher.starting(experiment, run_dir)
     placement = decide_workers(experiment)
-    session.workers = _start_workers(experiment, session.compile, placement, watcher)
+    write_atomically(run_dir / "config.yaml", experiment.to_yaml())
+    threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
+    session = Session(_with_threads(experiment, threads), run_dir, state, store, watcher)
+    session.workers = _start_workers(session, placement)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         session.tracker = _start_tracking(session, state, placement)
         watcher.started(session)
         yield session
         status = "FINISHED"
-    except (KeyboardInterrupt, Exception) as error:
-        if type(error).__name__ in ("Interrupted", "KeyboardInterrupt"):
-            status = "KILLED"
+    except Interruption:
+        status = "KILLED"
         raise
     finally:
-        session.workers.close()
-        unsent = session.tracker.close(status)
-        if unsent is not None:
-            watcher.notice(f"MLflow could not be reached; what it missed is in {unsent}")
+        try:
+            session.workers.close()
+        finally:
+            unsent = session.tracker.close(status)
+            if unsent is not None:
+                watcher.notice(
+                    f"MLflow could not be reached; what it missed is in {unsent} "
+                    f"(maml resend {unsent})"
+                )
+
+
+def _with_absolute_data(experiment: Experiment) -> Experiment:
+    """Paths mean what they mean here, where the person is who wrote them, and on every worker."""
+    root = str(Path(experiment.data.root).expanduser().absolute())
+    data = experiment.data.model_copy(update={"root": root})
+    return experiment.model_copy(update={"data": data})
+
+
+def _with_threads(experiment: Experiment, threads: int) -> Experiment:
+    """The number of threads changes the last bits: a resumed run keeps that of its beginning."""
+    compute = experiment.compute.model_copy(update={"threads": threads})
+    return experiment.model_copy(update={"compute": compute})
 
 
 def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
@@ -273,15 +311,19 @@ def _create(run_dir: Path, store: CheckpointStore) -> None:
     store.check_writable()
 
 
-def _start_workers(
-    experiment: Experiment, compile: bool, placement: Placement, watcher: Watcher
-) -> WorkerGroup:
+def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
+    experiment, watcher = session.experiment, session.watcher
     if experiment.cluster.workers == "auto":
         number = f"{placement.workers} actors" if placement.workers else "in process"
         watcher.notice(f"workers: {number} ({placement.reason})")
     if placement.workers == 0:
-        return InProcess(experiment, compile)
-    return RayWorkers(experiment, compile, placement.workers, watcher.notice)
+        return InProcess(experiment, session.compile)
+    if placement.workers > session.num_chunks:
+        watcher.notice(
+            f"{placement.workers} workers share {session.num_chunks} chunks per meta-batch: some "
+            "will be idle; a smaller outer.tasks_per_chunk makes more chunks"
+        )
+    return RayWorkers(experiment, session.compile, placement.workers, watcher.notice)
 
 
 def _start_tracking(
@@ -306,6 +348,7 @@ def _start_tracking(
             **experiment.tracking.tags,
         },
         run_id=state.mlflow_run_id if state else None,
+        token=session.tracking_token,
     )
     tracker.log_artifact(session.run_dir / "config.yaml")
     return tracker

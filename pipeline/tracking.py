@@ -20,6 +20,7 @@ import shutil
 import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -108,15 +109,21 @@ class Tracker:
         params: Mapping[str, Any],
         tags: Mapping[str, str],
         run_id: str | None = None,
+        token: str | None = None,
         parent_run_id: str | None = None,
     ) -> Tracker:
         """The tracker of the run in `run_dir`; with a `run_id`, of that run's continuation.
+
+        `token` is a name of the caller's choice for a run whose id it may not live to see: the run
+        that carries it is continued too.
 
         What an interrupted run left unsent in `run_dir` is sent first.
         Raises TrackingError if `uri` cannot work (see `resolve_uri`).
         """
         uri = resolve_uri(uri, run_dir)
         destination = Destination(uri, experiment, run_name, run_id, parent_run_id)
+        if token is not None:
+            destination = replace(destination, token=token)
         records: list[Record] = []
         unsent_path = run_dir / UNSENT
         if unsent_path.exists():
@@ -128,7 +135,7 @@ class Tracker:
                 aside = unsent_path.with_name(f"unsent-tracking-{before.token}.jsonl")
                 unsent_path.replace(aside)
                 log.warning("%s holds records of this run for %s", aside, before.uri)
-        if destination.run_id is not None:
+        if run_id is not None or token is not None:
             records.append(RunStatus("RUNNING", now()))
         tracker = cls(destination, unsent_path, records)
         tracker.set_tags(tags)

@@ -13,22 +13,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pipeline.aggregation import Aggregate, aggregate
 from pipeline.chunk import GradientJob
 from pipeline.config import Experiment
-from pipeline.evaluation import Curve, adaptation_curve_of, meta_test, selection_value
-from pipeline.session import Session, Watcher, open_session
+from pipeline.evaluation import Curve, adaptation_curve_of, meta_test
+from pipeline.session import Interrupted, Session, Watcher, open_session
 from pipeline.workers import Round
 
 
 class TrainingFailed(Exception):
     """The run cannot go on; `str()` says why and what to do. A checkpoint holds what it has."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop, and has: its state is in a checkpoint."""
 
 
 def train(
@@ -44,15 +39,17 @@ def train(
     Raises TrainingFailed, Interrupted, and what `open_session` raises.
     """
     with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
+        experiment = session.experiment
+        session.save_checkpoint()  # a run can be continued from its first moment on
         while session.iteration < experiment.outer.iterations:
+            _meta_update(session)
+            if session.due(experiment.validate_every):
+                _validate(session)
+            if session.due(experiment.checkpoint_every):
+                session.save_checkpoint()
             if should_stop():
                 session.save_checkpoint()
                 raise Interrupted(f"stopped after iteration {session.iteration}")
-            _meta_update(session)
-            if _due(session, experiment.validate_every):
-                _validate(session)
-            if _due(session, experiment.checkpoint_every):
-                session.save_checkpoint()
         session.save_theta()
         session.watcher.testing(experiment)
         curves = meta_test(
@@ -134,15 +131,7 @@ def _validate(session: Session) -> None:
         session.theta,
         split="validation",
         num_tasks=experiment.evaluation.validation_tasks,
-        steps=experiment.report_steps,
+        steps=tuple(sorted({*experiment.report_steps, experiment.selection_step})),
     )
-    session.record_validation(curve, selection_value(curve, session.metric, session.selection_step))
-
-
-def _due(session: Session, every: int) -> bool:
-    return (
-        session.iteration % every == 0 or session.iteration == session.experiment.outer.iterations
-    )
-
-
-__all__: list[Any] = ["Interrupted", "TrainingFailed", "train"]
+    chosen = curve.steps.index(experiment.selection_step)
+    session.record_validation(curve, curve.mean[session.metric][chosen])

@@ -69,6 +69,12 @@ class TaskDistribution(ABC):
         its neighbours in `indices`, nor on any random state. `tasks.random` has what is needed.
         """
 
+    def check(self, split: str) -> None:  # noqa: B027  # nothing to check is fine
+        """Raise ValueError or an error of the data where tasks of this split cannot be sampled.
+
+        Called before a run starts, so that it does not end after hours in its first validation.
+        """
+
     @abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """L_T of one task: the *mean* over its examples, a scalar."""
@@ -123,4 +129,5 @@ def ascending(name: str, bounds: tuple[float, float]) -> None:
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:
     """A tensor of an array, precision kept; the computation casts it where it runs."""
-    return torch.from_numpy(np.ascontiguousarray(array))
+    array = np.ascontiguousarray(array)
+    return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -119,9 +119,13 @@ def recorded(tmp_path: Path, run: Path) -> None:
     assert {"config.yaml", "results.json", "theta.safetensors", "plots"} <= artifacts
 
 
+@pytest.mark.parametrize(
+    ("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2)]
+)
 def test_interrupt_writes_a_checkpoint_and_marks_the_run(
-    quick: dict[str, Any], tmp_path: Path
+    number: signal.Signals, workers: int, quick: dict[str, Any], tmp_path: Path
 ) -> None:
+    quick["cluster"]["workers"] = workers
     quick["task"] = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.02}
     quick["outer"]["iterations"] = 10_000
     quick["tracking"] = {"enabled": True}
@@ -138,7 +142,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
     deadline = time.monotonic() + 90
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
     assert "--resume" in out

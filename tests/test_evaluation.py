@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.checkpoint import CheckpointStore
 from pipeline.chunk import EVALUATION_SEED, ChunkComputer, EvaluationJob, initial_parameters
-from pipeline.evaluation import adaptation_curve_of, meta_test, selection_value
+from pipeline.evaluation import adaptation_curve_of, evaluate_run, meta_test
 from pipeline.parameters import Layout
 from pipeline.training import train
 from pipeline.workers import InProcess
+from tasks.glyphs import prepare_glyphs
 from tasks.image_folder import prepare_images
 from tasks.omniglot import prepare_omniglot
 from tasks.quadratic import Quadratic
@@ -121,22 +124,55 @@ def test_the_test_tasks_do_not_depend_on_the_run(quick: dict[str, Any]) -> None:
     assert np.array_equal(results[0], results[1])
 
 
-def test_selection_takes_the_chosen_step(quick: dict[str, Any]) -> None:
-    experiment = experiment_of(quick)
-    theta = initial_parameters(experiment)
-    workers = InProcess(experiment, compile=False)
-    curve = adaptation_curve_of(
-        workers,
-        experiment,
-        Layout.of(theta).join(theta).numpy(),
-        split="validation",
-        num_tasks=4,
-        steps=(0, 1, 3),
+def test_the_best_is_chosen_at_the_chosen_step(quick: dict[str, Any], tmp_path: Path) -> None:
+    """Validation reports the selection step even where `evaluation.steps` leaves it out."""
+    experiment = experiment_of(
+        quick, evaluation={"steps": [0, 3], "selection_step": 2, "every": 1}, checkpoint={"keep": 1}
     )
-    workers.close()
-    assert selection_value(curve, "loss", 1) == curve.mean["loss"][1]
-    assert selection_value(curve, "loss", 2) == curve.mean["loss"][1]
-    assert selection_value(curve, "loss", 9) == curve.mean["loss"][2]
+    train(experiment, tmp_path / "run")
+    lines = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    values = {
+        line["iteration"]: line["validation/loss_step2"]
+        for line in lines
+        if "validation/loss_step2" in line
+    }
+    best = CheckpointStore.of_run(experiment, tmp_path / "run").best()
+    assert best is not None
+    assert best.best is not None
+    assert best.best["value"] == min(values.values())
+    assert values[best.iteration] == min(values.values())
+    curves = [
+        evaluate_run(
+            experiment, tmp_path / "run", split="test", num_tasks=4, steps=(2,), checkpoint=which
+        )[0]
+        for which in ("final", "best")
+    ]
+    assert (curves[0].mean == curves[1].mean) == (best.iteration == 6)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": {"kind": "glyphs", "ways": 5000}}, "ways: "),
+        (
+            {"task": {"kind": "glyphs"}, "evaluation": {"variants": {"w": {"ways": 3}}}},
+            "variants.w",
+        ),
+        ({"task": {"kind": "glyphs"}, "evaluation": {"baselines": ["oracle"]}}, "no oracle"),
+    ],
+)
+def test_what_cannot_be_tested_is_refused_at_the_start(
+    change: dict[str, Any], message: str, quick: dict[str, Any], tmp_path: Path
+) -> None:
+    data = {"root": str(tmp_path / "data")}
+    prepare_glyphs(tmp_path / "data", num_classes=80)
+    change["task"]["num_classes"] = 80
+    settings = {**quick, "model": {"kind": "conv4", "filters": 4}, "data": data, **change}
+    with pytest.raises(ValueError, match=message):
+        train(experiment_of(settings), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nothing was started"
 
 
 def test_omniglot_through_actors(
@@ -147,7 +183,13 @@ def test_omniglot_through_actors(
     experiment = experiment_of(
         {
             **quick,
-            "task": {"kind": "omniglot", "ways": 5, "shots": 1, "queries": 1},
+            "task": {
+                "kind": "omniglot",
+                "ways": 5,
+                "shots": 1,
+                "queries": 1,
+                "rotations": "none",
+            },
             "model": {"kind": "conv4", "filters": 16},
             "data": {"root": str(tmp_path / "data")},
         },

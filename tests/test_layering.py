@@ -23,6 +23,7 @@ FLOORS = [
     "meta_gradient",
     "chunk",
     "workers",
+    "ray_workers",
     "placement",
     "aggregation",
     "outer_update",
@@ -36,6 +37,8 @@ FLOORS = [
     "session",
     "training",
     "console",
+    "cli_errors",
+    "cli_data",
     "cli",
 ]
 # Imported where it is called, because it needs what stands above it: a model builder is named by
@@ -48,7 +51,9 @@ def imported(path: Path) -> set[str]:
     """Modules of ours that a file imports anywhere, as 'tasks' or 'pipeline.NAME'."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom) and node.module in ("pipeline", "tasks"):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
             found.add(node.module)
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -79,7 +84,7 @@ def test_tasks_know_nothing_of_the_pipeline() -> None:
 
 def test_only_the_command_line_parses_or_prints() -> None:
     for path in (ROOT / "pipeline").glob("*.py"):
-        if path.stem in {"cli", "console"}:
+        if path.stem in {"cli", "cli_data", "console"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.func if isinstance(node, ast.Call) else None
@@ -111,4 +116,4 @@ def test_the_computation_needs_torch_and_numpy_alone() -> None:
 def test_files_stay_small() -> None:
     for folder in ("pipeline", "tasks", "tests", "benchmarks"):
         for path in (ROOT / folder).rglob("*.py"):
-            assert len(path.read_text().splitlines()) <= 450, path
+            assert len(path.read_text().splitlines()) <= 420, path

@@ -22,9 +22,9 @@ from pipeline.checkpoint import CheckpointStore, load_theta
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.outer_update import OuterUpdate, schedulers
 from pipeline.parameters import Layout
-from pipeline.session import RunFolderError, Watcher
-from pipeline.training import Interrupted, TrainingFailed, train
-from pipeline.workers import RayWorkers
+from pipeline.ray_workers import RayWorkers
+from pipeline.session import Interrupted, RunFolderError, Watcher
+from pipeline.training import TrainingFailed, train
 from tests.conftest import experiment_of
 
 
@@ -186,7 +186,7 @@ def test_resume_after_sigkill_equals_an_uninterrupted_run(
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     store = CheckpointStore(tmp_path / "cut" / "checkpoints", keep=2)
     deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and not store.list():
+    while time.monotonic() < deadline and not any(c.iteration for c in store.list()):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -359,6 +359,21 @@ def test_every_schedule_is_resumed_where_it_was(name: str, quick: dict[str, Any]
         assert resumed.lr == straight.lr
         assert torch.equal(resumed.flat, straight.flat)
     assert len(set(rates)) > 1 or name == "ConstantLR"
+
+
+def test_a_finished_schedule_goes_on_when_the_run_is_continued(quick: dict[str, Any]) -> None:
+    """At the end of a cosine the rate is 0; with more iterations the longer cosine counts."""
+    short, long = (
+        experiment_of(quick, outer={"iterations": n, "scheduler": "CosineAnnealingLR"}).outer
+        for n in (4, 8)
+    )
+    finished = OuterUpdate({"w": torch.ones(2)}, short)
+    for _ in range(4):
+        finished.step(torch.ones(2))
+    assert finished.lr == pytest.approx(0.0, abs=1e-12)
+    continued = OuterUpdate({"w": torch.ones(2)}, long)
+    continued.restore(finished.tensors(), finished.scheduler_state())
+    assert continued.lr == pytest.approx(long.lr / 2)
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd"])

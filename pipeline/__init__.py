@@ -1,0 +1,15 @@
+"""How tasks are learned, in the order of the data flow.
+
+    task distribution ──sample──▶ task batch ──adapt (eq. 2)──▶ θ'_i
+        p(T), eq. 1                chunk.py      inner_loop.py    │ query loss (eq. 3), meta_loss.py
+                                                                  ▼
+    checkpoint ◀── outer update (eq. 4) ◀── aggregate ◀──── meta-gradient per chunk
+    MLflow     ◀──┘    driver                driver            Ray actor, or in process
+
+The driver (`training`) waits for the slowest chunk of an iteration; workers wait for the driver's
+next θ, and sample the next tasks meanwhile. Nobody waits for MLflow. A file imports only from those
+above it in this order: components, config, experiments, parameters, models, meta_loss, inner_loop,
+compilation, meta_gradient, chunk, workers, ray_workers, placement, aggregation, outer_update,
+checkpoint, mlflow_sender, tracking, mlflow_ui, evaluation, plots, report, session, training,
+console, cli_errors, cli_data, cli.
+"""

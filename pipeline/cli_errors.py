@@ -1,0 +1,77 @@
+"""Errors of the command line: one clear message and an exit code instead of a traceback.
+
+Exit codes: 0 done; 1 the run failed; 2 the input was wrong, nothing was started; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import typer
+from rich.markup import escape
+
+DEBUG = "MAML_DEBUG"
+"""Environment variable that `--debug` sets."""
+
+
+def show_tracebacks() -> bool:
+    """Whether errors go through to Python's own report."""
+    return bool(os.environ.get(DEBUG))
+
+
+def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
+    """Ends a command with a message and an exit code instead of a traceback."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except (typer.Exit, typer.Abort, typer.BadParameter):
+            raise
+        except KeyboardInterrupt:
+            _fail("interrupted", 130)
+        except BrokenPipeError:
+            # The reader of our output has gone (`maml ... | head`): nothing is wrong.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:
+            if show_tracebacks():
+                raise
+            _fail(*_described(error))
+
+    return run
+
+
+def _described(error: Exception) -> tuple[str, int]:
+    """The message for an error, and the exit code."""
+    from pipeline.checkpoint import CheckpointError
+    from pipeline.experiments import ConfigError
+    from pipeline.mlflow_sender import TrackingError
+    from pipeline.session import Interrupted, RunFolderError
+    from pipeline.training import TrainingFailed
+    from pipeline.workers import WorkersLost
+    from tasks.image_store import StoreError
+
+    if isinstance(error, Interrupted):
+        return str(error), 130
+    if isinstance(
+        error,
+        ConfigError | RunFolderError | CheckpointError | TrackingError | StoreError | ValueError,
+    ):
+        return str(error), 2
+    if isinstance(error, TrainingFailed | WorkersLost):
+        return str(error), 1
+    return f"{type(error).__name__}: {error} (--debug shows where)", 1
+
+
+def _fail(message: str, code: int) -> None:
+    from pipeline.console import err
+
+    style = "yellow" if code == 130 else "bold red"
+    err.print(
+        f"[{style}]{'stopped' if code == 130 else 'error'}:[/] {escape(message)}", soft_wrap=True
+    )
+    raise typer.Exit(code)

@@ -1,0 +1,361 @@
+"""A group of Ray actors: who gets which job, and what happens when one dies or hangs.
+
+    driver                                   worker (x N)
+    ------                                   ------------
+    put(θ) ──────── object reference ──────▶ (first use on a node fetches it)
+    idle worker?  ── GradientJob(t, c) ────▶ sample chunk c of iteration t, compute
+    results[c]    ◀─ ChunkResult ─────────── return the gradient sum, then sample t + 1
+    ... until every chunk of t is there; the order of arrival does not matter.
+
+Idle workers pull the next job, so a slow one gets fewer. A job whose worker died is issued again; a
+job that is overdue is issued a second time and the first answer wins; answers to an earlier round
+are discarded. Workers may join late and come back after a restart: nothing depends on who they are.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import statistics
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job
+from pipeline.config import Experiment
+from pipeline.workers import (
+    Notice,
+    Round,
+    WorkersLost,
+    one_compiler_per_node,
+    threads_per_chunk,
+)
+
+_TICK = 0.5  # seconds between looks at what is overdue
+_SHORTEST_TIMEOUT = 30.0
+_REPLACED_AFTER = 3  # timeouts without an answer
+_PATIENCE = 300.0  # seconds without any worker
+_JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
+
+
+class ChunkActor:
+    """The Ray actor: a `ChunkComputer` in a process of its own."""
+
+    def __init__(self, experiment: Experiment, compile: bool, import_paths: list[str]):
+        # A task or model of the user's own is imported as the driver would.
+        sys.path += [path for path in import_paths if path not in sys.path]
+        # Without this, N actors would start N x cores threads.
+        torch.set_num_threads(threads_per_chunk(experiment, 1))
+        # An answer should leave at once, not when the thread that samples ahead has had its 5 ms.
+        sys.setswitchinterval(2e-4)
+        if not experiment.cluster.gpus_per_worker and experiment.compute.device == "auto":
+            # Ray hides no GPU from actors that asked for none: all would crowd onto the first.
+            compute = experiment.compute.model_copy(update={"device": "cpu"})
+            experiment = experiment.model_copy(update={"compute": compute})
+        self._experiment, self._compile = experiment, compile
+        self._computer: ChunkComputer | None = None
+
+    def ready(self) -> tuple[int, list[str]]:
+        """Build and warm up everything; returns the process id, and warnings for the driver."""
+        warnings = _Warnings()
+        if self._computer is None:
+            logging.getLogger("pipeline").addHandler(warnings)
+            computer = ChunkComputer(self._experiment, self._compile)
+            with one_compiler_per_node():
+                computer.warm_up()
+            self._computer = computer
+            logging.getLogger("pipeline").removeHandler(warnings)
+        return os.getpid(), warnings.lines
+
+    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
+        """Compute a job at θ."""
+        self.ready()
+        assert self._computer is not None
+        return self._computer.run(theta, job)
+
+
+class _Warnings(logging.Handler):
+    """Collects warnings: what an actor writes to its log nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@dataclass
+class _Worker:
+    number: int
+    handle: Any
+    pid: int | None = None
+    """None until it answered that it is ready."""
+    ready_again: float = 0.0
+    """When to ask a restarting worker next (time.monotonic)."""
+
+
+@dataclass
+class _Call:
+    worker: _Worker
+    started: float
+    round: int = -1
+    """-1: the question whether it is ready."""
+    job: int = -1
+    issued_again: bool = False
+
+
+class RayWorkers:
+    """A group of Ray actors."""
+
+    def __init__(self, experiment: Experiment, compile: bool, size: int, notice: Notice):
+        import ray
+
+        self._ray = ray
+        self.size = size
+        self._experiment = experiment
+        self._notice = notice
+        self._started_ray = connect(experiment, size)
+        self._round = 0
+        self._lost_since: float | None = None
+        self._replaced = 0
+        self._warned: set[str] = set()
+        self._durations: deque[float] = deque(maxlen=64)
+        self._calls: dict[Any, _Call] = {}
+        self._actor = ray.remote(ChunkActor).options(
+            num_cpus=experiment.cluster.cpus_per_worker,
+            num_gpus=experiment.cluster.gpus_per_worker,
+            max_restarts=-1,
+        )
+        # Small plain arguments: a restart must not need an object that may be gone.
+        self._arguments = (experiment, compile, [os.getcwd()])
+        self._workers = [_Worker(number, self._new_actor()) for number in range(size)]
+        try:
+            self._wait_for_first_worker()
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
+        self._round += 1
+        reference = self._ray.put(theta)
+        waiting = deque(range(len(jobs)))
+        answers: dict[int, ChunkResult] = {}
+        busy: dict[int, float] = {}
+        while len(answers) < len(jobs):
+            self._assign(reference, jobs, waiting, answers)
+            settled = self._wait()
+            for call, answer in settled:
+                if call.round != self._round:
+                    continue
+                if answer is None:
+                    waiting.appendleft(call.job)
+                elif call.job not in answers:
+                    answers[call.job] = answer
+                    seconds = answer.seconds_sampling + answer.seconds_computing
+                    busy[call.worker.number] = busy.get(call.worker.number, 0.0) + seconds
+            self._issue_overdue_again(waiting, answers)
+        return Round([answers[n] for n in range(len(jobs))], max(busy.values()))
+
+    def pids(self) -> list[int]:
+        """Process ids of the workers that are ready."""
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def close(self) -> None:
+        for worker in self._workers:
+            self._ray.kill(worker.handle)
+        if self._started_ray:
+            self._ray.shutdown()
+
+    def _new_actor(self) -> Any:
+        return self._actor.remote(*self._arguments)
+
+    def _assign(
+        self,
+        reference: Any,
+        jobs: Sequence[Job],
+        waiting: deque[int],
+        answers: dict[int, ChunkResult],
+    ) -> None:
+        """Give jobs to the workers that have the fewest, while there are jobs."""
+        for load in range(_JOBS_AHEAD):
+            for worker in self._workers:
+                if worker.pid is None or len(self._calls_of(worker)) != load:
+                    continue
+                while waiting and waiting[0] in answers:
+                    waiting.popleft()
+                job = waiting.popleft() if waiting else self._stolen(worker, answers)
+                if job is None:
+                    return
+                ref = worker.handle.run.remote(reference, jobs[job])
+                self._calls[ref] = _Call(worker, time.monotonic(), self._round, job)
+
+    def _stolen(self, thief: _Worker, answers: dict[int, ChunkResult]) -> int | None:
+        """For a worker with nothing to do: a job that waits behind another one elsewhere."""
+        if self._calls_of(thief):
+            return None
+        for worker in self._workers:
+            calls = [call for call in self._calls_of(worker) if call.job not in answers]
+            last = calls[-1] if len(calls) > 1 else None
+            if last is not None and last.round == self._round and not last.issued_again:
+                last.issued_again = True
+                return last.job
+        return None
+
+    def _calls_of(self, worker: _Worker) -> list[_Call]:
+        return [call for call in self._calls.values() if call.worker is worker]
+
+    def _wait(self) -> list[tuple[_Call, ChunkResult | None]]:
+        """Calls that have ended, with the answer or None for one that was lost."""
+        for worker in self._workers:
+            due = worker.pid is None and time.monotonic() >= worker.ready_again
+            if due and not self._calls_of(worker):
+                self._calls[worker.handle.ready.remote()] = _Call(worker, time.monotonic())
+        if self._lost_since is not None and time.monotonic() - self._lost_since > _PATIENCE:
+            raise WorkersLost(f"no worker has come back for {_PATIENCE:.0f} s")
+        if not self._calls:
+            if not self._workers:
+                raise WorkersLost("all workers are gone and cannot be restarted")
+            time.sleep(0.05)
+            return []
+        done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=_TICK)
+        settled = []
+        for ref in done:
+            call = self._calls.pop(ref)
+            answer = self._answer(ref, call)
+            if call.round >= 0:
+                settled.append((call, answer))
+        return settled
+
+    def _answer(self, ref: Any, call: _Call) -> ChunkResult | None:
+        errors = self._ray.exceptions
+        worker = call.worker
+        try:
+            answer = self._ray.get(ref)
+        except errors.RayTaskError as error:
+            # The computation itself failed, and would fail anywhere else too.
+            raise (error.cause if isinstance(error.cause, Exception) else error) from error
+        except errors.ActorDiedError as error:
+            if worker in self._workers:  # it may have had two jobs
+                self._workers.remove(worker)
+                self._notice(f"worker {worker.number} is gone for good: {_first_line(error)}")
+            return None
+        except errors.RayError as error:
+            if worker.pid is not None:
+                self._notice(
+                    f"worker {worker.number} (process {worker.pid}) was lost; "
+                    f"its chunk is computed elsewhere ({type(error).__name__})"
+                )
+            worker.pid, worker.ready_again = None, time.monotonic() + _TICK
+            self._note_loss()
+            return None
+        if call.round < 0:
+            worker.pid, warnings = answer
+            self._lost_since = None
+            for line in set(warnings) - self._warned:
+                self._warned.add(line)
+                self._notice(line)
+            return None
+        now = time.monotonic()
+        self._durations.append(now - call.started)
+        for next_call in self._calls_of(worker):
+            next_call.started = now  # it was in the queue until now
+        result: ChunkResult = answer
+        return result
+
+    def _note_loss(self) -> None:
+        if not self.pids() and self._lost_since is None:
+            self._lost_since = time.monotonic()
+
+    def _timeout(self) -> float:
+        """Seconds after which a chunk is overdue; longer after each replacement, so that work which
+        simply takes that long is done in the end."""
+        limit = self._experiment.cluster.chunk_timeout
+        if limit is None:
+            if not self._durations:
+                return float("inf")
+            limit = max(_SHORTEST_TIMEOUT, 20 * statistics.median(self._durations))
+        return float(limit * 2**self._replaced)
+
+    def _issue_overdue_again(self, waiting: deque[int], answers: dict[int, ChunkResult]) -> None:
+        limit, now = self._timeout(), time.monotonic()
+        for worker in self._workers:
+            calls = [call for call in self._calls_of(worker) if call.round >= 0]
+            silent = max((now - call.started for call in calls), default=0.0)
+            if silent < limit:
+                continue
+            late = [call for call in calls if not call.issued_again]
+            if late:
+                self._notice(
+                    f"worker {worker.number} (process {worker.pid}) has not answered for "
+                    f"{silent:.1f} s; its work is issued again"
+                )
+            for call in late:
+                call.issued_again = True
+                if call.round == self._round and call.job not in answers:
+                    waiting.appendleft(call.job)
+            if silent > _REPLACED_AFTER * limit:
+                self._notice(f"worker {worker.number} (process {worker.pid}) is replaced")
+                self._calls = {r: c for r, c in self._calls.items() if c.worker is not worker}
+                self._ray.kill(worker.handle)
+                worker.handle, worker.pid = self._new_actor(), None
+                self._replaced += 1
+                self._note_loss()
+
+    def _wait_for_first_worker(self) -> None:
+        complained = time.monotonic()
+        while not self.pids():
+            self._wait()
+            if time.monotonic() - complained > 20:
+                complained = time.monotonic()
+                self._notice(self._what_is_missing())
+
+    def _what_is_missing(self) -> str:
+        cluster = self._experiment.cluster
+        free = self._ray.available_resources()
+        wanted = f"{cluster.cpus_per_worker:g} CPU"
+        if cluster.gpus_per_worker:
+            wanted += f" and {cluster.gpus_per_worker:g} GPU"
+        return (
+            f"still waiting for the first of {self.size} workers to start: each takes {wanted}; "
+            f"free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+        )
+
+
+def cluster_address(experiment: Experiment) -> str | None:
+    """The address of a running Ray cluster, or None for a local one."""
+    address = experiment.cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+def connect(experiment: Experiment, size: int) -> bool:
+    """Make sure that Ray is there; True if it was started here and is ours to stop."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = cluster_address(experiment)
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    if address is not None:
+        # A running cluster has its own resources; naming any here would be an error.
+        ray.init(address=address, **quiet)
+        return True
+    needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
+    cores = os.cpu_count() or 1
+    ray.init(
+        address="local",
+        num_cpus=max(cores, needed),
+        include_dashboard=False,
+        **quiet,
+    )
+    return True
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,1 @@
+"""What is learned: task distributions. Knows nothing of the pipeline; needs torch and numpy."""
