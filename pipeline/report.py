@@ -63,8 +63,8 @@ def read_history(run_dir: Path) -> dict[str, list[float]]:
     records = [record for line in lines if "train/query_loss" in (record := json.loads(line))]
     return {
         "iteration": [record["iteration"] for record in records],
-        "support": [record["train/support_loss"] for record in records],
-        "query": [record["train/query_loss"] for record in records],
+        "support, before adaptation": [record["train/support_loss"] for record in records],
+        "query, after adaptation": [record["train/query_loss"] for record in records],
     }
 
 

@@ -85,6 +85,16 @@ def test_any_number_of_workers_gives_the_same_bits(
     assert torch.equal(final_theta(tmp_path / "alone"), final_theta(tmp_path / "actors"))
 
 
+def test_compiled_workers_give_the_same_bits(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """Each process compiles for itself, from the same program, for the same number of threads."""
+    settings = {**quick, "compute": {**quick["compute"], "compile": "always"}}
+    train(experiment_of(settings), tmp_path / "alone")
+    train(experiment_of(settings, cluster={"workers": 2}), tmp_path / "actors")
+    assert torch.equal(final_theta(tmp_path / "alone"), final_theta(tmp_path / "actors"))
+
+
 def test_killed_workers_change_nothing(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
