@@ -138,6 +138,7 @@ def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
         title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
+        collapse_padding=True,
     )
     table.add_column("", no_wrap=True)
     for step in curves[0].steps:
@@ -153,7 +154,9 @@ def cell(curve: Curve, metric: str, position: int, percent: bool) -> str:
     mean, half = curve.mean[metric][position], curve.ci95[metric][position]
     if percent:
         return f"{100 * mean:.2f} ± {100 * half:.2f}"
-    return f"{mean:.3f} ± {half:.3f}" if mean < 100 else f"{mean:.3g} ± {half:.2g}"
+    if mean >= 100:
+        return f"{mean:.3g} ± {half:.2g}"
+    return f"{mean:.2f} ± {half:.2f}" if mean >= 0.1 else f"{mean:.3f} ± {half:.3f}"
 
 
 def duration(seconds: float) -> str:

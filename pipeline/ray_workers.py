@@ -63,14 +63,17 @@ class ChunkActor:
 
     def ready(self) -> tuple[int, list[str]]:
         """Build and warm up everything; returns the process id, and warnings for the driver."""
+        if self._computer is not None:
+            return os.getpid(), []
         warnings = _Warnings()
-        if self._computer is None:
-            logging.getLogger("pipeline").addHandler(warnings)
+        logging.getLogger("pipeline").addHandler(warnings)
+        try:
             computer = ChunkComputer(self._experiment, self._compile)
             with one_compiler_per_node():
                 computer.warm_up()
-            self._computer = computer
+        finally:
             logging.getLogger("pipeline").removeHandler(warnings)
+        self._computer = computer
         return os.getpid(), warnings.lines
 
     def run(self, theta: FlatVector, job: Job) -> ChunkResult:

@@ -70,5 +70,5 @@ def test_a_node_is_lost(quick: dict[str, Any], tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert "workers 2" in done.stdout
     assert "the cluster has room for 2" in done.stdout
-    train(experiment_of(quick), tmp_path / "calm")
+    train(experiment_of({**settings, "cluster": quick["cluster"]}), tmp_path / "calm")
     assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "run"))
