@@ -140,12 +140,14 @@ def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    table.add_column("", no_wrap=True)
-    for step in curves[0].steps:
-        table.add_column(f"n = {step}", justify="right", no_wrap=True)
-    for curve in curves:
-        cells = [cell(curve, metric, p, percent) for p in range(len(curve.steps))]
-        table.add_row(curve.title, *cells, style=None if curve.who == "trained" else "dim")
+    rows = [[cell(c, metric, p, percent) for p in range(len(c.steps))] for c in curves]
+    table.add_column("", overflow="fold")
+    for step, column in zip(curves[0].steps, zip(*rows, strict=True), strict=True):
+        # Where space is short, names are folded, not numbers cut.
+        width = max(len(text) for text in column)
+        table.add_column(f"n = {step}", justify="right", no_wrap=True, min_width=width)
+    for curve, row in zip(curves, rows, strict=True):
+        table.add_row(curve.title, *row, style=None if curve.who == "trained" else "dim")
     return table
 
 

@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from pipeline.chunk import EVALUATION_SEED, model_of
 from pipeline.config import Experiment
-from pipeline.evaluation import Curve, as_series
+from pipeline.evaluation import TRAINED, Curve, as_series
 from pipeline.meta_gradient import Stages
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
@@ -36,11 +36,11 @@ def write_plots(
         path = folder / f"adaptation_{metric}.png"
         label = task.loss_name if metric == "loss" else metric
         plot_adaptation_curve(
-            as_series(curves, metric),
+            as_series(_legible(curves), metric),
             path,
             metric=label,
             title=f"{experiment.name}: learning new tasks",
-            caption=_caption(curves[0]),
+            caption=_caption(curves),
         )
         written.append(path)
     history = read_history(run_dir)
@@ -99,7 +99,18 @@ def sinusoid_fits(
     ]
 
 
-def _caption(curve: Curve) -> str:
+def _legible(curves: Sequence[Curve]) -> list[Curve]:
+    """Every curve of the trained parameters; of the baselines those of the first variant."""
+    return [c for c in curves if c.who == TRAINED or c.variant == curves[0].variant]
+
+
+def _caption(curves: Sequence[Curve]) -> str:
+    """What all curves have in common."""
     shown = ("tasks", "split", "ways", "shots", "queries", "rotations", "inner_lr")
-    facts = [f"{key} {curve.protocol[key]}" for key in shown if key in curve.protocol]
+    first, *others = (curve.protocol for curve in curves)
+    facts = [
+        f"{key.replace('_', ' ')} {first[key]}"
+        for key in shown
+        if key in first and all(other.get(key) == first[key] for other in others)
+    ]
     return ", ".join(facts) + "; bands: CI95 over tasks"
