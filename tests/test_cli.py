@@ -186,8 +186,13 @@ def test_bad_input_ends_with_code_2_and_one_clear_message(
     assert done.stderr.startswith("error: ")
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
-    traced = maml(*arguments, "--debug", cwd=tmp_path)
-    assert "Traceback" in traced.stderr
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = maml("train", "sinusiod", "--debug", cwd=tmp_path)
+    assert done.returncode != 0
+    assert "Traceback" in done.stderr
+    assert "there are: glyphs" in done.stderr
 
 
 def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) -> None:
