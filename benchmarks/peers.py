@@ -6,7 +6,7 @@
 
 All peers take turns in one process, on the same tasks from the same parameters. First, losses and
 meta-gradients are compared with a hand-written autograd loop in float64: those of peers in float64
-to 1e-8 (`ours` by its eager twin), and in float32, as timed, losses to 1e-4 and gradients to the
+to 1e-8 (`ours` by its eager twin), and in float32, as timed, losses to 1e-3 and gradients to the
 case's tolerance; it is loose for images, where rounding flips a few ReLUs. Errors are relative to
 the largest absolute value, TF32 is off. Only the meta-gradient of a meta-batch is timed, with the
 tasks on the device: no sampling, no outer update.
@@ -42,7 +42,7 @@ from pipeline.parameters import Layout
 from tasks.base import Examples, TaskBatch, TaskDistribution
 from tasks.sinusoid import Sinusoid
 
-EXACT, LOSSES = 1e-8, 1e-4  # tolerances: of everything in float64, of losses in float32
+EXACT, LOSSES = 1e-8, 1e-3  # tolerances: of everything in float64, of losses in float32
 TURN_SECONDS = 0.1  # in a turn, shorter steps are repeated
 
 
@@ -64,8 +64,8 @@ _IMAGES = "5-way 1-shot, 28x28 uniform noise, conv4 (64 filters, stride 2), quer
 CASES = {
     "sinusoid-1": Case(_POINTS, Sinusoid(), _MLP, 25, 1, 0.01, 1e-4),
     "sinusoid-5": Case(_POINTS, Sinusoid(), _MLP, 25, 5, 0.01, 1e-3),
-    "omniglot-1": Case(_IMAGES + "1", NoiseImages(queries=1), conv4, 32, 1, 0.1, 1e-2),
-    "omniglot-5": Case(_IMAGES + "15", NoiseImages(queries=15), conv4, 8, 5, 0.1, 2e-2),
+    "omniglot-1": Case(_IMAGES + "1", NoiseImages(queries=1), conv4, 32, 1, 0.1, 1e-1),
+    "omniglot-5": Case(_IMAGES + "15", NoiseImages(queries=15), conv4, 8, 5, 0.1, 1e-1),
 }
 
 
