@@ -58,6 +58,15 @@ class Curve:
             return self.who
         return self.variant if self.who == TRAINED else f"{self.variant}, {self.who}"
 
+    def by_step(self, prefix: str) -> dict[str, float]:
+        """Every value under a name of its own, as a tracker takes them."""
+        return {
+            f"{prefix}{name}_step{step}{suffix}": values[position]
+            for suffix, table in (("", self.mean), ("_ci95", self.ci95))
+            for name, values in table.items()
+            for position, step in enumerate(self.steps)
+        }
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)

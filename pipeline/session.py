@@ -143,12 +143,7 @@ class Session:
         better = bool(np.isfinite(value)) and (
             before is None or (value > before if self._higher_is_better else value < before)
         )
-        metrics = {
-            f"validation/{name}_step{step}{suffix}": values[position]
-            for suffix, table in (("", curve.mean), ("_ci95", curve.ci95))
-            for name, values in table.items()
-            for position, step in enumerate(curve.steps)
-        }
+        metrics = curve.by_step("validation/")
         self._append_history({"iteration": self.iteration, **metrics})
         self.tracker.log_metrics(metrics, self.iteration)
         if better:
@@ -191,15 +186,7 @@ class Session:
         write_results(self.run_dir, curves)
         for curve in curves:
             prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
-            self.tracker.log_metrics(
-                {
-                    f"{prefix}{name}_step{step}{suffix}": values[position]
-                    for suffix, table in (("", curve.mean), ("_ci95", curve.ci95))
-                    for name, values in table.items()
-                    for position, step in enumerate(curve.steps)
-                },
-                self.iteration,
-            )
+            self.tracker.log_metrics(curve.by_step(prefix), self.iteration)
         self.tracker.log_artifact(self.run_dir / "results.json")
         for plot in write_plots(self.experiment, self.run_dir, self.update.theta, curves):
             self.tracker.log_artifact(plot, "plots")
