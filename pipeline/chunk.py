@@ -8,9 +8,7 @@ Both worker groups, in process and Ray, call `ChunkComputer.run` and nothing els
 from __future__ import annotations
 
 import json
-import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -137,11 +135,8 @@ class ChunkComputer:
             compile=compile,
         )
         self._changed_tasks: dict[str, TaskDistribution] = {}
-        # Supervised tasks do not depend on θ: those of the next iteration are prepared while the
-        # driver aggregates this one. One thread, because more would take cores from computing.
-        self._sampler = ThreadPoolExecutor(1, thread_name_prefix="sampler")
-        self._prepared: dict[GradientJob, Future[TaskBatch]] = {}
-        self._lock = threading.Lock()
+        self._to_prepare: dict[GradientJob, None] = {}  # in this order
+        self._prepared: dict[GradientJob, TaskBatch] = {}
 
     def run(self, theta: FlatVector, job: Job) -> ChunkResult:
         """Compute a job at θ, a flat vector [D] that is only read."""
@@ -183,20 +178,30 @@ class ChunkComputer:
         """The function that computes a chunk, and its arguments beside θ: for those who measure."""
         return self._gradient, self._sample(job), self._alpha
 
-    def close(self) -> None:
-        """Stop preparing tasks."""
-        self._sampler.shutdown(wait=True, cancel_futures=True)
+    def prepare_ahead(self) -> bool:
+        """Sample one chunk of the next iteration; False if there is none left to sample.
+
+        Supervised tasks do not depend on θ, so a worker does this while the driver aggregates. Its
+        chunks of this iteration are the best guess at those of the next.
+        """
+        if not self._to_prepare:
+            return False
+        job = next(iter(self._to_prepare))
+        del self._to_prepare[job]
+        self._prepared[job] = self._sample(job)
+        return True
 
     def _run_gradient(self, theta: Tensor, job: GradientJob) -> ChunkResult:
-        batch, sampling = self._take(job)
+        began = time.perf_counter()
+        batch = self._take(job)
         started = time.perf_counter()
         gradient, metrics = self._gradient(theta, batch, self._alpha)
         host_gradient = gradient.cpu().numpy()
         host_metrics = {name: value.cpu().numpy() for name, value in metrics.items()}
-        computing = time.perf_counter() - started
-        self._prepare(GradientJob(job.iteration + 1, job.chunk))
+        ended = time.perf_counter()
+        num_tasks = batch.query.x.shape[0]
         return ChunkResult(
-            job, batch.query.x.shape[0], host_gradient, host_metrics, sampling, computing
+            job, num_tasks, host_gradient, host_metrics, started - began, ended - started
         )
 
     def _run_evaluation(self, theta: Tensor, job: EvaluationJob) -> ChunkResult:
@@ -237,23 +242,16 @@ class ChunkComputer:
             self._changed_tasks[key] = self._experiment.build_task(**changes)
         return self._changed_tasks[key]
 
-    def _take(self, job: GradientJob) -> tuple[TaskBatch, float]:
-        """The tasks of a job and the seconds spent on waiting for them."""
-        with self._lock:
-            prepared = self._prepared.pop(job, None)
-            # What was prepared for an iteration that is over went to another worker.
-            for stale in [j for j in self._prepared if j.iteration < job.iteration]:
-                self._prepared.pop(stale).cancel()
-        started = time.perf_counter()
-        batch = prepared.result() if prepared is not None else self._sample(job)
-        return batch, time.perf_counter() - started
-
-    def _prepare(self, job: GradientJob) -> None:
-        if job.iteration >= self._experiment.outer.iterations:
-            return
-        with self._lock:
-            if job not in self._prepared:
-                self._prepared[job] = self._sampler.submit(self._sample, job)
+    def _take(self, job: GradientJob) -> TaskBatch:
+        """The tasks of a job: prepared, or sampled now."""
+        batch = self._prepared.pop(job, None)
+        # What was meant for an iteration that is over went to another worker.
+        self._prepared = {j: b for j, b in self._prepared.items() if j.iteration >= job.iteration}
+        self._to_prepare = {j: None for j in self._to_prepare if j.iteration > job.iteration}
+        following = GradientJob(job.iteration + 1, job.chunk)
+        if following.iteration < self._experiment.outer.iterations:
+            self._to_prepare[following] = None
+        return self._sample(job) if batch is None else batch
 
     def _sample(self, job: GradientJob) -> TaskBatch:
         per_batch = self._experiment.outer.tasks_per_batch

@@ -35,11 +35,7 @@ def decide_compile(experiment: Experiment) -> bool:
     if wanted != "auto":
         return wanted == "always"
     computer = ChunkComputer(_on_driver(experiment), compile=False)
-    try:
-        calls = experiment.outer.iterations * computer.num_chunks
-        return computer.worth_compiling(calls)
-    finally:
-        computer.close()
+    return computer.worth_compiling(experiment.outer.iterations * computer.num_chunks)
 
 
 def decide_workers(experiment: Experiment) -> Placement:
@@ -48,24 +44,21 @@ def decide_workers(experiment: Experiment) -> Placement:
     if cluster.workers != "auto":
         return Placement(cluster.workers, "as configured")
     computer = ChunkComputer(_on_driver(experiment), compile=False)
-    try:
-        chunks = computer.num_chunks
-        if cluster_address(experiment) is not None or cluster.gpus_per_worker:
-            fitting = _fitting_in_cluster(experiment)
-            return Placement(
-                max(1, min(chunks, fitting)),
-                f"the cluster has room for {fitting}, a meta-batch has {chunks} chunks",
-            )
-        cores = os.cpu_count() or 1
-        fitting = int(cores / cluster.cpus_per_worker) if cluster.cpus_per_worker else cores
-        workers = min(chunks, fitting)
-        if workers < 2:
-            return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
-        here = chunks * _chunk_seconds(computer, threads_per_chunk(experiment, 0))
-        chunk = _chunk_seconds(computer, threads_per_chunk(experiment, workers))
-        actors = -(-chunks // workers) * chunk + _ROUND_TRIP_SECONDS
-    finally:
-        computer.close()
+    chunks = computer.num_chunks
+    if cluster_address(experiment) is not None or cluster.gpus_per_worker:
+        fitting = _fitting_in_cluster(experiment)
+        return Placement(
+            max(1, min(chunks, fitting)),
+            f"the cluster has room for {fitting}, a meta-batch has {chunks} chunks",
+        )
+    cores = os.cpu_count() or 1
+    fitting = int(cores / cluster.cpus_per_worker) if cluster.cpus_per_worker else cores
+    workers = min(chunks, fitting)
+    if workers < 2:
+        return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
+    here = chunks * _chunk_seconds(computer, threads_per_chunk(experiment, 0))
+    chunk = _chunk_seconds(computer, threads_per_chunk(experiment, workers))
+    actors = -(-chunks // workers) * chunk + _ROUND_TRIP_SECONDS
     saved = (here - actors) * experiment.outer.iterations
     measured = (
         f"an uncompiled iteration takes about {1e3 * here:.1f} ms in process, "

@@ -4,7 +4,7 @@
     ------                                   ------------
     put(θ) ──────── object reference ──────▶ (first use on a node fetches it)
     idle worker?  ── GradientJob(t, c) ────▶ sample chunk c of iteration t, compute
-    results[c]    ◀─ ChunkResult ─────────── return the gradient sum, then sample t + 1
+    results[c]    ◀─ ChunkResult ─────────── return the gradient sum; when idle, sample t + 1
     ... until every chunk of t is there; the order of arrival does not matter.
 
 Idle workers pull the next job, so a slow one gets fewer. A job whose worker died is issued again; a
@@ -18,11 +18,14 @@ import logging
 import os
 import statistics
 import sys
+import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -42,29 +45,76 @@ _SHORTEST_TIMEOUT = 30.0
 _REPLACED_AFTER = 3  # timeouts without an answer
 _PATIENCE = 300.0  # seconds without any worker
 _JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
+_IDLE = 2e-3  # seconds without a job, after which a worker prepares tasks of the next iteration
+
+_T = TypeVar("_T")
 
 
 class ChunkActor:
-    """The Ray actor: a `ChunkComputer` in a process of its own."""
+    """The Ray actor: a `ChunkComputer` in a process of its own.
+
+    One thread computes, one job after the other; Ray's threads meanwhile carry the answer to the
+    job before and the arguments of the next one.
+    """
 
     def __init__(self, experiment: Experiment, compile: bool, import_paths: list[str]):
         # A task or model of the user's own is imported as the driver would.
         sys.path += [path for path in import_paths if path not in sys.path]
         # Without this, N actors would start N x cores threads.
         torch.set_num_threads(threads_per_chunk(experiment, 1))
-        # An answer should leave at once, not when the thread that samples ahead has had its 5 ms.
-        sys.setswitchinterval(2e-4)
         if not experiment.cluster.gpus_per_worker and experiment.compute.device == "auto":
             # Ray hides no GPU from actors that asked for none: all would crowd onto the first.
             compute = experiment.compute.model_copy(update={"device": "cpu"})
             experiment = experiment.model_copy(update={"compute": compute})
         self._experiment, self._compile = experiment, compile
         self._computer: ChunkComputer | None = None
+        self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._compute, name="compute", daemon=True).start()
 
     def ready(self) -> tuple[int, list[str]]:
         """Build and warm up everything; returns the process id, and warnings for the driver."""
+        return os.getpid(), self._computed(self._build)
+
+    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
+        """Compute a job at θ."""
+
+        def work() -> ChunkResult:
+            self._build()
+            assert self._computer is not None
+            return self._computer.run(theta, job)
+
+        return self._computed(work)
+
+    def _computed(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns or raises on the computing thread."""
+        future: Future[_T] = Future()
+        self._work.put((work, future))
+        return future.result()
+
+    def _compute(self) -> None:
+        while True:
+            try:
+                # The answer to the last job leaves first.
+                work, future = self._work.get(timeout=_IDLE)
+            except Empty:
+                if self._prepared_ahead():
+                    continue
+                work, future = self._work.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _prepared_ahead(self) -> bool:
+        """Use idle time for the next iteration; False if there is nothing to do."""
+        try:
+            return self._computer is not None and self._computer.prepare_ahead()
+        except Exception:
+            return True  # the job itself will meet the error, and report it
+
+    def _build(self) -> list[str]:
         if self._computer is not None:
-            return os.getpid(), []
+            return []
         warnings = _Warnings()
         logging.getLogger("pipeline").addHandler(warnings)
         try:
@@ -74,13 +124,7 @@ class ChunkActor:
         finally:
             logging.getLogger("pipeline").removeHandler(warnings)
         self._computer = computer
-        return os.getpid(), warnings.lines
-
-    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
-        """Compute a job at θ."""
-        self.ready()
-        assert self._computer is not None
-        return self._computer.run(theta, job)
+        return warnings.lines
 
 
 class _Warnings(logging.Handler):
@@ -135,6 +179,7 @@ class RayWorkers:
             num_cpus=experiment.cluster.cpus_per_worker,
             num_gpus=experiment.cluster.gpus_per_worker,
             max_restarts=-1,
+            max_concurrency=_JOBS_AHEAD + 1,
         )
         # Small plain arguments: a restart must not need an object that may be gone.
         self._arguments = (experiment, compile, [os.getcwd()])

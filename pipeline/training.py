@@ -42,7 +42,7 @@ def train(
         experiment = session.experiment
         session.save_checkpoint()  # a run can be continued from its first moment on
         while session.iteration < experiment.outer.iterations:
-            _meta_update(session)
+            meta_update(session)
             if session.due(experiment.validate_every):
                 _validate(session)
             if session.due(experiment.checkpoint_every):
@@ -62,7 +62,7 @@ def train(
         return curves
 
 
-def _meta_update(session: Session) -> None:
+def meta_update(session: Session) -> None:
     """One iteration: t -> t + 1."""
     began = time.perf_counter()
     jobs = [GradientJob(session.iteration, chunk) for chunk in range(session.num_chunks)]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job
 from pipeline.config import Experiment
@@ -67,7 +67,6 @@ class InProcess:
         return Round(results, sum(r.seconds_sampling + r.seconds_computing for r in results))
 
     def close(self) -> None:
-        self._computer.close()
         torch.set_num_threads(self._threads_before)
 
 
@@ -82,7 +81,13 @@ def threads_per_chunk(experiment: Experiment, workers: int) -> int:
 def one_compiler_per_node() -> Iterator[None]:
     """Let one process of a node compile first; the others then find its work in the cache.
 
-    The lock is the operating system's: it ends with the process that holds it.
+    The lock is the operating system's: it ends with the process that holds it. A courtesy, not a
+    must: after ten minutes (a stopped process?) one compiles all the same.
     """
-    with FileLock(os.path.join(tempfile.gettempdir(), f"maml-compile-{os.getuid()}.lock")):
+    lock = FileLock(os.path.join(tempfile.gettempdir(), f"maml-compile-{os.getuid()}.lock"))
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=600)
+    try:
         yield
+    finally:
+        lock.release()

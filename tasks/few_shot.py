@@ -81,12 +81,13 @@ class FewShot(Classification):
         return self.ways
 
     def check(self, split: str) -> None:
-        """Raise unless the store can pose tasks of this split: `sample` would, later.
+        """Raise unless the store is sound and can pose tasks of this split.
 
         Raises StoreError without a usable store, and a ValueError that begins with the setting's
         name where the split has too few classes, or a class too few images.
         """
         _rows(self, split)
+        _verify(self.data_root, self.store_name(), self.prepare_command())
 
     def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
         """x float32 [B, N·n, C, H, W] and y int64 [B, N·n]; n is K for support and Q for query.
@@ -163,6 +164,12 @@ def _different(keys: UInt64, populations: Int64, count: int, stream: int = 0) ->
 @lru_cache(maxsize=16)
 def _store(root: str, name: str, command: str) -> ImageStore:
     return ImageStore.open(root, name, command=command)
+
+
+@lru_cache(maxsize=16)
+def _verify(root: str, name: str, command: str) -> None:
+    """Read every byte, once per process. Raises StoreError."""
+    ImageStore.open(root, name, command=command, verify=True)
 
 
 @lru_cache(maxsize=64)

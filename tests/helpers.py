@@ -1,11 +1,16 @@
-"""Task distributions that misbehave, named in tests by their dotted path."""
+"""Task distributions that misbehave, named in tests by their dotted path; looking at runs."""
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
+from pipeline.checkpoint import load_theta
+from pipeline.session import Watcher
 from tasks.base import Examples, TaskBatch
 from tasks.sinusoid import Sinusoid
 
@@ -42,3 +47,34 @@ class BrokenSinusoid(Sinusoid):
 
     def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
         raise ZeroDivisionError("on purpose")
+
+
+def final_theta(run_dir: Path) -> torch.Tensor:
+    theta = load_theta(run_dir / "theta.safetensors")
+    return by_name(theta)
+
+
+def by_name(params: dict[str, torch.Tensor]) -> torch.Tensor:
+    """One vector, in the order of the names: files keep no order."""
+    return torch.cat([params[name].reshape(-1) for name in sorted(params)])
+
+
+class Recorder(Watcher):
+    """Keeps what it is told, and calls `at` after each iteration."""
+
+    def __init__(self, at: Any = None):
+        self.notices: list[str] = []
+        self.metrics: list[dict[str, float]] = []
+        self.session: Any = None
+        self._at = at
+
+    def started(self, session: Any) -> None:
+        self.session = session
+
+    def notice(self, message: str) -> None:
+        self.notices.append(message)
+
+    def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
+        self.metrics.append(metrics)
+        if self._at is not None:
+            self._at(iteration, self)

@@ -84,7 +84,6 @@ def test_evaluation_changes_nothing(quick: dict[str, Any]) -> None:
     before = flat.copy()
     job = EvaluationJob("test", 0, 4, (0, 5))
     first, second = computer.run(flat, job), computer.run(flat, job)
-    computer.close()
     assert np.array_equal(flat, before)
     assert np.array_equal(first.metrics["loss"], second.metrics["loss"])
 
@@ -120,7 +119,6 @@ def test_the_test_tasks_do_not_depend_on_the_run(quick: dict[str, Any]) -> None:
         theta = {name: torch.zeros_like(p) for name, p in initial_parameters(experiment).items()}
         flat = Layout.of(theta).join(theta).numpy()
         results.append(computer.run(flat, EvaluationJob("test", 0, 5, (0,))).metrics["loss"])
-        computer.close()
     assert np.array_equal(results[0], results[1])
 
 

@@ -1,0 +1,218 @@
+"""Kills, stalls, interruptions and numbers that are not: nothing is lost, nothing changes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from pipeline.checkpoint import CheckpointStore
+from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.parameters import Layout
+from pipeline.ray_workers import RayWorkers
+from pipeline.session import Interrupted
+from pipeline.training import TrainingFailed, train
+from tests.conftest import experiment_of
+from tests.helpers import Recorder, by_name, final_theta
+
+
+def test_killed_workers_change_nothing(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """Workers are killed while they compute; the run ends with the bits of an undisturbed one."""
+    slow = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.05}
+    settings = {**quick, "task": slow}
+    train(experiment_of(settings), tmp_path / "calm")
+    killed: list[int] = []
+
+    def kill_one(iteration: int, recorder: Recorder) -> None:
+        if iteration in (1, 3):
+            pids = [pid for pid in recorder.session.workers.pids() if pid not in killed]
+            threading.Timer(0.08, lambda: os.kill(pids[0], signal.SIGKILL)).start()
+            killed.append(pids[0])
+
+    recorder = Recorder(kill_one)
+    train(experiment_of(settings, cluster={"workers": 2}), tmp_path / "hit", watcher=recorder)
+    assert len(killed) == 2
+    assert any("was lost" in notice for notice in recorder.notices)
+    assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "hit"))
+
+
+def test_a_stalled_worker_is_overtaken(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """A stopped process answers nothing and does not die either; its chunks go elsewhere."""
+    settings = {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.02}}
+    train(experiment_of(settings), tmp_path / "calm")
+    stopped: list[int] = []
+
+    def stop_one(iteration: int, recorder: Recorder) -> None:
+        if iteration == 2:
+            stopped.append(recorder.session.workers.pids()[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    recorder = Recorder(stop_one)
+    try:
+        train(
+            experiment_of(settings, cluster={"workers": 2, "chunk_timeout": 1.0}),
+            tmp_path / "stalled",
+            watcher=recorder,
+        )
+    finally:
+        for pid in stopped:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGCONT)
+    assert any("issued again" in notice for notice in recorder.notices)
+    assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "stalled"))
+
+
+def test_the_only_worker_may_stall(quick: dict[str, Any], tmp_path: Path, ray_local: None) -> None:
+    """With nobody to overtake it, a worker that stays silent is replaced."""
+    settings = experiment_of(quick, cluster={"workers": 1, "chunk_timeout": 0.5})
+    train(experiment_of(quick), tmp_path / "calm")
+    stopped: list[int] = []
+
+    def stop_it(iteration: int, recorder: Recorder) -> None:
+        if iteration == 2:
+            stopped.append(recorder.session.workers.pids()[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    try:
+        train(settings, tmp_path / "stalled", watcher=Recorder(stop_it))
+    finally:
+        for pid in stopped:
+            if Path(f"/proc/{pid}").exists():
+                os.kill(pid, signal.SIGCONT)
+    assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "stalled"))
+
+
+def test_an_error_in_the_computation_is_not_retried(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    settings = {**quick, "task": {"kind": "tests.helpers:BrokenSinusoid"}}
+    with pytest.raises(ZeroDivisionError, match="on purpose"):
+        train(experiment_of(settings, cluster={"workers": 1}), tmp_path / "run")
+
+
+def test_resume_after_sigkill_equals_an_uninterrupted_run(
+    quick: dict[str, Any], tmp_path: Path
+) -> None:
+    """The driver is killed outright; optimiser moments, schedule and best-so-far survive."""
+    settings = {
+        **quick,
+        "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01},
+        "outer": {
+            **quick["outer"],
+            "iterations": 30,
+            "scheduler": "CosineAnnealingLR",
+            "optimizer": "adamw",
+        },
+        "checkpoint": {"every": 4},
+        "evaluation": {**quick["evaluation"], "every": 5},
+    }
+    train(experiment_of(settings), tmp_path / "whole")
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump({**settings, "run_dir": str(tmp_path / "cut")}))
+    command = [sys.executable, "-m", "pipeline.cli", "train", str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    store = CheckpointStore(tmp_path / "cut" / "checkpoints", keep=2)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not any(c.iteration for c in store.list()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    state = store.latest()
+    assert state is not None
+    assert 0 < state.iteration < 30
+    train(experiment_of(settings), tmp_path / "cut", resume=True)
+    assert torch.equal(final_theta(tmp_path / "whole"), final_theta(tmp_path / "cut"))
+    whole, cut = (
+        CheckpointStore(tmp_path / n / "checkpoints", 2).latest() for n in ("whole", "cut")
+    )
+    assert whole is not None
+    assert cut is not None
+    assert whole.best == cut.best
+    assert whole.scheduler == cut.scheduler
+    lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+    iterations = [json.loads(line)["iteration"] for line in lines if "outer_lr" in line]
+    assert iterations == list(range(1, 31)), "every iteration is recorded once"
+
+
+def test_interrupt_leaves_a_checkpoint(quick: dict[str, Any], tmp_path: Path) -> None:
+    experiment = experiment_of(quick)
+    recorder = Recorder()
+    with pytest.raises(Interrupted, match="iteration 3"):
+        train(
+            experiment,
+            tmp_path / "run",
+            watcher=recorder,
+            should_stop=lambda: len(recorder.metrics) == 3,
+        )
+    state = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest()
+    assert state is not None
+    assert state.iteration == 3
+
+
+def test_nan_stops_before_the_update(quick: dict[str, Any], tmp_path: Path) -> None:
+    """Tasks become NaN in iteration 3: θ stays that of iteration 2, and the tasks are named."""
+    settings = {
+        **quick,
+        "task": {"kind": "tests.helpers:NanSinusoid", "first_bad": 23, "last_bad": 58},
+    }
+    recorder = Recorder()
+    with pytest.raises(TrainingFailed) as failure:
+        train(experiment_of(settings), tmp_path / "run", watcher=recorder)
+    assert "iteration 4" in str(failure.value)
+    assert "3 updates in a row" in str(failure.value)
+    assert "tasks 40, 41" in str(failure.value)
+    assert any("training tasks 23, 24, 25" in notice for notice in recorder.notices)
+    state = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest()
+    assert state is not None
+    train(experiment_of(settings, outer={"iterations": 2}), tmp_path / "two")
+    theta = by_name({k: v for k, v in state.tensors.items() if k.startswith("theta.")})
+    assert torch.equal(theta, final_theta(tmp_path / "two"))
+    assert torch.isfinite(theta).all()
+
+
+def test_one_bad_update_is_passed_over(quick: dict[str, Any], tmp_path: Path) -> None:
+    settings = {
+        **quick,
+        "task": {"kind": "tests.helpers:NanSinusoid", "first_bad": 23, "last_bad": 24},
+    }
+    recorder = Recorder()
+    train(experiment_of(settings), tmp_path / "run", watcher=recorder)
+    assert torch.isfinite(final_theta(tmp_path / "run")).all()
+    assert not np.isfinite(recorder.metrics[2]["meta_gradient_norm"])
+    assert np.isfinite(recorder.metrics[3]["meta_gradient_norm"])
+
+
+def test_answers_of_an_earlier_round_are_discarded(quick: dict[str, Any], ray_local: None) -> None:
+    """A chunk issued twice answers twice; the second answer must not be taken for the next θ."""
+    experiment = experiment_of(
+        {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.3}},
+        cluster={"workers": 2, "chunk_timeout": 0.15},
+    )
+    workers = RayWorkers(experiment, False, 2, lambda line: None)
+    try:
+        theta = initial_parameters(experiment)
+        flat = Layout.of(theta).join(theta).numpy()
+        for iteration in range(3):
+            scaled = flat * (iteration + 1)
+            (result,) = workers.run(scaled, [GradientJob(iteration, 0)]).results
+            alone = ChunkComputer(experiment, compile=False)
+            expected = alone.run(scaled, GradientJob(iteration, 0))
+            assert result.job == GradientJob(iteration, 0)
+            assert np.array_equal(result.gradient, expected.gradient)
+    finally:
+        workers.close()
