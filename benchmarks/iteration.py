@@ -94,7 +94,7 @@ def bare_ms(experiment: Experiment, repeats: int) -> float:
 
 def sinusoid() -> list[str]:
     """Whole iteration in process against the bare compiled meta-gradient."""
-    watch = run("sinusoid-paper", "outer.iterations=6000")
+    watch = run("sinusoid-paper", "outer.iterations=20000")
     bare = bare_ms(load("sinusoid-paper", SHORT), 4000)
     whole = watch.median_ms(500)
     mean = 1e3 * statistics.mean(watch.times[500:])

@@ -7,6 +7,7 @@ than averaging averages, is what makes it right for chunks of unequal size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -45,10 +46,16 @@ def aggregate(results: Sequence[ChunkResult]) -> Aggregate:
     }
     gradient = torch.from_numpy(total) / num_tasks
     bad: tuple[int, ...] = ()
-    if not bool(torch.isfinite(gradient).all()):
+    if not all_finite(gradient):
         # Finite chunks whose sum overflows: all are to blame.
         bad = _bad_tasks(results) or tuple(range(num_tasks))
     return Aggregate(gradient, metrics, bad)
+
+
+def all_finite(gradient: Tensor) -> bool:
+    """Whether no element is infinite or not a number."""
+    # A finite sum has finite terms; only otherwise is it worth a look at each of them.
+    return math.isfinite(gradient.sum()) or bool(torch.isfinite(gradient).all())
 
 
 def _bad_tasks(results: Sequence[ChunkResult]) -> tuple[int, ...]:

@@ -28,6 +28,8 @@ from tasks.base import TaskBatch, TaskDistribution
 FlatVector = npt.NDArray[np.floating[Any]]
 EVALUATION_SEED = 0
 """Validation and test tasks are the same for every run, whatever its seed: curves can be paired."""
+_BLOCK_BYTES = 2**18
+_LONGEST_BLOCK = 64  # iterations that are sampled at once
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class ChunkComputer:
             compile=compile,
         )
         self._changed_tasks: dict[str, TaskDistribution] = {}
+        self._block: int | None = None
         self._to_prepare: dict[GradientJob, None] = {}  # in this order
         self._prepared: dict[GradientJob, TaskBatch] = {}
 
@@ -176,7 +179,7 @@ class ChunkComputer:
 
     def program(self, job: GradientJob) -> tuple[ChunkFunction, TaskBatch, Tensor]:
         """The function that computes a chunk, and its arguments beside θ: for those who measure."""
-        return self._gradient, self._sample(job), self._alpha
+        return self._gradient, self._take(job), self._alpha
 
     def prepare_ahead(self) -> bool:
         """Sample one chunk of the next iteration; False if there is none left to sample.
@@ -188,7 +191,8 @@ class ChunkComputer:
             return False
         job = next(iter(self._to_prepare))
         del self._to_prepare[job]
-        self._prepared[job] = self._sample(job)
+        if job not in self._prepared:
+            self._sample(job)
         return True
 
     def _run_gradient(self, theta: Tensor, job: GradientJob) -> ChunkResult:
@@ -244,19 +248,39 @@ class ChunkComputer:
 
     def _take(self, job: GradientJob) -> TaskBatch:
         """The tasks of a job: prepared, or sampled now."""
-        batch = self._prepared.pop(job, None)
+        if job not in self._prepared:
+            self._sample(job)
         # What was meant for an iteration that is over went to another worker.
-        self._prepared = {j: b for j, b in self._prepared.items() if j.iteration >= job.iteration}
         self._to_prepare = {j: None for j in self._to_prepare if j.iteration > job.iteration}
         following = GradientJob(job.iteration + 1, job.chunk)
         if following.iteration < self._experiment.outer.iterations:
             self._to_prepare[following] = None
-        return self._sample(job) if batch is None else batch
+        return self._prepared.pop(job)
 
-    def _sample(self, job: GradientJob) -> TaskBatch:
-        per_batch = self._experiment.outer.tasks_per_batch
-        first = job.chunk * self._tasks_per_chunk
-        last = min(first + self._tasks_per_chunk, per_batch)
-        indices = np.arange(first, last) + job.iteration * per_batch
-        batch = self._task.sample(self._experiment.seed, "train", indices)
-        return batch.to(self._device, self._dtype)
+    def _sample(self, job: GradientJob) -> None:
+        """Prepare the tasks of a job - and, where they are so small that a call costs more than its
+        numbers, those of the same chunk in the iterations around it.
+
+        Blocks of iterations begin at multiples of their length: which tasks are sampled together
+        must not depend on who samples when, or the last bits might.
+        """
+        per_batch, chunk = self._experiment.outer.tasks_per_batch, self._tasks_per_chunk
+        first = job.chunk * chunk
+        members = np.arange(first, min(first + chunk, per_batch))
+        length = self._iterations_per_block()
+        start = job.iteration - job.iteration % length
+        indices = members + per_batch * np.arange(start, start + length)[:, None]
+        tasks = self._task.sample(self._experiment.seed, "train", indices.ravel())
+        tasks = tasks.to(self._device, self._dtype)
+        # What is older went to another worker, or was sampled for iterations that were over.
+        self._prepared = {j: b for j, b in self._prepared.items() if j.iteration >= job.iteration}
+        for number in range(job.iteration - start, length):
+            of_job = slice(number * len(members), (number + 1) * len(members))
+            self._prepared[GradientJob(start + number, job.chunk)] = tasks.select(of_job)
+
+    def _iterations_per_block(self) -> int:
+        if self._block is None:
+            one = self._task.sample(self._experiment.seed, "train", np.arange(1))
+            size = self._tasks_per_chunk * sum(t.nbytes for examples in one for t in examples)
+            self._block = max(1, min(_LONGEST_BLOCK, _BLOCK_BYTES // size))
+        return self._block

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline.aggregation import all_finite
 from pipeline.config import Outer
 from pipeline.parameters import Layout, Params
 
@@ -99,7 +100,7 @@ class OuterUpdate:
         schedule goes on, because it counts iterations.
         """
         norm = float(torch.linalg.vector_norm(gradient))
-        if bool(torch.isfinite(gradient).all()):
+        if all_finite(gradient):
             if self._outer.clip_value is not None:
                 gradient = gradient.clamp(-self._outer.clip_value, self._outer.clip_value)
             if self._outer.clip_norm is not None:

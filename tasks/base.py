@@ -41,6 +41,10 @@ class TaskBatch(NamedTuple):
 
         return TaskBatch(*(Examples(place(part.x), place(part.y)) for part in self))
 
+    def select(self, which: slice) -> "TaskBatch":
+        """Some of the tasks; views."""
+        return TaskBatch(*(Examples(part.x[which], part.y[which]) for part in self))
+
 
 class TaskDistribution(ABC):
     """p(T). Subclass it, usually as `@dataclass(frozen=True, kw_only=True)`.

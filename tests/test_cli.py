@@ -126,7 +126,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
     number: signal.Signals, workers: int, quick: dict[str, Any], tmp_path: Path
 ) -> None:
     quick["cluster"]["workers"] = workers
-    quick["task"] = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.02}
+    quick["task"] = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.005}
     quick["outer"]["iterations"] = 10_000
     quick["tracking"] = {"enabled": True}
     (tmp_path / "slow.yaml").write_text(yaml.safe_dump(quick))

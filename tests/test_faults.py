@@ -31,7 +31,7 @@ def test_killed_workers_change_nothing(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     """Workers are killed while they compute; the run ends with the bits of an undisturbed one."""
-    slow = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.05}
+    slow = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01}
     settings = {**quick, "task": slow}
     train(experiment_of(settings), tmp_path / "calm")
     killed: list[int] = []
@@ -53,7 +53,7 @@ def test_a_stalled_worker_is_overtaken(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     """A stopped process answers nothing and does not die either; its chunks go elsewhere."""
-    settings = {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.02}}
+    settings = {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.005}}
     train(experiment_of(settings), tmp_path / "calm")
     stopped: list[int] = []
 
@@ -111,7 +111,7 @@ def test_resume_after_sigkill_equals_an_uninterrupted_run(
     """The driver is killed outright; optimiser moments, schedule and best-so-far survive."""
     settings = {
         **quick,
-        "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01},
+        "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.003},
         "outer": {
             **quick["outer"],
             "iterations": 30,
@@ -200,7 +200,7 @@ def test_one_bad_update_is_passed_over(quick: dict[str, Any], tmp_path: Path) ->
 def test_answers_of_an_earlier_round_are_discarded(quick: dict[str, Any], ray_local: None) -> None:
     """A chunk issued twice answers twice; the second answer must not be taken for the next θ."""
     experiment = experiment_of(
-        {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.3}},
+        {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.06}},
         cluster={"workers": 2, "chunk_timeout": 0.15},
     )
     workers = RayWorkers(experiment, False, 2, lambda line: None)

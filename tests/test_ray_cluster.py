@@ -53,7 +53,7 @@ if __name__ == "__main__":
 
 def test_a_node_is_lost(quick: dict[str, Any], tmp_path: Path) -> None:
     """Two nodes, `auto` workers; one node dies with its worker. θ is that of a calm run."""
-    settings = {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.05}}
+    settings = {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01}}
     settings["cluster"] = {"workers": "auto", "cpus_per_worker": 1}
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(settings))
     (tmp_path / "driver.py").write_text(DRIVER)
