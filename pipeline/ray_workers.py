@@ -23,7 +23,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -45,7 +45,12 @@ _SHORTEST_TIMEOUT = 30.0
 _REPLACED_AFTER = 3  # timeouts without an answer
 _PATIENCE = 300.0  # seconds without any worker
 _JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
+_MANY = 8  # calls under way, from which on answers are collected together
 _IDLE = 2e-3  # seconds without a job, after which a worker prepares tasks of the next iteration
+
+# Answers up to this size travel with the message instead of through the object store (Ray's default
+# is 100 kB): a gradient of conv4 is 450 kB. A cluster has its own setting (see cluster.yaml).
+_INLINE_BYTES = 2**21
 
 _T = TypeVar("_T")
 
@@ -138,7 +143,7 @@ class _Warnings(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-@dataclass
+@dataclass(eq=False)
 class _Worker:
     number: int
     handle: Any
@@ -146,9 +151,11 @@ class _Worker:
     """None until it answered that it is ready."""
     ready_again: float = 0.0
     """When to ask a restarting worker next (time.monotonic)."""
+    calls: list[_Call] = field(default_factory=list)
+    """What it has been asked and not answered yet, in this order."""
 
 
-@dataclass
+@dataclass(eq=False)
 class _Call:
     worker: _Worker
     started: float
@@ -234,7 +241,7 @@ class RayWorkers:
         """Give jobs to the workers that have the fewest, while there are jobs."""
         for load in range(_JOBS_AHEAD):
             for worker in self._workers:
-                if worker.pid is None or len(self._calls_of(worker)) != load:
+                if worker.pid is None or len(worker.calls) != load:
                     continue
                 while waiting and waiting[0] in answers:
                     waiting.popleft()
@@ -242,29 +249,30 @@ class RayWorkers:
                 if job is None:
                     return
                 ref = worker.handle.run.remote(reference, jobs[job])
-                self._calls[ref] = _Call(worker, time.monotonic(), self._round, job)
+                self._note(ref, _Call(worker, time.monotonic(), self._round, job))
 
     def _stolen(self, thief: _Worker, answers: dict[int, ChunkResult]) -> int | None:
         """For a worker with nothing to do: a job that waits behind another one elsewhere."""
-        if self._calls_of(thief):
+        if thief.calls:
             return None
         for worker in self._workers:
-            calls = [call for call in self._calls_of(worker) if call.job not in answers]
+            calls = [call for call in worker.calls if call.job not in answers]
             last = calls[-1] if len(calls) > 1 else None
             if last is not None and last.round == self._round and not last.issued_again:
                 last.issued_again = True
                 return last.job
         return None
 
-    def _calls_of(self, worker: _Worker) -> list[_Call]:
-        return [call for call in self._calls.values() if call.worker is worker]
+    def _note(self, ref: Any, call: _Call) -> None:
+        self._calls[ref] = call
+        call.worker.calls.append(call)
 
     def _wait(self) -> list[tuple[_Call, ChunkResult | None]]:
         """Calls that have ended, with the answer or None for one that was lost."""
         for worker in self._workers:
             due = worker.pid is None and time.monotonic() >= worker.ready_again
-            if due and not self._calls_of(worker):
-                self._calls[worker.handle.ready.remote()] = _Call(worker, time.monotonic())
+            if due and not worker.calls:
+                self._note(worker.handle.ready.remote(), _Call(worker, time.monotonic()))
         if self._lost_since is not None and time.monotonic() - self._lost_since > _PATIENCE:
             raise WorkersLost(f"no worker has come back for {_PATIENCE:.0f} s")
         if not self._calls:
@@ -272,10 +280,14 @@ class RayWorkers:
                 raise WorkersLost("all workers are gone and cannot be restarted")
             time.sleep(0.05)
             return []
-        done, _ = self._ray.wait(list(self._calls), num_returns=1, timeout=_TICK)
+        done, rest = self._ray.wait(list(self._calls), num_returns=1, timeout=_TICK)
+        if len(rest) > _MANY:
+            # Others may be there too; asking once for all is cheaper than asking for each.
+            done += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         settled = []
         for ref in done:
             call = self._calls.pop(ref)
+            call.worker.calls.remove(call)
             answer = self._answer(ref, call)
             if call.round >= 0:
                 settled.append((call, answer))
@@ -312,7 +324,7 @@ class RayWorkers:
             return None
         now = time.monotonic()
         self._durations.append(now - call.started)
-        for next_call in self._calls_of(worker):
+        for next_call in worker.calls:
             next_call.started = now  # it was in the queue until now
         result: ChunkResult = answer
         return result
@@ -334,7 +346,7 @@ class RayWorkers:
     def _issue_overdue_again(self, waiting: deque[int], answers: dict[int, ChunkResult]) -> None:
         limit, now = self._timeout(), time.monotonic()
         for worker in self._workers:
-            calls = [call for call in self._calls_of(worker) if call.round >= 0]
+            calls = [call for call in worker.calls if call.round >= 0]
             silent = max((now - call.started for call in calls), default=0.0)
             if silent < limit:
                 continue
@@ -351,6 +363,7 @@ class RayWorkers:
             if silent > _REPLACED_AFTER * limit:
                 self._notice(f"worker {worker.number} (process {worker.pid}) is replaced")
                 self._calls = {r: c for r, c in self._calls.items() if c.worker is not worker}
+                worker.calls.clear()
                 self._ray.kill(worker.handle)
                 worker.handle, worker.pid = self._new_actor(), None
                 self._replaced += 1
@@ -400,6 +413,7 @@ def connect(experiment: Experiment, size: int) -> bool:
         address="local",
         num_cpus=max(cores, needed),
         include_dashboard=False,
+        _system_config={"max_direct_call_object_size": _INLINE_BYTES},
         **quiet,
     )
     return True
