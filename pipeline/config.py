@@ -248,8 +248,8 @@ class Search(Section):
     )
     metric: str | None = Field(
         None,
-        description="of validation, after evaluation.selection_step adaptation steps, or NAME_stepK "
-        "after K; null: that by which checkpoints are chosen",
+        description="of validation, after evaluation.selection_step adaptation steps (NAME_stepK: "
+        "after K); null: that by which checkpoints are chosen",
     )
     mode: Literal["min", "max"] | None = Field(
         None, description="null: a loss is to be small, an accuracy large"

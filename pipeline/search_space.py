@@ -17,12 +17,9 @@ from pipeline.experiments import ConfigError, with_settings
 _MOST_CORNERS = 64
 _INSIDE = 0.382  # of a range: a whole number is not hit by chance
 # They say where a trial's results go, which is for the search to decide.
-_PLACES = ("name", "description", "run_dir", "search", "checkpoint.uri", "data.root")
-_PLACES += (
-    "cluster.address",
-    "tracking.uri",
-    "tracking.experiment",
-    "tracking.tags",
+_PLACES = (
+    *("name", "description", "run_dir", "search", "checkpoint.uri", "data.root"),
+    *("cluster.address", "tracking.uri", "tracking.experiment", "tracking.tags"),
     "tracking.enabled",
 )
 # What may change while a trial runs without another model or another optimiser.

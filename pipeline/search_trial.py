@@ -1,8 +1,8 @@
 """One trial of a search: an ordinary run that tells Ray Tune how its validation went.
 
-    Tune's actor ── run_trial ──▶ open_session, meta_train (as `maml train` does) ──▶ SEARCH/trials/ID
-                      ▲                   │ every validation: record sent, checkpoint written
-                      └── go on, or stop ◀┘ tune.report(value, iteration, checkpoint)
+    Tune's actor ── run_trial ──▶ open_session, meta_train, as `maml train` ──▶ SEARCH/trials/ID
+                      ▲                 │ every validation: record sent, checkpoint written
+                      └ go on, or stop ◀┘ tune.report(value, iteration, checkpoint)
 
 A trial that is taken up again goes on from its own folder. With population based training, Tune
 hands it the checkpoint of a better trial instead; `session.inherited` says what it takes from that.
@@ -287,7 +287,7 @@ class _Reporter(Watcher):
             self.report()
 
     def report(self) -> None:
-        """Tell Tune of the validation, unless it knows. Raises Interrupted if the trial is to end."""
+        """Tell Tune of the validation, unless it knows. Raises Interrupted to end the trial."""
         if self._pending is None:
             return
         from ray import tune
