@@ -28,7 +28,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Distributed model-agnostic meta-learning: train, search, meta-test, prepare data, browse runs.",
+    help="Distributed model-agnostic meta-learning: train, search, test, browse runs.",
     epilog="--debug anywhere shows the traceback of an error.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")

@@ -22,6 +22,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX"
 _GREY = "#666666"
 _CAPTION_WIDTH, _CAPTION_LINE = 15, 0.14  # characters per inch, inches per line
+_OUTLIER = 10  # times the median: a loss of a run that diverged
 _LOG_RANGE = 20  # losses that span more than this are drawn on a logarithmic axis
 
 
@@ -155,9 +156,9 @@ def plot_search(
 
     Each point holds "x", "y", "ci95", its "group" (one colour each), and whether it is "complete".
     """
-    figure, axes = _figure(7.2, 4.6)
+    figure, axes = _figure(8.6, 4.6)
     _scatter(axes, points)
-    _label_metric(axes, metric, _is_logarithmic(metric, [[p["y"] for p in points]]))
+    caption += _fit(axes, metric, [p["y"] for p in points])
     if logarithmic and all(p["x"] > 0 for p in points):
         axes.set_xscale("log")
     axes.set_xlabel(x_label)
@@ -178,7 +179,7 @@ def plot_learning_curves(
 
     Each trial holds its "curve" (iteration -> value), its "group", "complete" and "best".
     """
-    figure, axes = _figure(7.2, 4.6)
+    figure, axes = _figure(8.6, 4.6)
     colors = _colors_of(trials)
     for trial in trials:
         iterations = sorted(trial["curve"])
@@ -191,8 +192,7 @@ def plot_learning_curves(
     for group, color in colors.items():
         axes.plot([], [], color=color, label=group or "trials")
     axes.plot([], [], color="black", linewidth=3, label="the best (thick)")
-    series = [list(trial["curve"].values()) for trial in trials]
-    _label_metric(axes, metric, _is_logarithmic(metric, series))
+    caption += _fit(axes, metric, [v for trial in trials for v in trial["curve"].values()])
     axes.set_xlabel("iteration")
     axes.set_title(title)
     _legend(axes)
@@ -208,14 +208,30 @@ def plot_cost(
     caption: str = "",
 ) -> None:
     """A metric over the seconds that it took; points as in `plot_search`."""
-    figure, axes = _figure(7.2, 4.6)
+    figure, axes = _figure(8.6, 4.6)
     _scatter(axes, points)
-    _label_metric(axes, metric, _is_logarithmic(metric, [[p["y"] for p in points]]))
+    caption += _fit(axes, metric, [p["y"] for p in points])
     axes.set_xlabel("seconds of meta-updates")
     axes.set_xlim(left=0)
     axes.set_title(title)
     _legend(axes)
     _save(figure, path, caption)
+
+
+def _fit(axes: Axes, metric: str, values: Sequence[float]) -> str:
+    """Choose the scale of the metric; returns what a caption must say of values left outside.
+
+    Rates that are too large make losses of any size, which would flatten all others.
+    """
+    finite = sorted(value for value in values if math.isfinite(value))
+    limit = _OUTLIER * finite[len(finite) // 2] if finite else math.inf
+    shown = [value for value in finite if value <= limit]
+    if metric.endswith("accuracy") or len(shown) == len(finite) or not shown or shown[0] <= 0:
+        _label_metric(axes, metric, _is_logarithmic(metric, [finite]))
+        return ""
+    _label_metric(axes, metric, _is_logarithmic(metric, [shown]))
+    axes.set_ylim(bottom=0.8 * shown[0], top=1.2 * shown[-1])
+    return f"; {len(finite) - len(shown)} of {len(finite)} points are above the axis"
 
 
 def _scatter(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE_HEAD
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -131,23 +131,36 @@ def search_table(result: SearchResult) -> Table:
         pad_edge=False,
         collapse_padding=True,
     )
-    for name in ("trial", *plan.search.space):
-        table.add_column(name, overflow="fold")
-    for name in (label, "n", "iterations", "seconds", "tasks/s"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("", overflow="fold")
-    for r in result.trials:
-        scale = 100 if percent else 1
-        known = not math.isnan(r.value)
-        table.add_row(
-            r.trial_id.rpartition("_")[2],
-            *(setting_text(value) for value in r.settings.values()),
-            f"{scale * r.value:.4g} ± {scale * r.ci95:.2g}" if known else "-",
-            "-" if r.step is None else str(r.step),
-            f"{r.iteration:,}",
-            f"{r.seconds:.1f}" if math.isfinite(r.seconds) else "-",
-            f"{r.tasks_per_second:,.0f}" if r.tasks_per_second > 0 else "-",
-            "" if r.outcome == COMPLETE else r.outcome,
-            style="bold" if r is result.best else None if known else "dim",
-        )
+    names = _short_names(plan.search.space)
+    header = ("trial", *names, label, "n", "iterations", "seconds", "tasks/s")
+    rows = [_cells(r, 100 if percent else 1) for r in result.trials]
+    for number, (name, *cells) in enumerate(zip(header, *rows, strict=True)):
+        # Where space is short, the line runs on; numbers are not cut.
+        width = max(len(text) for text in (name, *cells))
+        justify: Literal["left", "right"] = "left" if number <= len(names) else "right"
+        table.add_column(name, justify=justify, no_wrap=True, min_width=width)
+    for r, cells in zip(result.trials, rows, strict=True):
+        style = "bold" if r is result.best else "dim" if math.isnan(r.value) else None
+        table.add_row(*cells, style=style)
     return table
+
+
+def _cells(result: TrialResult, scale: int) -> list[str]:
+    known = not math.isnan(result.value)
+    mark = "" if result.outcome == COMPLETE else f"{result.outcome.split()[0]} "
+    tasks = result.tasks_per_second
+    return [
+        result.trial_id.rpartition("_")[2].lstrip("0") or "0",
+        *(setting_text(value) for value in result.settings.values()),
+        f"{scale * result.value:.4g} ± {scale * result.ci95:.2g}" if known else "-",
+        "-" if result.step is None else str(result.step),
+        f"{mark}{result.iteration:,}",
+        f"{result.seconds:.1f}" if math.isfinite(result.seconds) else "-",
+        f"{tasks:,.0f}" if tasks > 0 else "-",
+    ]
+
+
+def _short_names(paths: Iterable[str]) -> list[str]:
+    """The last parts of paths, where they are not ambiguous."""
+    last = [path.rpartition(".")[2] for path in paths]
+    return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]

@@ -40,18 +40,26 @@ _ORDER = "inner.order"
 
 
 @dataclass(frozen=True)
+class Estimate:
+    """A mean over pairs, and its 95 % confidence interval by Student's t (NaN for one pair)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class Comparison:
     """First order against second order, over trials that are equal in all other settings."""
 
     pairs: int
-    difference: float
-    """Mean of metric(first) − metric(second), each pair at the last iteration both have reached."""
-    difference_ci95: float
-    """Half the width of its confidence interval over the pairs; NaN for a single pair."""
-    cost: float
-    """Geometric mean of seconds per update, first over second."""
-    cost_low: float
-    cost_high: float
+    to_the_end: int
+    """Pairs that were compared after their last iteration, the others at the last in common."""
+    metric: Estimate
+    """metric(first) − metric(second); of a loss, metric(first) / metric(second): a rate that is too
+    large makes a loss of any size, and a mean of differences would show nothing but that."""
+    cost: Estimate
+    """Seconds per update, first / second."""
     left_out: int
     """Pairs one of which has no validation."""
 
@@ -87,7 +95,9 @@ def learning_curve(plan: Plan, result: TrialResult) -> dict[int, float]:
 
 
 def compare_orders(
-    results: Sequence[TrialResult], curves: Mapping[str, Mapping[int, float]]
+    results: Sequence[TrialResult],
+    curves: Mapping[str, Mapping[int, float]],
+    criterion: Criterion,
 ) -> Comparison | None:
     """None where no two trials differ in inner.order alone."""
     groups: dict[str, dict[str, TrialResult]] = {}
@@ -97,28 +107,23 @@ def compare_orders(
             key = json.dumps(rest, sort_keys=True)
             groups.setdefault(key, {})[str(result.settings[_ORDER])] = result
     pairs = [(g["first"], g["second"]) for g in groups.values() if {"first", "second"} <= set(g)]
-    differences, costs = [], []
+    values, costs, to_the_end = [], [], 0
     for first, second in pairs:
         one, other = curves[first.trial_id], curves[second.trial_id]
-        common = [
-            t for t in one if t in other and math.isfinite(one[t]) and math.isfinite(other[t])
-        ]
+        common = [t for t in one if t in other and math.isfinite(one[t] + other[t])]
         if FAILED in (first.outcome, second.outcome) or not common:
             continue
-        differences.append(one[max(common)] - other[max(common)])
-        costs.append(math.log(second.tasks_per_second / first.tasks_per_second))
+        values.append((one[max(common)], other[max(common)]))
+        costs.append(second.tasks_per_second / first.tasks_per_second)
+        to_the_end += first.outcome == second.outcome == COMPLETE
     if not pairs:
         return None
-    difference, half = _mean_and_ci95(differences)
-    cost, cost_half = _mean_and_ci95(costs)
+    if criterion.metric == "loss":
+        metric = _ratio([one / other for one, other in values])
+    else:
+        metric = _estimate([one - other for one, other in values])
     return Comparison(
-        len(differences),
-        difference,
-        half,
-        math.exp(cost),
-        math.exp(cost - cost_half),
-        math.exp(cost + cost_half),
-        len(pairs) - len(differences),
+        len(values), to_the_end, metric, _ratio(costs), left_out=len(pairs) - len(values)
     )
 
 
@@ -146,7 +151,7 @@ def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
         lines.append("Settings changed in flight; those named are the last ones.")
     if _ORDER in search.space:
         curves = {r.trial_id: learning_curve(plan, r) for r in results}
-        lines += _compared_in_words(compare_orders(results, curves), criterion, label)
+        lines += _compared_in_words(compare_orders(results, curves, criterion), criterion, label)
     return lines
 
 
@@ -156,29 +161,30 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
             "First order against second order: no two trials differ in inner.order alone, so there "
             "is nothing to compare (inner.order: {grid: [second, first]} makes pairs)."
         ]
-    left_out = f"; {found.left_out} left out, without a validation" if found.left_out else ""
-    pairs = f"{found.pairs} pair{'' if found.pairs == 1 else 's'}{left_out}"
+    pairs = f"{found.pairs} pair{'' if found.pairs == 1 else 's'} at equal settings"
+    pairs += f", {found.to_the_end} of them trained to the end"
+    if found.left_out:
+        pairs += f"; {found.left_out} more without a validation"
     if not found.pairs:
-        return [
-            f"First order against second order at equal settings: nothing to compare ({pairs})."
-        ]
-    difference = f"{found.difference:+.3g}"
+        return [f"First order against second order: nothing to compare ({pairs})."]
+    ratio = criterion.metric == "loss"
+    metric, equal = found.metric, 1.0 if ratio else 0.0
+    amount = f"{metric.mean:.3g} times the {label}" if ratio else f"{metric.mean:+.3g} {label}"
     if found.pairs == 1:
         return [
-            f"First order against second order at equal settings ({pairs}): {label} {difference}, "
-            f"{found.cost:.2f} times the time per update. One pair has no confidence interval."
+            f"First order against second order ({pairs}): {amount}, {found.cost.mean:.2f} times "
+            "the time per update. One pair has no confidence interval."
         ]
-    low, high = found.difference - found.difference_ci95, found.difference + found.difference_ci95
-    if low <= 0 <= high:
+    if metric.low <= equal <= metric.high:
         verdict = "no difference that these pairs can show"
     else:
-        worse = (found.difference > 0) == (criterion.mode == "min")
+        worse = (metric.mean > equal) == (criterion.mode == "min")
         verdict = "first order is worse" if worse else "first order is better"
     return [
-        f"First order against second order at equal settings ({pairs}): {label} {difference} "
-        f"(CI95 {low:+.3g} to {high:+.3g}): {verdict}.",
-        f"First order takes {found.cost:.2f} times the time per update "
-        f"(CI95 {found.cost_low:.2f} to {found.cost_high:.2f}).",
+        f"First order against second order ({pairs}): {amount} "
+        f"(CI95 {metric.low:.3g} to {metric.high:.3g}): {verdict}.",
+        f"First order takes {found.cost.mean:.2f} times the time per update "
+        f"(CI95 {found.cost.low:.2f} to {found.cost.high:.2f}).",
     ]
 
 
@@ -313,8 +319,8 @@ def outcomes(results: Sequence[TrialResult]) -> str:
 
 def _caption(plan: Plan, results: Sequence[TrialResult]) -> str:
     tasks = plan.experiment.evaluation.validation_tasks
-    step = plan.criterion.step
-    chosen = "evaluation.selection_step" if step is None else _steps(step)
+    steps = {r.step for r in results if r.step is not None}
+    chosen = _steps(steps.pop()) if len(steps) == 1 else "the adaptation steps trained"
     return (
         f"{len(results)} trials: {outcomes(results)}; {tasks} validation tasks, after {chosen}; "
         "± CI95 over tasks; hollow: not trained to the end"
@@ -336,11 +342,17 @@ def _steps(steps: int | None) -> str:
     return f"{steps} adaptation step{'' if steps == 1 else 's'}"
 
 
-def _mean_and_ci95(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and half the width of its interval by Student's t; NaN where there is none."""
+def _estimate(values: Sequence[float]) -> Estimate:
     n = len(values)
     mean = statistics.fmean(values) if values else math.nan
     if n < 2:
-        return mean, math.nan
+        return Estimate(mean, math.nan, math.nan)
     quantile = _T[n - 2] if n - 2 < len(_T) else 1.96
-    return mean, quantile * statistics.stdev(values) / math.sqrt(n)
+    half = quantile * statistics.stdev(values) / math.sqrt(n)
+    return Estimate(mean, mean - half, mean + half)
+
+
+def _ratio(values: Sequence[float]) -> Estimate:
+    """The geometric mean."""
+    found = _estimate([math.log(value) for value in values])
+    return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high))

@@ -29,20 +29,25 @@ class TrialRuns:
         self._uri = resolve_uri(plan.experiment.tracking.uri, plan.folder)
         self._client: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trial-runs")
-        self._ended: dict[str, str] = {}
+        self._ended: dict[str, TrialResult] = {}
         self.run_ids: dict[str, str] = {}
         """By trial, as far as they are known; complete after `close`."""
 
     def end(self, result: TrialResult) -> None:
         """Say how a trial ended, unless that was said before."""
-        known = self._ended.get(result.trial_id) == result.outcome
-        if self._plan.parent_run_id is None or known:
+        known = self._ended.get(result.trial_id)
+        if self._plan.parent_run_id is None or (known and known.outcome == result.outcome):
             return
-        self._ended[result.trial_id] = result.outcome
+        self._ended[result.trial_id] = result
         self._thread.submit(self._end, result)
 
     def close(self) -> None:
-        """Wait until all is said."""
+        """Wait until all is said; once more, because a trial's own last word may have come later.
+
+        To be called when no trial runs any more.
+        """
+        for result in self._ended.values():
+            self._thread.submit(self._end, result)
         self._thread.shutdown(wait=True)
 
     def _end(self, result: TrialResult) -> None:
@@ -50,7 +55,6 @@ class TrialRuns:
             self._set(result)
         except Exception as error:  # MLflow is away: the search itself goes on
             log.warning("the end of trial %s could not be recorded: %s", result.trial_id, error)
-            self._ended.pop(result.trial_id, None)
 
     def _set(self, result: TrialResult) -> None:
         if self._client is None:
@@ -63,7 +67,8 @@ class TrialRuns:
         if result.failure:
             tags["search.failure"] = result.failure[:5000]
         for name, value in tags.items():
-            self._client.set_tag(run.info.run_id, name, value)
+            if run.data.tags.get(name) != value:
+                self._client.set_tag(run.info.run_id, name, value)
         status = _STATUS[result.outcome]
         if run.info.status != status:
             self._client.set_terminated(run.info.run_id, status)

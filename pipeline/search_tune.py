@@ -28,7 +28,7 @@ from pipeline.search_trial import (
 )
 
 _RESTARTS = 3  # of a trial whose process died
-_STARVING = 30.0  # seconds without a running trial until somebody is told why
+_STARVING = 120.0  # seconds without a running trial until somebody is told
 
 ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a search that is killed goes on where it was
@@ -67,7 +67,7 @@ def scheduler_of(search: Search, possible: Sequence[Experiment]) -> Any:
     iterations = max(e.outer.iterations for e in possible)
     every = max(e.validate_every for e in possible)
     # One more than there are: a trial ends by itself, when all of it is written.
-    asha = {"time_attr": "iteration", "max_t": iterations + 1, "grace_period": every}
+    asha = {"time_attr": "iteration", "max_t": iterations + 1, "grace_period": 2 * every}
     # Brackets follow from the number of decisions that a trial can face.
     hyperband = {"time_attr": "validations", "max_t": -(-iterations // every)}
     space = draws(search.model_copy(update={"algorithm": "random"}))
@@ -228,7 +228,7 @@ def conductor_of(
             elif now - self._fed > _STARVING:
                 self._fed = now
                 short = lacking(base_experiment(plan.experiment))
-                watcher.notice(short or "no trial is running: waiting for room in the cluster")
+                watcher.notice(short or f"no trial has run for {_STARVING:.0f} s: waiting for room")
 
     return Conductor()
 
