@@ -113,7 +113,11 @@ def algorithm_of(search: Search, seed: int) -> Any:
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
     # Each draw meets every point of the grids: trials come in groups that differ in these alone.
-    return BasicVariantGenerator(constant_grid_search=True, random_state=seed % 2**32)
+    return BasicVariantGenerator(
+        constant_grid_search=True,
+        random_state=seed % 2**32,
+        max_concurrent=search.max_concurrent or 0,
+    )
 
 
 def lacking(experiment: Experiment) -> str:
@@ -172,7 +176,8 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> li
         scheduler=scheduler,
         search_alg=algorithm,
         time_budget_s=search.time_budget,
-        max_concurrent_trials=search.max_concurrent,
+        # The other algorithm limits itself, and warns where it is told twice.
+        max_concurrent_trials=search.max_concurrent if search.algorithm == "tpe" else None,
         checkpoint_config=tune.CheckpointConfig(num_to_keep=3),
         max_failures=_RESTARTS,
         reuse_actors=True,

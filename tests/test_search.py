@@ -142,7 +142,7 @@ def test_asha_in_mlflow(quadratic: dict[str, Any], tmp_path: Path, ray_local: No
     its curves and how it ended - complete, stopped early, failed."""
     from mlflow import MlflowClient
 
-    rates = [OPTIMUM, 1e25, 0.01, 0.02, 0.5, 0.03]
+    rates = [OPTIMUM, 0.5, 1e25, 0.03, 0.02, 0.01]
     section = {"space": {"inner.lr": {"grid": rates}}, "samples": 1, "max_concurrent": 2}
     section["scheduler_args"] = {"grace_period": 12}
     settings = {**quadratic, "search": section, "tracking": {"enabled": True, "experiment": "mine"}}

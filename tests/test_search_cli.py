@@ -22,14 +22,14 @@ PATIENCE = 150.0
 
 @pytest.fixture
 def search_file(quick: dict[str, Any], tmp_path: Path) -> Path:
-    """Two trials that take a while, one after the other."""
+    """Three trials that take a while, one after the other."""
     quick["task"] = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.02}
     quick["outer"] = {"lr": 0.01, "iterations": 200, "tasks_per_batch": 4}
     quick["evaluation"] |= {"every": 20, "tasks": 4, "validation_tasks": 4}
     quick["cluster"] = {"workers": 0, "cpus_per_worker": 1}
     quick["tracking"] = {"enabled": True}
     quick["search"] = {
-        "space": {"inner.lr": {"grid": [0.01, 0.02]}},
+        "space": {"inner.lr": {"grid": [0.01, 0.02, 0.03]}},
         "samples": 1,
         "scheduler": "none",
         "max_concurrent": 1,
@@ -81,7 +81,8 @@ def steps_and_runs(tmp_path: Path) -> list[tuple[str, str, list[int]]]:
 
 @pytest.mark.parametrize("how", ["killed", "interrupted"])
 def test_resume(how: str, search_file: Path, tmp_path: Path) -> None:
-    """The finished trial is kept, the other goes on from its checkpoint, MLflow has each once."""
+    """The finished trial is kept, the second goes on from its checkpoint, the third begins; MLflow
+    has each of them once."""
     folder = tmp_path / "runs" / "search"
     process = start(folder)
     try:
@@ -111,13 +112,13 @@ def test_resume(how: str, search_file: Path, tmp_path: Path) -> None:
     assert "Best: inner.lr=0.0" in resumed.stdout
     assert (first / "theta.safetensors").stat().st_mtime_ns == untouched
     runs = steps_and_runs(tmp_path)
-    assert [(name, status) for name, status, _ in runs] == [
-        (first.name, "FINISHED"),
-        (second.name, "FINISHED"),
-    ]
-    assert [steps for _, _, steps in runs] == [list(range(1, 201))] * 2
+    names = [path.name for path in sorted((folder / "trials").glob("*"))]
+    assert len(names) == 3
+    assert [(name, status) for name, status, _ in runs] == [(name, "FINISHED") for name in names]
+    assert [steps for _, _, steps in runs] == [list(range(1, 201))] * 3
     table = pandas.read_csv(folder / "results.csv")
-    assert sorted(table["trial"]) == [first.name, second.name]
+    assert sorted(table["trial"]) == names
+    assert sorted(table["inner.lr"]) == [0.01, 0.02, 0.03]
     assert set(table["outcome"]) == {"complete"}
 
     again = maml("search", "quick.yaml", "seed=1", "--resume", str(folder), cwd=tmp_path)
