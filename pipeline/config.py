@@ -302,10 +302,10 @@ class Search(Section):
                 )
         if self.scheduler == "pbt" and self.algorithm == "tpe":
             raise ValueError("search.algorithm: tpe cannot be combined with scheduler pbt")
-        if self.scheduler == "pbt" and self.max_concurrent:
+        if self.scheduler in ("pbt", "hyperband") and self.max_concurrent:
             raise ValueError(
-                "search.max_concurrent: pbt compares all trials with each other; where there is no "
-                "room for all of them they take turns, so leave it null"
+                f"search.max_concurrent: {self.scheduler} compares all trials with each other, and "
+                "where there is no room for all of them they take turns: leave it null"
             )
         return self
 

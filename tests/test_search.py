@@ -121,11 +121,11 @@ def test_schedulers_stop_what_is_bad(
         "space": {"inner.lr": {"grid": rates}},
         "samples": 1,
         "scheduler": scheduler,
-        "max_concurrent": 1,
     }
     if scheduler == "median":
-        section["scheduler_args"] = {"min_samples_required": 1}
-    settings = {**quadratic, "search": section}
+        section |= {"scheduler_args": {"min_samples_required": 1}, "max_concurrent": 1}
+    # Two at a time.
+    settings = {**quadratic, "search": section, "cluster": {"workers": 0, "cpus_per_worker": 2}}
     settings["evaluation"] = {**quadratic["evaluation"], "every": 6}
     listener = Listener()
     found = search(from_dict(settings), tmp_path / "search", watcher=listener)
@@ -201,8 +201,8 @@ def test_population_based_training(
     }
     # Two of the four at a time: they take turns.
     settings = {**quadratic, "search": section, "cluster": {"workers": 0, "cpus_per_worker": 2}}
-    settings["tracking"] = {"enabled": True, "every": 6}
-    settings["evaluation"] = {**quadratic["evaluation"], "every": 6}
+    settings["tracking"] = {"enabled": True}
+    settings["evaluation"] = {**quadratic["evaluation"], "every": 10}
     found = search(from_dict(settings), tmp_path / "runs" / "search")
     assert [t.outcome for t in found.trials] == [COMPLETE] * 4
     states = {}
@@ -227,10 +227,10 @@ def test_trials_have_workers_of_their_own(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     """Two actors per trial, in the trial's placement group; the result is that of no actors."""
-    section = {"space": {"inner.lr": {"grid": [0.01, 0.02]}}, "samples": 1, "scheduler": "none"}
-    settings = {**quick, "search": section, "cluster": {"workers": 2, "cpus_per_worker": 1}}
+    section = {"space": {"inner.lr": {"grid": [0.02]}}, "samples": 1, "scheduler": "none"}
+    settings = {**quick, "search": section, "cluster": {"workers": 2, "cpus_per_worker": 2}}
     found = search(from_dict(settings), tmp_path / "search")
-    assert [t.outcome for t in found.trials] == [COMPLETE] * 2
+    assert [t.outcome for t in found.trials] == [COMPLETE]
     for trial in found.trials:
         folder = tmp_path / "search" / "trials" / trial.trial_id
         assert load(str(folder / "config.yaml")).cluster.workers == 2

@@ -69,7 +69,8 @@ def test_what_cannot_be_combined(quick: dict[str, Any]) -> None:
     lr = {"inner.lr": {"loguniform": [0.01, 0.1]}}
     assert "algorithm grid needs values" in refusal(quick, lr, algorithm="grid")
     assert "tpe cannot be combined" in refusal(quick, lr, algorithm="tpe", scheduler="pbt")
-    assert "they take turns" in refusal(quick, lr, scheduler="pbt", max_concurrent=2)
+    for scheduler in ("pbt", "hyperband"):
+        assert "they take turns" in refusal(quick, lr, scheduler=scheduler, max_concurrent=2)
     fixed = {"model.hidden": {"choice": [[8], [9]]}}
     assert "pbt needs a setting that may change" in refusal(quick, fixed, scheduler="pbt")
     assert "search.samples: input should be greater" in refusal(quick, lr, samples=0)
