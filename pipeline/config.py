@@ -206,7 +206,9 @@ class Domain(Section):
     uniform: tuple[float, float] | None = Field(None, description="[low, high]")
     integer: tuple[int, int] | None = Field(None, description="[low, high], both included")
     choice: tuple[Any, ...] | None = Field(None, description="one of these, drawn at random")
-    grid: tuple[Any, ...] | None = Field(None, description="each of these, with every draw")
+    grid: tuple[Any, ...] | None = Field(
+        None, description="each of these, with every draw (tpe: drawn)"
+    )
 
     @property
     def kind(self) -> str:

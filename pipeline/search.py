@@ -30,14 +30,20 @@ from pipeline.ray_workers import cluster_address, connect
 from pipeline.search_report import best_of, in_words, outcomes, ranked, write_report
 from pipeline.search_runs import TrialRuns
 from pipeline.search_space import possible_experiments
-from pipeline.search_trial import Criterion, Plan, TrialResult, base_experiment, criterion
+from pipeline.search_trial import (
+    UNFINISHED,
+    Criterion,
+    Plan,
+    TrialResult,
+    base_experiment,
+    criterion,
+)
 from pipeline.search_tune import (
     ENVIRONMENT,
     SearchWatcher,
     algorithm_of,
     conductor_of,
     lacking,
-    result_of,
     run_trials,
     scheduler_of,
 )
@@ -84,16 +90,17 @@ def search(
     algorithm = algorithm_of(experiment.search, experiment.seed)
     token = _open_folder(experiment, folder, resume)
     watcher.starting(experiment, folder)
-    plan = Plan(experiment, folder, token, None, judged, (os.getcwd(),))
+    plan = Plan(experiment, folder, token, judged, (os.getcwd(),))
     with _ray(experiment, possible, watcher.notice), _recorded(plan, watcher) as (tracker, plan):
         runs = TrialRuns(plan)
         conductor = conductor_of(plan, watcher, runs, should_stop)
+        stopped = True
         try:
-            trials = run_trials(plan, scheduler, algorithm, conductor)
+            run_trials(plan, scheduler, algorithm, conductor)
             stopped = should_stop()
-            results = ranked([result_of(plan, trial, over=not stopped) for trial in trials], judged)
         finally:
-            for result in conductor.results():
+            results = ranked(conductor.results(over=not stopped), judged)
+            for result in results:
                 runs.end(result)
             runs.close()
         files = write_report(plan, results, runs.run_ids)
@@ -224,10 +231,7 @@ def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, 
                 "run there: start it, or search with tracking.enabled=false"
             )
         tracker.log_artifact(plan.folder / "search.yaml")
-        # Trials are given the address: theirs is another folder, whose default is another store.
-        tracking = experiment.tracking.model_copy(update={"uri": uri})
-        there = experiment.model_copy(update={"tracking": tracking})
-        yield tracker, replace(plan, experiment=there, parent_run_id=parent)
+        yield tracker, replace(plan, parent_run_id=parent, tracking_uri=uri)
         status = "FINISHED"
     except Interruption:
         status = "KILLED"
@@ -248,12 +252,12 @@ def _record(
     """The findings, on the search's own MLflow run."""
     for path in files:
         tracker.log_artifact(path, "plots" if path.parent.name == "plots" else None)
-    counts = {
-        f"trials/{o}": sum(r.outcome == o for r in results) for o in {r.outcome for r in results}
-    }
-    tracker.log_metrics({"trials": len(results), **counts}, 0)
+    # Not all at step 0: a search that was stopped and resumed has several.
+    ended = sum(r.outcome != UNFINISHED for r in results)
+    counts = {o: sum(r.outcome == o for r in results) for o in {r.outcome for r in results}}
+    tracker.log_metrics({f"trials/{outcome}": count for outcome, count in counts.items()}, ended)
     best = best_of(results, plan.criterion)
     if best is not None:
-        tracker.log_metrics({"best": best.value, "best_ci95": best.ci95}, 0)
+        tracker.log_metrics({"best": best.value, "best_ci95": best.ci95}, ended)
         tags = {"best_trial": best.trial_id, "best_run_id": runs.run_ids.get(best.trial_id, "")}
         tracker.set_tags({**tags, "answer": " ".join(in_words(plan, results))})

@@ -14,7 +14,6 @@ from typing import Any
 
 from pipeline.mlflow_sender import TOKEN
 from pipeline.search_trial import COMPLETE, FAILED, STOPPED, UNFINISHED, Plan, TrialResult
-from pipeline.tracking import resolve_uri
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +25,6 @@ class TrialRuns:
 
     def __init__(self, plan: Plan):
         self._plan = plan
-        self._uri = resolve_uri(plan.experiment.tracking.uri, plan.folder)
         self._client: Any = None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trial-runs")
         self._ended: dict[str, TrialResult] = {}
@@ -34,9 +32,11 @@ class TrialRuns:
         """By trial, as far as they are known; complete after `close`."""
 
     def end(self, result: TrialResult) -> None:
-        """Say how a trial ended, unless that was said before."""
+        """Say how a trial ended, unless that was said before, or it has not begun."""
         known = self._ended.get(result.trial_id)
-        if self._plan.parent_run_id is None or (known and known.outcome == result.outcome):
+        begun = result.outcome != UNFINISHED or self._plan.trial_dir(result.trial_id).exists()
+        said = known is not None and known.outcome == result.outcome
+        if self._plan.parent_run_id is None or said or not begun:
             return
         self._ended[result.trial_id] = result
         self._thread.submit(self._end, result)
@@ -60,7 +60,7 @@ class TrialRuns:
         if self._client is None:
             from mlflow import MlflowClient
 
-            self._client = MlflowClient(self._uri)
+            self._client = MlflowClient(self._plan.tracking_uri)
         run = self._find_or_create(result)
         self.run_ids[result.trial_id] = run.info.run_id
         tags = {"search.outcome": result.outcome}

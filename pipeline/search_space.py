@@ -55,6 +55,12 @@ def draws(search: Search) -> dict[str, Any]:
     return {path: tuned(domain) for path, domain in search.space.items()}
 
 
+def is_random(search: Search) -> bool:
+    """Whether another draw would be another trial."""
+    kinds = {domain.kind for domain in search.space.values()}
+    return search.algorithm == "tpe" or (search.algorithm == "random" and kinds != {"grid"})
+
+
 def in_flight(search: Search) -> list[str]:
     """The searched settings that population based training may change."""
     return [path for path in search.space if path.startswith(IN_FLIGHT)]

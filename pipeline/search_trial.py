@@ -91,9 +91,12 @@ class Plan:
     folder: Path
     token: str
     """Names the search in MLflow."""
-    parent_run_id: str | None
     criterion: Criterion
     import_paths: tuple[str, ...]
+    parent_run_id: str | None = None
+    """The search's MLflow run; None: tracking is off."""
+    tracking_uri: str | None = None
+    """Where that run is: the default of a trial's own folder would be another store."""
 
     @property
     def search(self) -> Search:
@@ -172,7 +175,8 @@ def trial_experiment(plan: Plan, trial_id: str, settings: Mapping[str, Any]) -> 
     tags = {**experiment.tracking.tags, "search": plan.folder.name, "search.trial": trial_id}
     if plan.parent_run_id is not None:
         tags["mlflow.parentRunId"] = plan.parent_run_id
-    tracking = experiment.tracking.model_copy(update={"tags": tags})
+    uri = plan.tracking_uri or experiment.tracking.uri
+    tracking = experiment.tracking.model_copy(update={"tags": tags, "uri": uri})
     return experiment.model_copy(update={"tracking": tracking})
 
 

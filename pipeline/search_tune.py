@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.config import Experiment, Search
 from pipeline.search_runs import TrialRuns
-from pipeline.search_space import draws, in_flight, settings_of, within
+from pipeline.search_space import draws, in_flight, is_random, settings_of, within
 from pipeline.search_trial import (
     FAILED,
     STOPPED,
@@ -129,7 +129,11 @@ def lacking(experiment: Experiment) -> str:
     total = {name: sum(b.get(name, 0.0) for b in wanted) for name in ("CPU", "GPU")}
     short = {name: amount for name, amount in total.items() if amount > there.get(name, 0.0)}
     if not short:
-        return ""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if any(all(b[n] <= node.get(n, 0.0) for n in b) for b in wanted[-1:] for node in nodes):
+            return ""
+        each = ", ".join(f"{amount:g} {name}" for name, amount in wanted[-1].items())
+        return f"cluster.cpus_per_worker: no node of the Ray cluster has {each}"
     workers = experiment.cluster.workers
     what = f"{workers} workers of " if workers else ""
     each = ", ".join(f"{amount:g} {name}" for name, amount in wanted[-1].items())
@@ -141,8 +145,8 @@ def lacking(experiment: Experiment) -> str:
     )
 
 
-def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> list[Any]:
-    """Run or continue the trials; returns Ray Tune's.
+def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> None:
+    """Run or continue the trials.
 
     `tune.run` and not its wrapper `Tuner`: that pickles callbacks and scheduler, and continues with
     the pickled ones.
@@ -164,13 +168,13 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> li
 
     begun = any((plan.folder / "tune").glob("experiment_state-*.json"))
     resumed = tune.ResumeConfig.ResumeType.RESUME
-    analysis = tune.run(
+    tune.run(
         tune.with_resources(trial, resources),
         name="tune",
         storage_path=str(plan.folder),
         trial_dirname_creator=lambda trial: trial.trial_id,
         config=draws(search),
-        num_samples=1 if search.algorithm == "grid" else search.samples,
+        num_samples=search.samples if is_random(search) else 1,
         metric="value",
         mode=plan.criterion.mode,
         scheduler=scheduler,
@@ -186,7 +190,6 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> li
         callbacks=[conductor],
         verbose=0,
     )
-    return list(analysis.trials)
 
 
 def conductor_of(
@@ -200,8 +203,8 @@ def conductor_of(
             self._trials: list[Any] = []
             self._fed = time.monotonic()
 
-        def results(self) -> list[TrialResult]:
-            return [result_of(plan, trial, over=False) for trial in self._trials]
+        def results(self, over: bool = False) -> list[TrialResult]:
+            return [result_of(plan, trial, over) for trial in self._trials]
 
         def setup(
             self, stop: Any = None, num_samples: Any = None, total_num_samples: int = 0, **_: Any

@@ -119,7 +119,6 @@ def test_schedulers_stop_what_is_bad(
     rates = [OPTIMUM, 0.01, 0.02, 0.03, 0.04, 0.05]
     section = {
         "space": {"inner.lr": {"grid": rates}},
-        "samples": 1,
         "scheduler": scheduler,
     }
     if scheduler == "median":
@@ -143,7 +142,7 @@ def test_asha_in_mlflow(quadratic: dict[str, Any], tmp_path: Path, ray_local: No
     from mlflow import MlflowClient
 
     rates = [OPTIMUM, 0.5, 1e25, 0.03, 0.02, 0.01]
-    section = {"space": {"inner.lr": {"grid": rates}}, "samples": 1, "max_concurrent": 2}
+    section = {"space": {"inner.lr": {"grid": rates}}, "max_concurrent": 2}
     section["scheduler_args"] = {"grace_period": 12}
     settings = {**quadratic, "search": section, "tracking": {"enabled": True, "experiment": "mine"}}
     settings["evaluation"] = {**quadratic["evaluation"], "every": 6}
@@ -153,6 +152,7 @@ def test_asha_in_mlflow(quadratic: dict[str, Any], tmp_path: Path, ray_local: No
     outcomes = {t.settings["inner.lr"]: t.outcome for t in found.trials}
     assert outcomes[1e25] == FAILED
     assert {COMPLETE, STOPPED} <= set(outcomes.values())
+    assert not list(tmp_path.rglob("unsent-tracking.jsonl"))
     failed = next(t for t in found.trials if t.outcome == FAILED)
     assert "not finite" in failed.failure
     assert found.trials[-1] is failed
@@ -227,7 +227,7 @@ def test_trials_have_workers_of_their_own(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     """Two actors per trial, in the trial's placement group; the result is that of no actors."""
-    section = {"space": {"inner.lr": {"grid": [0.02]}}, "samples": 1, "scheduler": "none"}
+    section = {"space": {"inner.lr": {"grid": [0.02]}}, "scheduler": "none"}
     settings = {**quick, "search": section, "cluster": {"workers": 2, "cpus_per_worker": 2}}
     found = search(from_dict(settings), tmp_path / "search")
     assert [t.outcome for t in found.trials] == [COMPLETE]

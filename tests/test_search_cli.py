@@ -30,7 +30,6 @@ def search_file(quick: dict[str, Any], tmp_path: Path) -> Path:
     quick["tracking"] = {"enabled": True}
     quick["search"] = {
         "space": {"inner.lr": {"grid": [0.01, 0.02, 0.03]}},
-        "samples": 1,
         "scheduler": "none",
         "max_concurrent": 1,
     }
