@@ -8,6 +8,7 @@ Both worker groups, in process and Ray, call `ChunkComputer.run` and nothing els
 from __future__ import annotations
 
 import json
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.compilation import worth_compiling
-from pipeline.components import build_model
+from pipeline.components import build_model, resolve
 from pipeline.config import Experiment
 from pipeline.meta_gradient import ChunkFunction, adaptation_curve, chunk_function
 from pipeline.meta_loss import Objective
@@ -115,6 +116,55 @@ def compute_device(experiment: Experiment) -> torch.device:
     return torch.device(name)
 
 
+_MOST_PROGRAMS = 16
+_programs: dict[Any, ChunkFunction] = {}
+_programs_lock = threading.Lock()
+
+
+def _shared_chunk_function(
+    experiment: Experiment,
+    objective: Objective,
+    layout: Layout,
+    device: torch.device,
+    compile: bool,
+) -> ChunkFunction:
+    """`chunk_function` of an experiment; compiled ones are shared by the runs of this process.
+
+    θ, the tasks and the inner rate are arguments of a program; the key holds all the rest. So the
+    trials of a search that differ in rates, seeds or iterations are compiled once.
+    """
+    inner = experiment.inner
+
+    def make() -> ChunkFunction:
+        return chunk_function(
+            objective,
+            layout,
+            steps=inner.steps,
+            order=inner.order,
+            checkpoint=inner.checkpoint,
+            compile=compile,
+        )
+
+    if not compile:
+        return make()
+    task, model = experiment.task, experiment.model
+    constants = [inner.steps, inner.order, inner.checkpoint]
+    key = (
+        resolve("task", task.kind),
+        resolve("model", model.kind),
+        json.dumps([task.settings, model.settings, *constants], sort_keys=True),
+        layout,
+        experiment.compute.dtype,
+        device,
+    )
+    with _programs_lock:
+        program = _programs.pop(key) if key in _programs else make()
+        _programs[key] = program  # the one used last is last
+        if len(_programs) > _MOST_PROGRAMS:
+            del _programs[next(iter(_programs))]
+        return program
+
+
 class ChunkComputer:
     """Runs jobs of one experiment. Keeps nothing between jobs but caches that can be rebuilt."""
 
@@ -128,13 +178,8 @@ class ChunkComputer:
         self._tasks_per_chunk = tasks_per_chunk(experiment, self._layout)
         self._objective = Objective(model.to(self._device, self._dtype), self._task)
         self._alpha = torch.tensor(experiment.inner.lr, dtype=self._dtype, device=self._device)
-        self._gradient = chunk_function(
-            self._objective,
-            self._layout,
-            steps=experiment.inner.steps,
-            order=experiment.inner.order,
-            checkpoint=experiment.inner.checkpoint,
-            compile=compile,
+        self._gradient = _shared_chunk_function(
+            experiment, self._objective, self._layout, self._device, compile
         )
         self._changed_tasks: dict[str, TaskDistribution] = {}
         self._block: int | None = None
@@ -162,6 +207,11 @@ class ChunkComputer:
         self.run_first_chunk()
         if self._experiment.outer.tasks_per_batch % self._tasks_per_chunk != 0:
             self.run(self._initial_theta(), GradientJob(0, self.num_chunks - 1))
+
+    def metric_names(self) -> list[str]:
+        """What an evaluation reports, found out on a task."""
+        job = EvaluationJob("validation", 0, 1, (0,))
+        return list(self.run(self._initial_theta(), job).metrics)
 
     def run_first_chunk(self) -> None:
         """Compute one chunk, for those who measure."""

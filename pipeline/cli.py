@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
 import sys
 import warnings
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pipeline.cli_data import data_app
-from pipeline.cli_errors import DEBUG, reporting_errors, show_tracebacks
+from pipeline.cli_errors import (
+    DEBUG,
+    StopRequest,
+    reporting_errors,
+    show_tracebacks,
+    typed,
+    ui_command,
+)
+from pipeline.cli_search import search
 
 app = typer.Typer(
     name="maml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
-    help="Distributed model-agnostic meta-learning: train, meta-test, prepare data, browse runs.",
+    help="Distributed model-agnostic meta-learning: train, search, test, browse runs.",
     epilog="--debug anywhere shows the traceback of an error.",
 )
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
@@ -71,7 +77,7 @@ def train(
         out.print(line, markup=False, soft_wrap=True)
 
     watcher = ConsoleWatcher()
-    stop = _StopRequest(watcher)
+    stop = StopRequest(watcher, "stopping after this iteration (again to stop at once)")
     try:
         curves = meta_train(
             loaded,
@@ -84,16 +90,19 @@ def train(
         watcher.stop()
         if not watcher.has_started:
             raise
-        say(f"to continue: maml train {experiment} --resume {_short(run_dir)}")
+        say(f"to continue: maml train {experiment} --resume {typed(run_dir)}")
         if show_tracebacks() or isinstance(error, Interrupted | TrainingFailed | KeyboardInterrupt):
             raise
         # What would be bad input before the start is a failed run now.
         raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
     out.print(curves_table(loaded.build_task(), curves))
     say(f"run folder   {run_dir}")
-    say(f"meta-test    maml evaluate {_short(run_dir)}")
+    say(f"meta-test    maml evaluate {typed(run_dir)}")
     if loaded.tracking.enabled:
-        say(f"MLflow       {_ui_command(loaded, run_dir)}")
+        say(f"MLflow       {ui_command(loaded, run_dir)}")
+
+
+app.command()(search)
 
 
 @app.command()
@@ -215,28 +224,6 @@ def config_schema() -> None:
     print(json.dumps(json_schema(), indent=1))
 
 
-class _StopRequest:
-    """The first Ctrl-C (or SIGTERM) asks for a checkpoint, the second ends at once."""
-
-    def __init__(self, watcher: Any):
-        self.requested = False
-        self._watcher = watcher
-        self._install()
-        # Ray puts a handler of its own in place when it starts.
-        watcher.on_started = self._install
-
-    def _install(self) -> None:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested or not self._watcher.training:
-            raise KeyboardInterrupt
-        self.requested = True
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, b"\nstopping after this iteration (again to stop at once)\n")
-
-
 def _parsed_steps(text: str | None) -> tuple[int, ...] | None:
     if text is None:
         return None
@@ -247,21 +234,6 @@ def _parsed_steps(text: str | None) -> tuple[int, ...] | None:
     if steps[0] < 0:
         raise ValueError(f"--steps: must not be negative, got {text!r}")
     return steps
-
-
-def _short(path: Path) -> str:
-    """The path as one would type it here."""
-    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def _ui_command(experiment: Any, run_dir: Path) -> str:
-    from pipeline.tracking import resolve_uri
-
-    uri = resolve_uri(experiment.tracking.uri, run_dir)
-    if uri.startswith(("http://", "https://")):
-        return uri
-    default = resolve_uri(None, Path("runs").absolute() / "any")
-    return "maml ui" if uri == default else f"maml ui --uri {uri}"
 
 
 def main() -> None:

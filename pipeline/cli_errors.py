@@ -1,4 +1,4 @@
-"""Errors of the command line: one clear message and an exit code instead of a traceback.
+"""Errors of the command line: one clear message and an exit code instead of a traceback; Ctrl-C.
 
 Exit codes: 0 done; 1 the run failed; 2 the input was wrong, nothing was started; 130 interrupted.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import typer
@@ -43,6 +46,45 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
             _fail(*_described(error))
 
     return run
+
+
+class StopRequest:
+    """The first Ctrl-C (or SIGTERM) asks for a checkpoint, the second ends at once."""
+
+    def __init__(self, watcher: Any, message: str):
+        self.requested = False
+        self._watcher = watcher
+        self._message = message
+        self._install()
+        # Ray puts a handler of its own in place when it starts.
+        watcher.on_started = self._install
+
+    def _install(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested or not self._watcher.training:
+            raise KeyboardInterrupt
+        self.requested = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{self._message}\n".encode())
+
+
+def typed(path: Path) -> str:
+    """The path as one would type it here."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def ui_command(experiment: Any, run_dir: Path) -> str:
+    """Where to look at a run in MLflow."""
+    from pipeline.tracking import resolve_uri
+
+    uri = resolve_uri(experiment.tracking.uri, run_dir)
+    if uri.startswith(("http://", "https://")):
+        return uri
+    default = resolve_uri(None, Path("runs").absolute() / "any")
+    return "maml ui" if uri == default else f"maml ui --uri {uri}"
 
 
 def _described(error: Exception) -> tuple[str, int]:

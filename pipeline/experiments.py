@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,18 +122,21 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         except yaml.YAMLError:
             errors.append(f"override {override!r}: the value is not YAML")
             continue
-        node = data
-        for key in keys[:-1]:
-            if not isinstance(node.get(key), dict):
-                node[key] = {}
-            node = node[key]
-        # Another kind has other settings: those of the kind in the file do not apply to it.
-        if keys[-1] == "kind" and node.get("kind") != value:
-            node.clear()
-        node[keys[-1]] = value
+        _set(data, keys, value)
     if errors:
         raise ConfigError("the overrides", errors)
     return data
+
+
+def with_settings(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
+    """The experiment with settings changed, by their paths, and all of it checked again.
+
+    Raises ConfigError.
+    """
+    data = experiment.plain()
+    for path, value in settings.items():
+        _set(data, path.split("."), value)
+    return from_dict(data, source=", ".join(f"{path}={value}" for path, value in settings.items()))
 
 
 def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experiment:
@@ -252,6 +255,19 @@ def _readable(error: Any) -> str:
         return message
     message = message[0].lower() + message[1:]
     return f"{path}: {message}, got {error['input']!r}"
+
+
+def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Put a value where the keys lead to, in place."""
+    node = data
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    # Another kind has other settings: those of the kind in the file do not apply to it.
+    if keys[-1] == "kind" and node.get("kind") != value:
+        node.clear()
+    node[keys[-1]] = value
 
 
 def _copied(value: Any) -> Any:

@@ -27,7 +27,7 @@ from pipeline.checkpoint import write_atomically
 
 log = logging.getLogger(__name__)
 
-_TOKEN = "maml.token"
+TOKEN = "maml.token"
 _INTERVAL = 1.0  # seconds between deliveries
 _LONGEST_BACKOFF = 30.0  # seconds between attempts while MLflow is away
 _LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # of entries per request, set by MLflow
@@ -119,13 +119,23 @@ class Sender:
         self._recorded: set[tuple[str, int]] = set()
         self._complaints: set[str] = set()
         self._finishing = threading.Event()
+        self._wake = threading.Event()
         self._stopped = threading.Event()
         self._progress = time.monotonic()
+
+    def flush(self, timeout: float) -> bool:
+        """Send what there is now, within `timeout` seconds; whether all of it has arrived."""
+        deadline = time.monotonic() + timeout
+        self._wake.set()
+        while self.unsent() and self.thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return not self.unsent()
 
     def finish(self, timeout: float) -> None:
         """Wait until all is sent, or for `timeout` seconds without progress."""
         self._progress = time.monotonic()
         self._finishing.set()
+        self._wake.set()
         try:
             while self.thread.is_alive() and time.monotonic() - self._progress < timeout:
                 self.thread.join(0.05)
@@ -158,7 +168,8 @@ class Sender:
                 away = min(2 * away or _INTERVAL, _LONGEST_BACKOFF)
                 if finishing:
                     self._stopped.wait(_INTERVAL)
-            self._finishing.wait(away or _INTERVAL)
+            self._wake.wait(away or _INTERVAL)
+            self._wake.clear()
 
     def _deliver(self) -> None:
         if self._client is None:
@@ -211,7 +222,7 @@ class Sender:
                 log.warning("MLflow run %s is gone; its record goes on as a new run", wanted.run_id)
         experiment_id = _experiment_id(client, wanted.experiment, artifacts)
         if run is None:
-            found = client.search_runs([experiment_id], f"tags.`{_TOKEN}` = '{wanted.token}'")
+            found = client.search_runs([experiment_id], f"tags.`{TOKEN}` = '{wanted.token}'")
             run = found[0] if found else None
         if run is not None:
             # A resumed run repeats the iterations after its checkpoint: they are recorded once.
@@ -222,7 +233,7 @@ class Sender:
                 for metric in client.get_metric_history(run_id, name)
             }
             return run_id
-        tags = {_TOKEN: wanted.token}
+        tags = {TOKEN: wanted.token}
         if wanted.parent_run_id is not None:
             tags["mlflow.parentRunId"] = wanted.parent_run_id
         run = client.create_run(experiment_id, wanted.start, tags, wanted.run_name)

@@ -22,6 +22,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 _MARKERS = "osD^vPX"
 _GREY = "#666666"
 _CAPTION_WIDTH, _CAPTION_LINE = 15, 0.14  # characters per inch, inches per line
+_OUTLIER = 10  # times the median: a loss of a run that diverged
 _LOG_RANGE = 20  # losses that span more than this are drawn on a logarithmic axis
 
 
@@ -141,6 +142,124 @@ def plot_training(
     _save(figure, path, caption)
 
 
+def plot_search(
+    points: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    x_label: str,
+    logarithmic: bool,
+    metric: str,
+    title: str,
+    caption: str = "",
+) -> None:
+    """A metric over a searched setting, one point per trial.
+
+    Each point holds "x", "y", "ci95", its "group" (one colour each), and whether it is "complete".
+    """
+    figure, axes = _figure(8.6, 4.6)
+    _scatter(axes, points)
+    caption += _fit(axes, metric, [p["y"] for p in points])
+    if logarithmic and all(p["x"] > 0 for p in points):
+        axes.set_xscale("log")
+    axes.set_xlabel(x_label)
+    axes.set_title(title)
+    _legend(axes)
+    _save(figure, path, caption)
+
+
+def plot_learning_curves(
+    trials: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    metric: str,
+    title: str,
+    caption: str = "",
+) -> None:
+    """A metric by iteration for every trial; those that did not end are marked where they stopped.
+
+    Each trial holds its "curve" (iteration -> value), its "group", "complete" and "best".
+    """
+    figure, axes = _figure(8.6, 4.6)
+    colors = _colors_of(trials)
+    for trial in trials:
+        iterations = sorted(trial["curve"])
+        values = [trial["curve"][iteration] for iteration in iterations]
+        color, best = colors[trial["group"]], trial["best"]
+        axes.plot(iterations, values, color=color, linewidth=3 if best else 1.2, alpha=0.8)
+        if iterations:
+            fill = color if trial["complete"] else "white"
+            axes.plot(iterations[-1:], values[-1:], "o", color=color, markerfacecolor=fill)
+    for group, color in colors.items():
+        axes.plot([], [], color=color, label=group or "trials")
+    axes.plot([], [], color="black", linewidth=3, label="the best (thick)")
+    caption += _fit(axes, metric, [v for trial in trials for v in trial["curve"].values()])
+    axes.set_xlabel("iteration")
+    axes.set_title(title)
+    _legend(axes)
+    _save(figure, path, caption)
+
+
+def plot_cost(
+    points: Sequence[Mapping[str, Any]],
+    path: str | Path,
+    *,
+    metric: str,
+    title: str,
+    caption: str = "",
+) -> None:
+    """A metric over the seconds that it took; points as in `plot_search`."""
+    figure, axes = _figure(8.6, 4.6)
+    _scatter(axes, points)
+    caption += _fit(axes, metric, [p["y"] for p in points])
+    axes.set_xlabel("seconds of meta-updates")
+    axes.set_xlim(left=0)
+    axes.set_title(title)
+    _legend(axes)
+    _save(figure, path, caption)
+
+
+def _fit(axes: Axes, metric: str, values: Sequence[float]) -> str:
+    """Choose the scale of the metric; returns what a caption must say of values left outside.
+
+    Rates that are too large make losses of any size, which would flatten all others.
+    """
+    finite = sorted(value for value in values if math.isfinite(value))
+    limit = _OUTLIER * finite[len(finite) // 2] if finite else math.inf
+    shown = [value for value in finite if value <= limit]
+    if metric.endswith("accuracy") or len(shown) == len(finite) or not shown or shown[0] <= 0:
+        _label_metric(axes, metric, _is_logarithmic(metric, [finite]))
+        return ""
+    _label_metric(axes, metric, _is_logarithmic(metric, [shown]))
+    axes.set_ylim(bottom=0.8 * shown[0], top=1.2 * shown[-1])
+    return f"; {len(finite) - len(shown)} of {len(finite)} points are above the axis"
+
+
+def _scatter(axes: Axes, points: Sequence[Mapping[str, Any]]) -> None:
+    colors = _colors_of(points)
+    for index, (group, color) in enumerate(colors.items()):
+        for complete in (True, False):
+            some = [p for p in points if p["group"] == group and p["complete"] == complete]
+            axes.errorbar(
+                [p["x"] for p in some],
+                [p["y"] for p in some],
+                yerr=[p["ci95"] for p in some],
+                linestyle="none",
+                marker=_MARKERS[index % len(_MARKERS)],
+                markersize=6,
+                color=color,
+                markerfacecolor=color if complete else "white",
+                elinewidth=1,
+            )
+        marker = _MARKERS[index % len(_MARKERS)]
+        axes.plot([], [], marker=marker, color=color, linestyle="none", label=group or "trials")
+
+
+def _colors_of(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A colour for each group, in the order of their names."""
+    groups = sorted({item["group"] for item in items})
+    return {group: _COLORS[index % len(_COLORS)] for index, group in enumerate(groups)}
+
+
 def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
@@ -157,14 +276,14 @@ def _soften(axes: Axes) -> None:
 def _is_logarithmic(metric: str, series: Sequence[Sequence[float]]) -> bool:
     """Whether losses span so much that only a logarithmic axis shows them all; zeros aside."""
     values = [value for values in series for value in values if math.isfinite(value) and value != 0]
-    if metric == "accuracy" or not values or min(values) < 0:
+    if metric.endswith("accuracy") or not values or min(values) < 0:
         return False
     return max(values) / min(values) > _LOG_RANGE
 
 
 def _label_metric(axes: Axes, metric: str, logarithmic: bool) -> None:
-    if metric == "accuracy":
-        axes.set_ylabel("accuracy (%)")
+    if metric.endswith("accuracy"):
+        axes.set_ylabel(f"{metric} (%)")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
         return
     if logarithmic:

@@ -17,6 +17,7 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -80,6 +81,7 @@ class Session:
         state: TrainingState | None,
         store: CheckpointStore,
         watcher: Watcher,
+        token: str | None = None,
     ):
         theta = initial_parameters(experiment)
         task = experiment.build_task()
@@ -107,7 +109,10 @@ class Session:
         self._theta = self.update.flat.numpy()
         self.compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
         # Known before MLflow has answered: a run that is killed early is found again by it.
-        self.tracking_token = str(state.extra["tracking_token"]) if state else uuid.uuid4().hex
+        known = state.extra.get("tracking_token") if state else None
+        self.tracking_token = str(token or known or uuid.uuid4().hex)
+        self.ancestor = state.extra.get("ancestor") if state else None
+        """Whose state the run began with, `origin` of that state; None: its own."""
 
     @property
     def theta(self) -> FlatVector:
@@ -169,6 +174,7 @@ class Session:
                     "compile": self.compile,
                     "threads": self.experiment.compute.threads,
                     "tracking_token": self.tracking_token,
+                    "ancestor": self.ancestor,
                 },
             ),
             best=self._improved,
@@ -209,27 +215,52 @@ class Session:
             file.write(json.dumps(record) + "\n")
 
 
+def inherited(state: TrainingState) -> TrainingState:
+    """What a run takes over from another one: θ, its optimiser, the iteration, and how chunks are
+    computed - but neither the other's MLflow run nor what was best in it."""
+    extra = {**state.extra, "tracking_token": None, "ancestor": origin(state)}
+    return replace(state, best=None, bad_updates=0, mlflow_run_id=None, extra=extra)
+
+
+def origin(state: TrainingState) -> str:
+    """Which run a state is of, and when it was taken."""
+    return f"{state.extra['tracking_token']}@{state.iteration}"
+
+
 @contextlib.contextmanager
 def open_session(
-    experiment: Experiment, run_dir: Path, resume: bool, watcher: Watcher
+    experiment: Experiment,
+    run_dir: Path,
+    resume: bool,
+    watcher: Watcher,
+    *,
+    token: str | None = None,
+    heir_of: TrainingState | None = None,
 ) -> Iterator[Session]:
     """Open a new run in `run_dir`, or continue the one that is there; close it whatever happens.
+
+    `token` is a name by which the run is found again in MLflow; by default it has one of its own.
+    `heir_of` is another run's state to begin with, whatever is in the folder.
 
     Raises RunFolderError, CheckpointError, TrackingError, ValueError for what is wrong with the
     folder, the checkpoints, the tracking address, the model or the data.
     """
     store = CheckpointStore.of_run(experiment, run_dir)
-    if not resume:
+    if heir_of is not None:
+        state: TrainingState | None = inherited(heir_of)
+    elif resume:
+        state = _state_to_resume(store)
+    else:
         _refuse_to_overwrite(run_dir, store)
-    state = _state_to_resume(store) if resume else None
-    experiment = _with_absolute_data(experiment)
+        state = None
+    experiment = _with_absolute_data(experiment.model_copy(update={"search": None}))
     check_tasks(experiment)
     _create(run_dir, store)
     watcher.starting(experiment, run_dir)
     placement = decide_workers(experiment)
     write_atomically(run_dir / "config.yaml", experiment.to_yaml())
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
-    session = Session(_with_threads(experiment, threads), run_dir, state, store, watcher)
+    session = Session(_with_threads(experiment, threads), run_dir, state, store, watcher, token)
     session.workers = _start_workers(session, placement)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:

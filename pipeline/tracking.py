@@ -46,7 +46,7 @@ UNSENT = "unsent-tracking.jsonl"
 
 
 class RunTracker(Protocol):
-    """What training needs of a tracker. Only `wait_for_run_id` and `close` ever wait."""
+    """What training needs of a tracker. Only `wait_for_run_id`, `flush` and `close` ever wait."""
 
     @property
     def run_id(self) -> str | None:
@@ -67,6 +67,9 @@ class RunTracker(Protocol):
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         """Record a file. It is read later, so it must stay where it is."""
 
+    def flush(self, timeout: float) -> bool:
+        """Send what is recorded, within `timeout` seconds; whether all of it has arrived."""
+
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> Path | None:
         """End the run and send what is left, giving up after 30 seconds without progress.
 
@@ -84,6 +87,9 @@ class NullTracker:
     def log_params(self, params: Mapping[str, Any]) -> None: ...
     def set_tags(self, tags: Mapping[str, str]) -> None: ...
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None: ...
+    def flush(self, timeout: float) -> bool:
+        return True
+
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None: ...
 
 
@@ -161,6 +167,9 @@ class Tracker:
 
     def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
         self._queue.append(Artifact(str(Path(path).absolute()), folder))
+
+    def flush(self, timeout: float) -> bool:
+        return self._sender.flush(timeout)
 
     def close(
         self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0

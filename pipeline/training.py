@@ -39,27 +39,35 @@ def train(
     Raises TrainingFailed, Interrupted, and what `open_session` raises.
     """
     with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
-        experiment = session.experiment
-        session.save_checkpoint()  # a run can be continued from its first moment on
-        while session.iteration < experiment.outer.iterations:
-            meta_update(session)
-            if session.due(experiment.validate_every):
-                _validate(session)
-            if session.due(experiment.checkpoint_every):
-                session.save_checkpoint()
-            if should_stop():
-                session.save_checkpoint()
-                raise Interrupted(f"stopped after iteration {session.iteration}")
-        session.save_theta()
-        session.watcher.testing(experiment)
+        meta_train(session, should_stop)
+        session.watcher.testing(session.experiment)
         curves = meta_test(
             session.workers,
-            experiment,
+            session.experiment,
             session.theta,
             on_curve=lambda curve: session.watcher.tested(curve),
         )
         session.record_test(curves)
         return curves
+
+
+def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """The loop, to the last iteration; test tasks play no part in it.
+
+    Raises TrainingFailed, Interrupted.
+    """
+    experiment = session.experiment
+    session.save_checkpoint()  # a run can be continued from its first moment on
+    while session.iteration < experiment.outer.iterations:
+        meta_update(session)
+        if session.due(experiment.validate_every):
+            validate(session)
+        if session.due(experiment.checkpoint_every):
+            session.save_checkpoint()
+        if should_stop():
+            session.save_checkpoint()
+            raise Interrupted(f"stopped after iteration {session.iteration}")
+    session.save_theta()
 
 
 def meta_update(session: Session) -> None:
@@ -123,7 +131,8 @@ def _guard(session: Session, mean: Aggregate) -> None:
     )
 
 
-def _validate(session: Session) -> None:
+def validate(session: Session) -> None:
+    """Adapt to validation tasks, and record how that went."""
     experiment = session.experiment
     curve = adaptation_curve_of(
         session.workers,

@@ -4,12 +4,14 @@ Models are tiny: each program costs seconds to compile the first time.
 """
 
 import logging
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from pipeline import compilation
+from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.compilation import Compiler, worth_compiling
 from pipeline.meta_gradient import chunk_function
 from pipeline.meta_loss import Objective
@@ -17,6 +19,7 @@ from pipeline.models import mlp
 from pipeline.parameters import Layout
 from tasks.base import Examples, TaskBatch
 from tasks.sinusoid import Sinusoid
+from tests.conftest import experiment_of
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +119,28 @@ def test_whether_compilation_pays_is_a_matter_of_calls(setup):
     answers = [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]
     assert answers == [False, False, True]
     assert answers == [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]
+
+
+def test_runs_of_a_process_share_programs(quick: dict[str, Any], programs) -> None:
+    """Another rate or seed is not another program, another number of steps is; results are those
+    of a program of one's own."""
+    settings = {**quick, "compute": {**quick["compute"], "compile": "always"}}
+    one = ChunkComputer(experiment_of(settings), compile=True)
+    other = ChunkComputer(experiment_of(settings, inner={"lr": 0.02}), compile=True)
+    longer = ChunkComputer(experiment_of(settings, inner={"steps": 3}), compile=True)
+    eager = ChunkComputer(experiment_of(settings, inner={"lr": 0.02}), compile=False)
+    functions = [computer.program(GradientJob(0, 0))[0] for computer in (one, other, longer)]
+    assert functions[0] is functions[1]
+    assert functions[0] is not functions[2]
+    theta = initial_parameters(experiment_of(settings))
+    flat = Layout.of(theta).join(theta).numpy()
+    job = GradientJob(0, 0)
+    first, second = one.run(flat, job).gradient, other.run(flat, job).gradient
+    expected = eager.run(flat, job).gradient
+    assert first is not None
+    assert second is not None
+    np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-6)
+    assert not np.allclose(first, second, rtol=1e-4)
+    assert len(programs) == 1
+    for computer in (one, other, longer, eager):
+        computer.close()

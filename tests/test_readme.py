@@ -25,6 +25,8 @@ SHORT = [
     "compute.compile=never",
 ]
 
+SHORT_SEARCH = ["search.samples=1", "search.max_concurrent=1"]
+
 
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
@@ -63,9 +65,10 @@ def test_the_readme_has_commands() -> None:
 def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
     """In one folder, top to bottom, as a newcomer would; training cut short."""
     write_example(tmp_path)
-    run_dir, name = "", ""
+    run_dir, search_dir, name = "", "", ""
     for arguments in commands():
         arguments = [run_dir if a == "RUN_DIR" else name if a == "NAME" else a for a in arguments]
+        arguments = [a.replace("SEARCH_DIR", search_dir) for a in arguments]
         if arguments[:3] == ["data", "prepare", "omniglot"]:
             arguments += ["--source", str(real_data / "omniglot")]
         if arguments[:3] == ["data", "prepare", "images"]:
@@ -74,6 +77,8 @@ def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
             arguments = ["51/10/20" if a == "64/16/20" else a for a in arguments]
         if arguments[0] == "ui":
             continue  # serves until it is stopped; tests/test_tracking.py does that
+        if arguments[0] == "search" and "--resume" not in arguments:
+            arguments += [*SHORT, *SHORT_SEARCH]
         if arguments[0] == "train" and "--resume" in arguments:
             overrides = [a for a in arguments if "=" in a]
             arguments = [a for a in arguments if "=" not in a]
@@ -85,10 +90,14 @@ def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
         if arguments[0] == "evaluate":
             arguments = ["4" if a == "600" else a for a in arguments]
         done = run(arguments, tmp_path)
+        if arguments[0] == "search":
+            found = re.search(r"search folder +(\S+)", done.stdout)
+            assert found is not None
+            search_dir = found.group(1)
         if arguments[0] == "train":
             found = re.search(r"run folder +(\S+)", done.stdout)
             assert found is not None
-            run_dir, name = found.group(1), Path(arguments[1]).stem
+            run_dir, name = found.group(1), arguments[1]
 
 
 def write_example(folder: Path) -> None:

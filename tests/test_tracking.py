@@ -370,3 +370,27 @@ def test_serving_what_cannot_be_served(store: str, tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(TrackingError, match=rf"cannot listen on 127\.0\.0\.1:{port}.*--port"):
             serve(store, port=port)
+
+
+def test_flush_delivers_now(store: str, tmp_path: Path) -> None:
+    """What was recorded before a flush is there after it, the file too; the run goes on."""
+    tracker = start(tmp_path / "run", uri=store)
+    (tmp_path / "note.txt").write_text("here")
+    tracker.log_metrics({"loss": 1.0}, 1)
+    tracker.log_artifact(tmp_path / "note.txt")
+    assert tracker.flush(PATIENCE)
+    assert tracker.run_id is not None
+    assert history(store, tracker.run_id, "loss") == [(1, 1.0)]
+    assert [a.path for a in MlflowClient(store).list_artifacts(tracker.run_id)] == ["note.txt"]
+    assert MlflowClient(store).get_run(tracker.run_id).info.status == "RUNNING"
+    assert tracker.close("FINISHED", PATIENCE) is None
+
+
+def test_flush_gives_up(tmp_path: Path) -> None:
+    """A server that is away costs the time that was allowed, and no record."""
+    tracker = start(tmp_path / "run", uri="http://127.0.0.1:1")
+    tracker.log_metrics({"loss": 1.0}, 1)
+    before = time.monotonic()
+    assert not tracker.flush(0.3)
+    assert time.monotonic() - before < 5
+    assert tracker.close("KILLED", 0.1) == tmp_path / "run" / UNSENT

@@ -1,0 +1,87 @@
+"""`maml search`: try settings with Ray Tune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli_errors import StopRequest, reporting_errors, show_tracebacks, typed, ui_command
+
+
+@reporting_errors
+def search(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="a shipped experiment or a YAML file with a search section", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="settings to change, such as search.samples=4 search.scheduler=none "
+            "'search.space.inner.lr={uniform: [0.1, 0.5]}'",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="continue the search in this folder: finished trials are kept"),
+    ] = None,
+) -> None:
+    """Search for the best settings: many short trainings with Ray Tune, ranked by validation.
+
+    The `search:` section of the experiment names the settings and their ranges
+    (`maml config show sinusoid-search`). Ends with a table, an answer in words, and best.yaml.
+    """
+    from pipeline.console import out
+    from pipeline.experiments import ConfigError, load, new_run_dir
+    from pipeline.search import load_search
+    from pipeline.search import search as run_search
+    from pipeline.search_console import SearchConsole, search_table
+    from pipeline.session import Interrupted
+    from pipeline.training import TrainingFailed
+
+    if resume is not None:
+        folder = resume.expanduser().absolute()
+        if overrides:
+            raise ConfigError("the overrides", ["a resumed search keeps its settings"])
+        loaded = load_search(folder, experiment)
+    else:
+        loaded = load(experiment, overrides or [])
+        folder = new_run_dir(loaded)
+
+    def say(line: str) -> None:
+        out.print(line, markup=False, soft_wrap=True)
+
+    watcher = SearchConsole()
+    stop = StopRequest(watcher, "stopping and saving the search (again to stop at once)")
+    try:
+        result = run_search(
+            loaded,
+            folder,
+            resume=resume is not None,
+            watcher=watcher,
+            should_stop=lambda: stop.requested,
+        )
+    except (Exception, KeyboardInterrupt) as error:
+        watcher.stop()
+        if not watcher.has_started:
+            raise
+        say(f"to continue: maml search {experiment} --resume {typed(folder)}")
+        if show_tracebacks() or isinstance(error, Interrupted | KeyboardInterrupt):
+            raise
+        # What would be bad input before the start is a failed search now.
+        raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
+    watcher.stop()
+    out.print(search_table(result))
+    for line in result.words:
+        say(line)
+    say(f"search folder  {folder}")
+    if result.best is None:
+        raise TrainingFailed("no trial has a result; the table says why each one failed")
+    say(f"train in full  maml train {typed(folder / 'best.yaml')}")
+    if loaded.tracking.enabled:
+        say(f"MLflow         {ui_command(loaded, folder)}")

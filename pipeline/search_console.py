@@ -1,0 +1,166 @@
+"""What a person sees of a search: a live line, one line per trial, the ranked table at the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.box import SIMPLE_HEAD
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from pipeline.console import duration, out
+from pipeline.search_report import best_of, metric_label, setting_text, settings_text
+from pipeline.search_trial import COMPLETE, UNFINISHED, Plan, TrialResult, base_experiment, bundles
+from pipeline.search_tune import SearchWatcher
+
+if TYPE_CHECKING:
+    from pipeline.config import Experiment
+    from pipeline.search import SearchResult
+
+_PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
+_LIVE_SECONDS = 0.25
+
+
+class SearchConsole(SearchWatcher):
+    """A live progress line on a terminal, plain lines elsewhere."""
+
+    def __init__(self) -> None:
+        self.training = False
+        """While trials run: a Ctrl-C then saves the state of the search."""
+        self.has_started = False
+        self.on_started: Callable[[], None] = lambda: None
+        self._progress: Progress | None = None
+        self._line: TaskID | None = None
+        self._plan: Plan | None = None
+        self._total = 0
+        self._ended = 0
+        self._done_before: float | None = None
+        self._began = self._shown = 0.0
+
+    def starting(self, experiment: Experiment, folder: Path) -> None:
+        out.print(f"{experiment.name} -> {folder}", style="bold", markup=False, soft_wrap=True)
+
+    def started(self, plan: Plan, trials: int) -> None:
+        search = plan.search
+        space = ", ".join(
+            f"{path} {domain.kind} {list(domain.values)}" for path, domain in search.space.items()
+        )
+        wanted = bundles(base_experiment(plan.experiment))
+        each = sum(bundle.get("CPU", 0.0) for bundle in wanted)
+        self._say(f"searching {space}")
+        self._say(
+            f"{trials} trials of {plan.experiment.outer.iterations:,} iterations, {each:g} CPU "
+            f"each; scheduler {search.scheduler}, algorithm {search.algorithm}; ranked by "
+            f"validation {metric_label(plan.experiment, plan.criterion)}"
+        )
+        self._plan, self._total = plan, trials
+        self._began = self._shown = time.monotonic()
+        self.training = self.has_started = True
+        self.on_started()
+        if out.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=24), TextColumn("{task.description}"), console=out
+            )
+            self._progress.start()
+            self._line = self._progress.add_task("", total=1.0)
+
+    def progress(self, results: Sequence[TrialResult]) -> None:
+        now = time.monotonic()
+        if now - self._shown < (_LIVE_SECONDS if self._progress else _PLAIN_SECONDS):
+            return
+        self._shown = now
+        assert self._plan is not None
+        over = [r for r in results if r.outcome != UNFINISHED]
+        begun = [r for r in results if r.outcome == UNFINISHED and r.iteration]
+        iterations = self._plan.experiment.outer.iterations
+        done = len(over) + sum(min(1.0, r.iteration / iterations) for r in begun)
+        if self._done_before is None:
+            self._done_before = done  # a resumed search has trials that cost no time now
+        rate = (done - self._done_before) / max(now - self._began, 1e-9)
+        eta = f"  ETA {duration((self._total - done) / rate)}" if rate > 0 else ""
+        best = best_of(results, self._plan.criterion)
+        so_far = f"  best so far {best.value:.4g} ({settings_text(best.settings)})" if best else ""
+        line = f"{len(over)}/{self._total} trials done, {len(begun)} under way{so_far}{eta}"
+        if self._progress is not None and self._line is not None:
+            fraction = done / max(1, self._total)
+            self._progress.update(self._line, completed=fraction, description=line)
+        else:
+            self._say(line)
+
+    def ended(self, result: TrialResult) -> None:
+        assert self._plan is not None
+        self._ended += 1
+        value = "" if math.isnan(result.value) else f"  {result.value:.4g} ± {result.ci95:.2g}"
+        where = "" if result.outcome == COMPLETE else f" at {result.iteration:,}"
+        reason = f": {result.failure}" if result.failure else ""
+        self._say(
+            f"trial {result.trial_id}  {settings_text(result.settings)}  "
+            f"{result.outcome}{where}{reason}{value}"
+        )
+
+    def notice(self, message: str) -> None:
+        self._say(message)
+
+    def stop(self) -> None:
+        """Take the live line away."""
+        self.training = False
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+    def _say(self, line: str) -> None:
+        console = self._progress.console if self._progress else out
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def search_table(result: SearchResult) -> Table:
+    """One row per trial, the best first."""
+    plan = result.plan
+    label = metric_label(plan.experiment, plan.criterion)
+    percent = plan.criterion.metric == "accuracy"
+    table = Table(
+        title=f"{len(result.trials)} trials by validation {label}{' in %' if percent else ''} "
+        "after n adaptation steps, ± CI95",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    names = _short_names(plan.search.space)
+    header = ("trial", *names, label, "n", "iterations", "seconds", "tasks/s")
+    rows = [_cells(r, 100 if percent else 1) for r in result.trials]
+    for number, (name, *cells) in enumerate(zip(header, *rows, strict=True)):
+        # Where space is short, the line runs on; numbers are not cut.
+        width = max(len(text) for text in (name, *cells))
+        justify: Literal["left", "right"] = "left" if number <= len(names) else "right"
+        table.add_column(name, justify=justify, no_wrap=True, min_width=width)
+    for r, cells in zip(result.trials, rows, strict=True):
+        style = "bold" if r is result.best else "dim" if math.isnan(r.value) else None
+        table.add_row(*cells, style=style)
+    return table
+
+
+def _cells(result: TrialResult, scale: int) -> list[str]:
+    known = not math.isnan(result.value)
+    mark = "" if result.outcome == COMPLETE else f"{result.outcome.split()[0]} "
+    tasks = result.tasks_per_second
+    return [
+        result.trial_id.rpartition("_")[2].lstrip("0") or "0",
+        *(setting_text(value) for value in result.settings.values()),
+        f"{scale * result.value:.4g} ± {scale * result.ci95:.2g}" if known else "-",
+        "-" if result.step is None else str(result.step),
+        f"{mark}{result.iteration:,}",
+        f"{result.seconds:.1f}" if math.isfinite(result.seconds) else "-",
+        f"{tasks:,.0f}" if tasks > 0 else "-",
+    ]
+
+
+def _short_names(paths: Iterable[str]) -> list[str]:
+    """The last parts of paths, where they are not ambiguous."""
+    last = [path.rpartition(".")[2] for path in paths]
+    return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]

@@ -1,0 +1,148 @@
+"""`maml search` as a person types it: killed, interrupted, resumed, and what it leaves behind."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+import yaml
+
+from tests.test_cli import clean_environment, maml
+
+PATIENCE = 150.0
+
+
+@pytest.fixture
+def search_file(quick: dict[str, Any], tmp_path: Path) -> Path:
+    """Three trials that take a while, one after the other."""
+    quick["task"] = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.02}
+    quick["outer"] = {"lr": 0.01, "iterations": 200, "tasks_per_batch": 4}
+    quick["evaluation"] |= {"every": 20, "tasks": 4, "validation_tasks": 4}
+    quick["cluster"] = {"workers": 0, "cpus_per_worker": 1}
+    quick["tracking"] = {"enabled": True}
+    quick["search"] = {
+        "space": {"inner.lr": {"grid": [0.01, 0.02, 0.03]}},
+        "scheduler": "none",
+        "max_concurrent": 1,
+    }
+    path = tmp_path / "quick.yaml"
+    path.write_text(yaml.safe_dump(quick))
+    return path
+
+
+def start(folder: Path) -> subprocess.Popen[str]:
+    """A search in a process group of its own, as a terminal has it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", "search", "quick.yaml", f"run_dir={folder}"],
+        cwd=folder.parent.parent,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_until_the_second_trial_is_under_way(folder: Path) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        trials = sorted((folder / "trials").glob("*"))
+        if len(trials) == 2 and list((trials[1] / "checkpoints").glob("*-*40.json")):
+            return
+        time.sleep(0.1)
+    raise AssertionError("the second trial has not begun")
+
+
+def steps_and_runs(tmp_path: Path) -> list[tuple[str, str, list[int]]]:
+    """(trial, status, iterations recorded) of every nested MLflow run."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'maml'")
+    runs = client.search_runs([experiment.experiment_id])
+    assert len([run for run in runs if "mlflow.parentRunId" not in run.data.tags]) == 1
+    found = []
+    for run in runs:
+        if "mlflow.parentRunId" in run.data.tags:
+            points = client.get_metric_history(run.info.run_id, "train/query_loss")
+            name = str(run.info.run_name)
+            found.append((name, str(run.info.status), sorted(p.step for p in points)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("how", ["killed", "interrupted"])
+def test_resume(how: str, search_file: Path, tmp_path: Path) -> None:
+    """The finished trial is kept, the second goes on from its checkpoint, the third begins; MLflow
+    has each of them once."""
+    folder = tmp_path / "runs" / "search"
+    process = start(folder)
+    try:
+        wait_until_the_second_trial_is_under_way(folder)
+        if how == "killed":
+            process.kill()
+            process.communicate(timeout=60)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+            out, err = process.communicate(timeout=100)
+            assert process.returncode == 130, out + err
+            assert "to continue: maml search quick.yaml --resume runs/search" in out
+            assert "Traceback" not in out + err
+            assert [status for _, status, _ in steps_and_runs(tmp_path)] == ["FINISHED", "KILLED"]
+    finally:
+        process.kill()
+    first, second = sorted((folder / "trials").glob("*"))
+    untouched = (first / "theta.safetensors").stat().st_mtime_ns
+    reached = max(
+        int(path.stem.removeprefix("iteration-"))
+        for path in (second / "checkpoints").glob("iteration-????????.json")
+    )
+    assert 40 <= reached < 200
+
+    resumed = maml("search", "quick.yaml", "--resume", str(folder), cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    assert "Best: inner.lr=0.0" in resumed.stdout
+    assert (first / "theta.safetensors").stat().st_mtime_ns == untouched
+    runs = steps_and_runs(tmp_path)
+    names = [path.name for path in sorted((folder / "trials").glob("*"))]
+    assert len(names) == 3
+    assert [(name, status) for name, status, _ in runs] == [(name, "FINISHED") for name in names]
+    assert [steps for _, _, steps in runs] == [list(range(1, 201))] * 3
+    table = pandas.read_csv(folder / "results.csv")
+    assert sorted(table["trial"]) == names
+    assert sorted(table["inner.lr"]) == [0.01, 0.02, 0.03]
+    assert set(table["outcome"]) == {"complete"}
+
+    again = maml("search", "quick.yaml", "seed=1", "--resume", str(folder), cwd=tmp_path)
+    assert again.returncode == 2
+    assert "a resumed search keeps its settings" in again.stderr
+    trained = maml("train", str(folder / "best.yaml"), "outer.iterations=5", cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert re.search(r"run folder +\S+runs/quick-best-", trained.stdout)
+
+
+def test_bad_input(search_file: Path, tmp_path: Path) -> None:
+    """One message, exit code 2, nothing started; `maml train` takes no notice of the section."""
+    wrong = maml("search", "quick.yaml", "search.space.inner.rate={grid: [1]}", cwd=tmp_path)
+    assert wrong.returncode == 2
+    assert "search.space.inner.rate: unknown setting" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    none = maml("search", "sinusoid", cwd=tmp_path)
+    assert none.returncode == 2
+    assert "search: missing" in none.stderr
+    other = maml("search", "quick.yaml", "--resume", str(tmp_path), cwd=tmp_path)
+    assert other.returncode == 2
+    assert "is not the folder of a search" in other.stderr
+    assert not (tmp_path / "runs").exists()
+    run = tmp_path / "runs" / "one"
+    arguments = ("outer.iterations=2", "tracking.enabled=false", f"run_dir={run}")
+    trained = maml("train", "quick.yaml", *arguments, cwd=tmp_path)
+    assert trained.returncode == 0, trained.stderr
+    assert "search" not in yaml.safe_load((run / "config.yaml").read_text())
