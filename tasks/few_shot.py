@@ -15,6 +15,7 @@ import torch
 from tasks.base import SPLITS, Classification, Examples, TaskBatch, as_tensor, at_least
 from tasks.image_store import ImageClass, ImageStore, UInt8
 from tasks.random import UInt64, bits, integers, task_keys, uniform
+from tasks.store_cache import local_root
 
 Int64 = npt.NDArray[np.int64]
 
@@ -63,13 +64,17 @@ class FewShot(Classification):
     def prepare_command(self) -> str:
         """The command that builds the store, for messages."""
 
+    def store_root(self) -> str:
+        """The folder or URI of the image store."""
+        return self.data_root
+
     def split_of(self, image_class: ImageClass) -> str:
         """The split that a class belongs to."""
         return image_class.split
 
     def open_store(self) -> ImageStore:
         """The store, opened once per process. Raises StoreError."""
-        return _store(self.data_root, self.store_name(), self.prepare_command())
+        return _store(self.store_root(), self.store_name(), self.prepare_command())
 
     @property
     def input_shape(self) -> tuple[int, ...]:  # type: ignore[override]  # depends on the store
@@ -163,7 +168,7 @@ def _different(keys: UInt64, populations: Int64, count: int, stream: int = 0) ->
 
 @lru_cache(maxsize=16)
 def _store(root: str, name: str, command: str) -> ImageStore:
-    return ImageStore.open(root, name, command=command)
+    return ImageStore.open(local_root(root, name, command), name, command=command)
 
 
 @lru_cache(maxsize=16)
