@@ -11,5 +11,5 @@ next θ, and sample the next tasks meanwhile. Nobody waits for MLflow. A file im
 above it in this order: components, config, experiments, parameters, models, meta_loss, inner_loop,
 compilation, meta_gradient, chunk, workers, ray_workers, placement, aggregation, outer_update,
 checkpoint, mlflow_sender, tracking, mlflow_ui, evaluation, plots, report, session, training,
-console, cli_errors, cli_data, cli.
+job_package, jobs, console, cli_errors, cli_data, cli_jobs, cli.
 """

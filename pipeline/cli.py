@@ -16,6 +16,7 @@ import typer
 
 from pipeline.cli_data import data_app
 from pipeline.cli_errors import DEBUG, reporting_errors, show_tracebacks
+from pipeline.cli_jobs import jobs_app, submit
 
 app = typer.Typer(
     name="maml",
@@ -28,6 +29,8 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(jobs_app, name="jobs")
+app.command()(submit)
 
 Overrides = Annotated[
     list[str] | None,
@@ -152,10 +155,11 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's pages on the runs of this folder."""
+    from pipeline.experiments import runs_folder
     from pipeline.mlflow_ui import serve
     from pipeline.tracking import resolve_uri
 
-    serve(resolve_uri(uri, Path("runs").absolute() / "any"), host=host, port=port)
+    serve(resolve_uri(uri, runs_folder() / "any"), host=host, port=port)
 
 
 @app.command()
@@ -255,12 +259,13 @@ def _short(path: Path) -> str:
 
 
 def _ui_command(experiment: Any, run_dir: Path) -> str:
+    from pipeline.experiments import runs_folder
     from pipeline.tracking import resolve_uri
 
     uri = resolve_uri(experiment.tracking.uri, run_dir)
     if uri.startswith(("http://", "https://")):
         return uri
-    default = resolve_uri(None, Path("runs").absolute() / "any")
+    default = resolve_uri(None, runs_folder() / "any")
     return "maml ui" if uri == default else f"maml ui --uri {uri}"
 
 

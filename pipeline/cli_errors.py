@@ -49,6 +49,8 @@ def _described(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
     from pipeline.checkpoint import CheckpointError
     from pipeline.experiments import ConfigError
+    from pipeline.job_package import JobError
+    from pipeline.jobs import HeadLost
     from pipeline.mlflow_sender import TrackingError
     from pipeline.session import Interrupted, RunFolderError
     from pipeline.training import TrainingFailed
@@ -59,10 +61,16 @@ def _described(error: Exception) -> tuple[str, int]:
         return str(error), 130
     if isinstance(
         error,
-        ConfigError | RunFolderError | CheckpointError | TrackingError | StoreError | ValueError,
+        ConfigError
+        | RunFolderError
+        | CheckpointError
+        | TrackingError
+        | JobError
+        | StoreError
+        | ValueError,
     ):
         return str(error), 2
-    if isinstance(error, TrainingFailed | WorkersLost):
+    if isinstance(error, TrainingFailed | WorkersLost | HeadLost):
         return str(error), 1
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
