@@ -133,7 +133,8 @@ def _head(address: str | None) -> Head:
     from pipeline.jobs import Head, default_address
 
     head = Head(address or default_address())
-    logging.getLogger("ray").setLevel(logging.ERROR)  # Ray raised it when it was imported
+    for name in ("dashboard_sdk", "job.sdk"):  # they set a level of their own when imported
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
     return head
 
 

@@ -124,7 +124,7 @@ class _Source:
             raise StoreError(
                 f"there is no image store {self.name} at {self.root}\n{self._build}"
             ) from error
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise StoreError(
                 f"the image store {self.name} at {self.root} cannot be read: {_line(error)}"
             ) from error
