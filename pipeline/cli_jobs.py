@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from pathlib import Path
@@ -64,9 +63,9 @@ def submit(
         arguments = arguments[1:]
     if not arguments:
         raise ValueError("give a command to run: maml submit -- train sinusoid")
+    environment = job_environment(_parsed(env or []))
     head = _head(address)
     head.check_versions()
-    environment = job_environment(_parsed(env or []))
     for line in what_to_know(arguments, Path.cwd(), environment):
         err.print(line, markup=False, soft_wrap=True)
     with packed(Path.cwd()) as package:
@@ -132,10 +131,7 @@ def jobs_stop(job: JobId, address: Address = None) -> None:
 def _head(address: str | None) -> Head:
     from pipeline.jobs import Head, default_address
 
-    head = Head(address or default_address())
-    for name in ("dashboard_sdk", "job.sdk"):  # they set a level of their own when imported
-        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.ERROR)
-    return head
+    return Head(address or default_address())
 
 
 def _follow(head: Head, job: str, address: str | None) -> None:

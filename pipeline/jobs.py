@@ -7,7 +7,7 @@
     maml ARGUMENTS ─────────────────────────────▶ the driver, python -m pipeline.cli ARGUMENTS
     log lines, exit code ◀─────────────────────── ...
 
-`job_package` says what travels. Data does not: nodes read it from `data.root`.
+`job_package` says which files travel. Data does not: nodes read it from `data.root`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import platform
 import re
@@ -24,6 +25,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +103,13 @@ class Head:
         except (ValueError, KeyError, TypeError):
             raise JobError(
                 f"{self.address} answers (HTTP {status}), but is not the dashboard of a Ray head; "
-                f"it usually is http://HEAD:8265"
+                "that usually is http://HEAD:8265"
             ) from None
-        self._client = _client(self.address, headers)
+        self._headers = headers
+
+    @cached_property
+    def _client(self) -> Any:
+        return _client(self.address, self._headers)
 
     def check_versions(self) -> None:
         """Raise JobError unless the head has this machine's Ray, and its minor Python version."""
@@ -302,6 +308,8 @@ def _token(address: str) -> tuple[str, str]:
 def _client(address: str, headers: dict[str, str]) -> Any:
     from ray.job_submission import JobSubmissionClient
 
+    for name in ("dashboard_sdk", "job.sdk"):  # they speak at a level of their own
+        logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
     # Ray lets its environment variables override the address that it is given.
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address

@@ -93,11 +93,12 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
-            # A node that is gone is noticed after a second instead of fifteen.
+            # A node that is gone is noticed after a second or two instead of fifteen; one that is
+            # only slow, because the machine is busy, is left alone.
             "RAY_health_check_initial_delay_ms": "0",
             "RAY_health_check_period_ms": "500",
-            "RAY_health_check_timeout_ms": "1000",
-            "RAY_health_check_failure_threshold": "2",
+            "RAY_health_check_timeout_ms": "10000",
+            "RAY_health_check_failure_threshold": "3",
         }
         options = (
             *options,

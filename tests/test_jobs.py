@@ -21,7 +21,8 @@ import torch
 import yaml
 
 from pipeline.checkpoint import CheckpointStore
-from pipeline.jobs import default_name, job_environment, what_to_know
+from pipeline.job_package import JobError
+from pipeline.jobs import Head, default_address, default_name, job_environment, what_to_know
 from pipeline.training import train
 from tests.cluster import TOKEN, Cluster, free_port, running_cluster
 from tests.conftest import experiment_of
@@ -205,31 +206,48 @@ def test_the_commands_of_the_readme(cluster: Cluster, tmp_path: Path) -> None:
     ],
 )
 def test_a_head_that_cannot_be_used_is_one_message(
-    environment: dict[str, str], expected: str, cluster: Cluster, tmp_path: Path
+    environment: dict[str, str],
+    expected: str,
+    cluster: Cluster,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    for name, value in {**cluster.client, "HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(JobError, match=expected) as caught:
+        Head(default_address())
+    assert "\n" not in str(caught.value)
+
+
+def test_the_command_line_shows_that_message_alone(tmp_path: Path) -> None:
     done = maml(
-        *("submit", "--", "config", "list"),
+        *("submit", "--address", "127.0.0.1:9", "--", "config", "list"),
         cwd=tmp_path,
-        **{**cluster.client, "HOME": str(tmp_path), **environment},
+        RAY_ADDRESS="",
     )
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch(r"error: [^\n]+\n", done.stderr), done.stderr
-    assert expected in done.stderr
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: no Ray head answers at http://127.0.0.1:9 [^\n]+\n", done.stderr)
 
 
-def test_the_token_may_be_in_a_file(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_token_may_be_in_a_file(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "token").write_text(f"{TOKEN}\n")
-    environment = {**cluster.client, "RAY_AUTH_TOKEN": ""}
-    environment["RAY_AUTH_TOKEN_PATH"] = str(tmp_path / "token")
-    done = maml("jobs", "--address", cluster.address, cwd=tmp_path, **environment)
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    Head(cluster.address).jobs()
 
 
-def test_an_unknown_job_is_one_message(cluster: Cluster, tmp_path: Path) -> None:
-    for arguments in (["logs", "none"], ["logs", "none", "--follow"], ["stop", "none"]):
-        done = maml("jobs", *arguments, cwd=tmp_path, **cluster.client)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: there is no job none on ")
+@pytest.fixture
+def head(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Head:
+    monkeypatch.setenv("RAY_AUTH_TOKEN", TOKEN)
+    return Head(cluster.address)
+
+
+def test_an_unknown_job_is_one_message(head: Head) -> None:
+    for ask in (head.job, head.logs, head.stop, lambda name: head.follow(name, print)):
+        with pytest.raises(JobError, match=r"^there is no job none on http://127.*`maml jobs`"):
+            ask("none")
 
 
 @pytest.mark.parametrize(
@@ -241,7 +259,7 @@ def test_an_unknown_job_is_one_message(cluster: Cluster, tmp_path: Path) -> None
     ],
 )
 def test_a_head_of_another_version_is_refused(
-    version: str | None, server: str, expected: str, tmp_path: Path
+    version: str | None, server: str, expected: str
 ) -> None:
     """A small web server plays it: another Ray cannot be installed beside this one."""
 
@@ -253,36 +271,23 @@ def test_a_head_of_another_version_is_refused(
             self.end_headers()
             self.wfile.write(json.dumps({"ray_version": version} if version else {}).encode())
 
-        def do_POST(self) -> None:
-            raise AssertionError("nothing may be submitted")
-
         def log_message(self, *arguments: Any) -> None: ...
 
-    with HTTPServer(("127.0.0.1", free_port()), Answer) as head:
-        threading.Thread(target=head.serve_forever, daemon=True).start()
-        address = f"127.0.0.1:{head.server_port}"
-        done = maml("submit", "--address", address, "--", "config", "list", cwd=tmp_path)
-        head.shutdown()
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr
-    assert "Traceback" not in done.stderr
+    with HTTPServer(("127.0.0.1", free_port()), Answer) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        with pytest.raises(JobError, match=expected):
+            Head(f"127.0.0.1:{other.server_port}").check_versions()
+        other.shutdown()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["submit", "--env", "K", "--", "config", "list"], "--env: must look like"),
-        (["submit", "--name", "a b", "--", "config", "list"], "--name: use letters"),
-        (["submit", "--", "maml"], "give a command to run"),
-        (["jobs", "--address", "ray://127.0.0.1:10001"], "--address: must be the dashboard's"),
-    ],
-)
-def test_bad_input_is_one_message(
-    arguments: list[str], expected: str, cluster: Cluster, tmp_path: Path
-) -> None:
-    done = maml(*arguments, cwd=tmp_path, **cluster.client)
-    assert done.returncode == 2, done.stderr
-    assert expected in done.stderr
+def test_bad_input_is_one_message(head: Head, tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="--name: use letters"):
+        head.submit(["config", "list"], tmp_path, "a b", {})
+    with pytest.raises(JobError, match="--address: must be the dashboard's"):
+        Head("ray://127.0.0.1:10001")
+    done = maml("submit", "--env", "K", "--", "config", "list", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "--env: must look like NAME=value, got 'K'" in done.stderr
 
 
 def test_what_is_passed_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
