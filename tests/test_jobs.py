@@ -26,10 +26,10 @@ from pipeline.jobs import Head, default_address, default_name, job_environment, 
 from pipeline.training import train
 from tests.cluster import TOKEN, Cluster, free_port, running_cluster
 from tests.conftest import experiment_of
+from tests.helpers import final_theta
 from tests.test_cli import clean_environment, maml
 from tests.test_readme import SHORT, commands
 from tests.test_store_cache import write_tiny
-from tests.test_training import final_theta
 
 Start = Callable[..., subprocess.Popen[str]]
 
@@ -44,7 +44,7 @@ def cluster() -> Iterator[Cluster]:
 def slow(quick: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A training that lasts until it is stopped, with a task of the user's own, in their folder."""
     shutil.copy(Path(__file__).parent / "helpers.py", tmp_path / "mine.py")
-    quick["task"] = {"kind": "mine:SlowSinusoid", "seconds": 0.05}
+    quick["task"] = {"kind": "mine:SlowSinusoid", "seconds": 0.01}
     quick["outer"]["iterations"] = 100_000
     quick["evaluation"]["every"] = 6
     (tmp_path / "slow.yaml").write_text(yaml.safe_dump(quick))

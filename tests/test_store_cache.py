@@ -71,6 +71,8 @@ def test_a_path_is_opened_where_it_is(shared: Path, tmp_path: Path) -> None:
 def test_tasks_are_those_of_the_store_itself(shared: Path, tmp_path: Path) -> None:
     there = ImageFolder(data_root=str(shared), store="tiny", ways=2, queries=2)
     here = opened(shared, queries=2)
+    for split in ("train", "validation", "test"):
+        here.check(split)
     batches = [task.sample(0, "train", np.arange(5)) for task in (there, here)]
     assert batches[0].query.x.equal(batches[1].query.x)
     assert there.protocol() == here.protocol()
