@@ -11,6 +11,6 @@ next θ, and sample the next tasks meanwhile. Nobody waits for MLflow. A file im
 above it in this order: components, config, experiments, search_space, parameters, models,
 meta_loss, inner_loop, compilation, meta_gradient, chunk, workers, ray_workers, placement,
 aggregation, outer_update, checkpoint, mlflow_sender, tracking, mlflow_ui, evaluation, plots,
-report, session, training, search_trial, search_report, search_runs, search_tune, search, console,
-search_console, cli_errors, cli_data, cli_search, cli.
+report, session, training, search_trial, search_report, search_runs, search_tune, search,
+job_package, jobs, console, search_console, cli_errors, cli_data, cli_search, cli_jobs, cli.
 """

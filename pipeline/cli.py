@@ -21,6 +21,7 @@ from pipeline.cli_errors import (
     typed,
     ui_command,
 )
+from pipeline.cli_jobs import jobs_app, submit
 from pipeline.cli_search import search
 
 app = typer.Typer(
@@ -34,6 +35,8 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(jobs_app, name="jobs")
+app.command()(submit)
 
 Overrides = Annotated[
     list[str] | None,
@@ -161,10 +164,11 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's pages on the runs of this folder."""
+    from pipeline.experiments import runs_folder
     from pipeline.mlflow_ui import serve
     from pipeline.tracking import resolve_uri
 
-    serve(resolve_uri(uri, Path("runs").absolute() / "any"), host=host, port=port)
+    serve(resolve_uri(uri, runs_folder() / "any"), host=host, port=port)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,12 +10,26 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli_errors import reporting_errors
+from tasks.store_cache import DATA_ROOT
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare image stores.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Build an image store.")
 data_app.add_typer(prepare_app, name="prepare")
 
-Root = Annotated[Path, typer.Option("--root", help="folder of the image stores (data.root)")]
+
+def _folder(root: Path) -> Path:
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(root)):  # a Path has one slash of '://' left
+        raise ValueError(
+            f"--root: stores are built in a folder, not at {root}; build it with --root FOLDER and "
+            "copy that to the URI"
+        )
+    return root
+
+
+Root = Annotated[
+    Path,
+    typer.Option("--root", envvar=DATA_ROOT, help="folder of the image stores (data.root)"),
+]
 _DATA = Path("data")
 
 
@@ -34,7 +49,7 @@ def prepare_omniglot(
     """Omniglot: 1623 handwritten characters x 20 drawings."""
     from tasks.omniglot import prepare_omniglot as prepare
 
-    _prepare(lambda progress: prepare(source, root, image_size=size, on_progress=progress))
+    _prepare(lambda progress: prepare(source, _folder(root), image_size=size, on_progress=progress))
 
 
 @prepare_app.command("images")
@@ -63,7 +78,13 @@ def prepare_images(
 
     _prepare(
         lambda progress: prepare(
-            source, root, name, image_size=size, split=split, grey=grey, on_progress=progress
+            source,
+            _folder(root),
+            name,
+            image_size=size,
+            split=split,
+            grey=grey,
+            on_progress=progress,
         )
     )
 
@@ -77,7 +98,7 @@ def prepare_glyphs(
     """Drawn characters of an invented script (also made by themselves at first use)."""
     from tasks.glyphs import prepare_glyphs as prepare
 
-    _prepare(lambda progress: prepare(root, num_classes=classes, on_progress=progress))
+    _prepare(lambda progress: prepare(_folder(root), num_classes=classes, on_progress=progress))
 
 
 def _prepare(build: Callable[[Callable[[str, int, int], None]], Any]) -> None:

@@ -78,12 +78,13 @@ def typed(path: Path) -> str:
 
 def ui_command(experiment: Any, run_dir: Path) -> str:
     """Where to look at a run in MLflow."""
+    from pipeline.experiments import runs_folder
     from pipeline.tracking import resolve_uri
 
     uri = resolve_uri(experiment.tracking.uri, run_dir)
     if uri.startswith(("http://", "https://")):
         return uri
-    default = resolve_uri(None, Path("runs").absolute() / "any")
+    default = resolve_uri(None, runs_folder() / "any")
     return "maml ui" if uri == default else f"maml ui --uri {uri}"
 
 
@@ -91,6 +92,8 @@ def _described(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
     from pipeline.checkpoint import CheckpointError
     from pipeline.experiments import ConfigError
+    from pipeline.job_package import JobError
+    from pipeline.jobs import HeadLost
     from pipeline.mlflow_sender import TrackingError
     from pipeline.session import Interrupted, RunFolderError
     from pipeline.training import TrainingFailed
@@ -101,10 +104,16 @@ def _described(error: Exception) -> tuple[str, int]:
         return str(error), 130
     if isinstance(
         error,
-        ConfigError | RunFolderError | CheckpointError | TrackingError | StoreError | ValueError,
+        ConfigError
+        | RunFolderError
+        | CheckpointError
+        | TrackingError
+        | JobError
+        | StoreError
+        | ValueError,
     ):
         return str(error), 2
-    if isinstance(error, TrainingFailed | WorkersLost):
+    if isinstance(error, TrainingFailed | WorkersLost | HeadLost):
         return str(error), 1
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 

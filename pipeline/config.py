@@ -6,7 +6,6 @@ distribution's or a model builder's keyword parameters (see `components`).
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -21,6 +20,7 @@ from pydantic import (
 
 from pipeline.components import build_task
 from tasks.base import TaskDistribution
+from tasks.store_cache import absolute_root, default_root
 
 
 class Section(BaseModel):
@@ -196,7 +196,12 @@ class Checkpointing(Section):
 class Data(Section):
     """Where image stores are."""
 
-    root: str = Field("data", description="folder of the image stores")
+    root: str = Field(
+        default_factory=default_root,
+        min_length=1,
+        description="folder of the image stores, or a URI (s3://...) that every node copies them "
+        "from; by default MAML_DATA_ROOT, else data",
+    )
 
 
 class Domain(Section):
@@ -328,7 +333,7 @@ class Experiment(Section):
     evaluation: Evaluation = Evaluation()
     tracking: Tracking = Tracking()
     checkpoint: Checkpointing = Checkpointing()
-    data: Data = Data()
+    data: Data = Field(default_factory=Data)
     search: Search | None = Field(None, description="what `maml search` tries")
 
     @property
@@ -361,8 +366,8 @@ class Experiment(Section):
 
     def build_task(self, **changes: Any) -> TaskDistribution:
         """The task distribution, with some settings changed (`evaluation.variants`)."""
-        root = Path(self.data.root).expanduser().absolute()
-        return build_task(self.task.kind, {**self.task.settings, **changes}, str(root))
+        settings = {**self.task.settings, **changes}
+        return build_task(self.task.kind, settings, absolute_root(self.data.root))
 
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted path, as MLflow parameters."""

@@ -8,6 +8,7 @@ every error in one `ConfigError` that names the field, the value and what is all
 from __future__ import annotations
 
 import datetime
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,11 @@ from pipeline.components import (
     kinds,
 )
 from pipeline.config import Experiment, Outer
+from tasks.store_cache import default_root
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "tune_configs"
+RUNS = "MAML_RUNS"
+"""Environment variable: the folder of runs, by default `runs` in the current folder."""
 
 
 class ConfigError(Exception):
@@ -168,12 +172,17 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
     return experiment
 
 
+def runs_folder() -> Path:
+    """The absolute folder of the runs that have no place of their own."""
+    return Path(os.environ.get(RUNS) or "runs").expanduser().absolute()
+
+
 def new_run_dir(experiment: Experiment) -> Path:
     """The absolute folder of a new run."""
     if experiment.run_dir is not None:
         return Path(experiment.run_dir).expanduser().absolute()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = Path("runs").absolute() / f"{experiment.name}-{stamp}"
+    folder = runs_folder() / f"{experiment.name}-{stamp}"
     attempt = 2
     while folder.exists():
         folder = folder.with_name(f"{experiment.name}-{stamp}-{attempt}")
@@ -202,11 +211,8 @@ def json_schema() -> dict[str, Any]:
 def _task_errors(data: dict[str, Any]) -> list[str]:
     """Errors that only the task distribution itself can see, of the task and of its variants."""
     kind, settings = data["task"]["kind"], {k: v for k, v in data["task"].items() if k != "kind"}
-    root = (
-        (data.get("data") or {}).get("root", "data")
-        if isinstance(data.get("data"), dict)
-        else "data"
-    )
+    section = data.get("data")
+    root = section.get("root", default_root()) if isinstance(section, dict) else default_root()
     evaluation = data.get("evaluation")
     variants = (evaluation.get("variants") if isinstance(evaluation, dict) else None) or {}
     if not isinstance(variants, dict):

@@ -33,6 +33,7 @@ from pipeline.ray_workers import RayWorkers
 from pipeline.report import write_plots
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
 from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
+from tasks.store_cache import absolute_root
 
 
 class RunFolderError(Exception):
@@ -285,8 +286,7 @@ def open_session(
 
 def _with_absolute_data(experiment: Experiment) -> Experiment:
     """Paths mean what they mean here, where the person is who wrote them, and on every worker."""
-    root = str(Path(experiment.data.root).expanduser().absolute())
-    data = experiment.data.model_copy(update={"root": root})
+    data = experiment.data.model_copy(update={"root": absolute_root(experiment.data.root)})
     return experiment.model_copy(update={"data": data})
 
 

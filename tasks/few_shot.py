@@ -15,6 +15,7 @@ import torch
 from tasks.base import SPLITS, Classification, Examples, TaskBatch, as_tensor, at_least
 from tasks.image_store import ImageClass, ImageStore, UInt8
 from tasks.random import UInt64, bits, integers, task_keys, uniform
+from tasks.store_cache import is_uri, local_root
 
 Int64 = npt.NDArray[np.int64]
 
@@ -63,13 +64,17 @@ class FewShot(Classification):
     def prepare_command(self) -> str:
         """The command that builds the store, for messages."""
 
+    def store_root(self) -> str:
+        """The folder or URI of the image store."""
+        return self.data_root
+
     def split_of(self, image_class: ImageClass) -> str:
         """The split that a class belongs to."""
         return image_class.split
 
     def open_store(self) -> ImageStore:
         """The store, opened once per process. Raises StoreError."""
-        return _store(self.data_root, self.store_name(), self.prepare_command())
+        return _store(self.store_root(), self.store_name(), self.prepare_command())
 
     @property
     def input_shape(self) -> tuple[int, ...]:  # type: ignore[override]  # depends on the store
@@ -87,7 +92,7 @@ class FewShot(Classification):
         name where the split has too few classes, or a class too few images.
         """
         _rows(self, split)
-        _verify(self.data_root, self.store_name(), self.prepare_command())
+        _verify(self.store_root(), self.store_name(), self.prepare_command())
 
     def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
         """x float32 [B, N·n, C, H, W] and y int64 [B, N·n]; n is K for support and Q for query.
@@ -163,13 +168,14 @@ def _different(keys: UInt64, populations: Int64, count: int, stream: int = 0) ->
 
 @lru_cache(maxsize=16)
 def _store(root: str, name: str, command: str) -> ImageStore:
-    return ImageStore.open(root, name, command=command)
+    return ImageStore.open(local_root(root, name, command), name, command=command)
 
 
 @lru_cache(maxsize=16)
 def _verify(root: str, name: str, command: str) -> None:
     """Read every byte, once per process. Raises StoreError."""
-    ImageStore.open(root, name, command=command, verify=True)
+    if not is_uri(root):  # a copy was read when it was opened
+        ImageStore.open(root, name, command=command, verify=True)
 
 
 @lru_cache(maxsize=64)

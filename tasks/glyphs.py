@@ -30,6 +30,7 @@ from tasks.image_store import (
     write_store,
 )
 from tasks.random import UInt64, bits, stream_keys, uniform
+from tasks.store_cache import writable_root
 
 Floats = npt.NDArray[np.float64]
 
@@ -52,7 +53,8 @@ _HAND, _AFFINE, _SHIFT, _PEN = range(4)
 class Glyphs(FewShot):
     """Drawn characters as few-shot classes; ink is 1.
 
-    The store is drawn under `data_root` at first use, once for all processes. Of every 20 classes
+    The store is drawn under `data_root` (or on the node itself, where that is a URI) at first use,
+    once for all processes. Of every 20 classes
     in a row 13 are for training, 2 for validation, 5 for test, whatever `num_classes` is.
     """
 
@@ -68,9 +70,12 @@ class Glyphs(FewShot):
     def prepare_command(self) -> str:
         return _prepare_command(self.num_classes)
 
+    def store_root(self) -> str:
+        return str(writable_root(self.data_root))
+
     def open_store(self) -> ImageStore:
-        if not store_exists(self.data_root, self.store_name()):
-            prepare_glyphs(Path(self.data_root), num_classes=self.num_classes, replace=False)
+        if not store_exists(self.store_root(), self.store_name()):
+            prepare_glyphs(Path(self.store_root()), num_classes=self.num_classes, replace=False)
         return super().open_store()
 
 

@@ -32,7 +32,7 @@ Progress = Callable[[str, int, int], None]
 """`on_progress(what, done, total)`; `total` is 0 where nobody knows it."""
 
 _FORMAT = 1
-_IMAGES, _MANIFEST = "images.arrow", "manifest.json"
+IMAGES, MANIFEST = "images.arrow", "manifest.json"
 
 
 class StoreError(Exception):
@@ -135,7 +135,7 @@ def store_folder(root: Path | str, name: str) -> Path:
 
 def store_exists(root: Path | str, name: str) -> bool:
     """Whether there is a complete store of this name."""
-    return (store_folder(root, name) / _MANIFEST).is_file()
+    return (store_folder(root, name) / MANIFEST).is_file()
 
 
 def fixed_order(names: Iterable[str]) -> list[str]:
@@ -162,7 +162,7 @@ def write_store(
     folder = store_folder(root, name)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with _only_builder(folder):
+        with only_builder(folder):
             if replace or not store_exists(root, name):
                 _refuse_foreign(folder)
                 _build(folder, classes, source)
@@ -175,13 +175,13 @@ def write_store(
 def _open(folder: Path) -> ImageStore:
     import pyarrow as pa
 
-    manifest = json.loads((folder / _MANIFEST).read_text())
+    manifest = json.loads((folder / MANIFEST).read_text())
     if manifest["format"] != _FORMAT:
         raise ValueError(f"its format is {manifest['format']}, this version reads {_FORMAT}")
-    path = folder / _IMAGES
+    path = folder / IMAGES
     size = path.stat().st_size
     if size != manifest["file_size"]:
-        raise ValueError(f"{_IMAGES} has {size} bytes instead of {manifest['file_size']}")
+        raise ValueError(f"{IMAGES} has {size} bytes instead of {manifest['file_size']}")
     count, shape = manifest["num_images"], tuple(manifest["image_shape"])
     classes = tuple(ImageClass(**each) for each in manifest["classes"])
     starts = np.cumsum([0, *(each.count for each in classes)]).tolist()
@@ -192,7 +192,7 @@ def _open(folder: Path) -> ImageStore:
     batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
     column = batch.column("image")
     if len(column) != count or tuple(column.type.shape) != shape:
-        raise ValueError(f"{_IMAGES} and the manifest disagree about the number or shape of images")
+        raise ValueError(f"{IMAGES} and the manifest disagree about the number or shape of images")
     # The buffer keeps the mapping alive; the array keeps the buffer.
     pixels = np.frombuffer(
         column.storage.values.buffers()[1], np.uint8, count * int(np.prod(shape))
@@ -217,18 +217,18 @@ def _build(folder: Path, classes: Iterable[ClassImages], source: str) -> None:
         table, shape = _gather(pixels, classes)
         count = sum(each.count for each in table)
         images = np.memmap(pixels, np.uint8, mode="r", shape=(count, *shape))
-        _write_arrow(new / _IMAGES, images)
+        _write_arrow(new / IMAGES, images)
         manifest = {
             "format": _FORMAT,
             "name": folder.name,
             "source": source,
             "image_shape": shape,
             "num_images": count,
-            "file_size": (new / _IMAGES).stat().st_size,
+            "file_size": (new / IMAGES).stat().st_size,
             "content_hash": _hash(images, table),
             "classes": [vars(each) for each in table],
         }
-        (new / _MANIFEST).write_text(json.dumps(manifest, indent=1))
+        (new / MANIFEST).write_text(json.dumps(manifest, indent=1))
         for path in new.iterdir():
             _sync(path)
         if folder.exists():
@@ -287,7 +287,7 @@ def _refuse_foreign(folder: Path) -> None:
     """Raise rather than replace a folder that holds anything but a store."""
     if not folder.exists():
         return
-    if not folder.is_dir() or {each.name for each in folder.iterdir()} - {_IMAGES, _MANIFEST}:
+    if not folder.is_dir() or {each.name for each in folder.iterdir()} - {IMAGES, MANIFEST}:
         raise StoreError(
             f"{folder} is the place of the image store, but holds something else\n"
             "move it away, or choose another data root"
@@ -295,7 +295,8 @@ def _refuse_foreign(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
+def only_builder(folder: Path) -> Iterator[None]:
+    """Let one process at a time write the store in `folder`; the others wait."""
     import fcntl
 
     # The kernel frees the lock when its holder dies, so there are no stale locks.

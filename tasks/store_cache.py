@@ -1,0 +1,171 @@
+"""Where image stores are: a folder that every node sees, or a URI that every node copies from.
+
+    /mnt/stores          opened where they are; nothing is copied, no network is asked
+    s3://BUCKET/stores   any URI that pyarrow.fs knows: copied to the node's cache at first use
+
+    CACHE/HASH/NAME/     such a copy; HASH is that of the manifest at the URI, so that a store which
+                         was built anew is another copy. Copies may be deleted at any time.
+
+One process of a node copies, the others wait for it. A copy is read against the content hash of its
+manifest before it is put in place, and by every process that opens it: one that was damaged since
+is fetched again.
+"""
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks.image_store import IMAGES, MANIFEST, ImageStore, StoreError, only_builder
+
+log = logging.getLogger(__name__)
+
+DATA_ROOT = "MAML_DATA_ROOT"
+"""Environment variable: `data.root`, unless the configuration says otherwise."""
+CACHE = "MAML_STORE_CACHE"
+"""Environment variable: folder of the copies, by default ~/.cache/maml/stores."""
+
+
+def default_root() -> str:
+    """`data.root` where the configuration does not give it."""
+    return os.environ.get(DATA_ROOT) or "data"
+
+
+def is_uri(root: str) -> bool:
+    """Whether stores are copied from `root` instead of being opened there."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", root) is not None
+
+
+def absolute_root(root: str) -> str:
+    """A URI as it is; a path as it is meant here, for processes that run elsewhere."""
+    return root if is_uri(root) else str(Path(root).expanduser().absolute())
+
+
+def writable_root(root: str) -> Path:
+    """Where a store that is made at first use belongs: `root`, or on this node if that is a URI."""
+    return _cache() / "made-here" if is_uri(root) else Path(root)
+
+
+def local_root(root: str, name: str, command: str) -> Path:
+    """The folder in which the store `name` of `root` can be opened; copies it if need be.
+
+    Raises StoreError for a URI that cannot be read, holds no such store or a damaged one, and for a
+    cache that cannot be written; the message names `command`, which builds the store.
+    """
+    if not is_uri(root):
+        return Path(root)
+    source = _Source(root, name, command)
+    manifest = source.manifest()
+    digest = hashlib.sha256(manifest).hexdigest()[:32]
+    folder = _cache() / digest
+    if _intact(folder, name, manifest):
+        return folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with only_builder(folder / name):
+            if not _intact(folder, name, manifest):
+                _fetch(source, manifest, folder, name)
+    except OSError as error:
+        raise StoreError(
+            f"cannot copy the image store {name} from {root} to {folder}: {error}\n"
+            f"{CACHE} names another folder for copies"
+        ) from error
+    return folder
+
+
+class _Source:
+    """A store at a URI."""
+
+    def __init__(self, root: str, name: str, command: str):
+        import pyarrow.fs
+
+        self.root, self.name = root, name
+        self._build = f"build it with: {command}\nand copy its folder to {root}"
+        try:
+            self._fs, path = pyarrow.fs.FileSystem.from_uri(root)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"data.root: {root} cannot be read: {_line(error)}\n"
+                "use a folder, or a URI such as file:///..., s3://BUCKET/..., gs://BUCKET/..."
+            ) from error
+        self._folder = f"{path.rstrip('/')}/{name}"
+
+    def manifest(self) -> bytes:
+        with self._reading(), self._fs.open_input_file(f"{self._folder}/{MANIFEST}") as file:
+            return bytes(file.read())
+
+    def copy_images(self, target: Path) -> None:
+        # Read and written apart, so that an error says on which side it was.
+        with self._reading():
+            stream = self._fs.open_input_stream(f"{self._folder}/{IMAGES}")
+        with stream, target.open("wb") as file:
+            while True:
+                with self._reading():
+                    block: Any = stream.read(1 << 23)
+                if not block:
+                    return
+                file.write(block)
+
+    def damaged(self, error: StoreError) -> StoreError:
+        return StoreError(
+            f"the image store {self.name} at {self.root} is damaged: {_line(error)}\n{self._build}"
+        )
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as error:
+            raise StoreError(
+                f"there is no image store {self.name} at {self.root}\n{self._build}"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"the image store {self.name} at {self.root} cannot be read: {_line(error)}"
+            ) from error
+
+
+def _cache() -> Path:
+    if chosen := os.environ.get(CACHE):
+        return Path(chosen).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maml" / "stores"
+
+
+def _intact(folder: Path, name: str, manifest: bytes) -> bool:
+    """Whether the copy is there, byte for byte."""
+    try:
+        if (folder / name / MANIFEST).read_bytes() != manifest:
+            return False
+        ImageStore.open(folder, name, verify=True)
+    except (OSError, StoreError):
+        return False
+    return True
+
+
+def _fetch(source: _Source, manifest: bytes, folder: Path, name: str) -> None:
+    log.info("copying the image store %s from %s to %s", name, source.root, folder)
+    scratch = folder / f".{name}.partial"
+    shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+    new = scratch / name
+    new.mkdir(parents=True)
+    try:
+        source.copy_images(new / IMAGES)
+        (new / MANIFEST).write_bytes(manifest)
+        try:
+            ImageStore.open(scratch, name, verify=True)
+        except StoreError as error:
+            raise source.damaged(error) from error
+        if (folder / name).exists():
+            (folder / name).replace(scratch / "old")  # processes that mapped it keep it
+        new.replace(folder / name)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

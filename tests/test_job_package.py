@@ -1,0 +1,113 @@
+"""What travels with a job, and what does not."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipeline.job_package import LIMIT, JobError, files_to_ship, packed
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+
+
+def git(folder: Path, *arguments: str) -> None:
+    identity = ["-c", "user.name=n", "-c", "user.email=e@example.org"]
+    subprocess.run(["git", *identity, *arguments], cwd=folder, check=True, capture_output=True)
+
+
+def own(folder: Path) -> set[str]:
+    """What travels beside the project's packages."""
+    packages = ("pipeline/", "tasks/", "tune_configs/")
+    return {name for name in files_to_ship(folder) if not name.startswith(packages)}
+
+
+def test_git_decides(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    write(tmp_path, "mine.yaml", "gone.py", "big.bin", "data/split.csv")
+    (tmp_path / ".gitignore").write_text("*.bin\n")
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-m", "x")
+    (tmp_path / "gone.py").unlink()
+    write(tmp_path, "new.py", "data/store/images.arrow", "runs/a/config.yaml", "sub/venv/x.py")
+    assert own(tmp_path) == {".gitignore", "mine.yaml", "new.py", "data/split.csv"}
+    write(tmp_path, "sub/inner.py")
+    assert own(tmp_path / "sub") == {"inner.py"}, "the current folder, not its repository"
+
+
+def test_without_git_everything_but_data_and_runs(tmp_path: Path) -> None:
+    write(tmp_path, "a.yaml", "b/c.py", "data/x", "runs/y", ".venv/z", "b/__pycache__/c.pyc")
+    assert own(tmp_path) == {"a.yaml", "b/c.py"}
+
+
+def test_a_folder_that_its_repository_ignores_travels_too(tmp_path: Path) -> None:
+    git(tmp_path, "init")
+    (tmp_path / ".gitignore").write_text("scratch/\n")
+    write(tmp_path / "scratch", "mine.yaml")
+    assert own(tmp_path / "scratch") == {"mine.yaml"}
+
+
+def test_the_project_travels_with_any_folder(tmp_path: Path) -> None:
+    """Its code as it is here, so that nodes need only its dependencies."""
+    for folder in (tmp_path, ROOT):
+        files = files_to_ship(folder)
+        for name in ("pipeline/cli.py", "tasks/omniglot_splits.json", "tune_configs/sinusoid.yaml"):
+            assert files[name].read_bytes() == (ROOT / name).read_bytes()
+        assert not [name for name in files if "__pycache__" in name or ".venv" in name]
+    assert "pyproject.toml" in own(ROOT)
+
+
+def test_a_package_of_the_same_name_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "tasks/notes.txt")
+    assert own(tmp_path) == set()
+    write(tmp_path, "tasks/__init__.py")
+    with pytest.raises(JobError, match="would hide the project's own package tasks"):
+        files_to_ship(tmp_path)
+
+
+def test_the_same_files_are_the_same_package(tmp_path: Path) -> None:
+    """A head that has it already is sent nothing."""
+    write(tmp_path, "a.py", "b.py")
+    digests = []
+    for seconds in (1e9, 1.5e9):
+        os.utime(tmp_path / "a.py", (seconds, seconds))
+        with packed(tmp_path) as package:
+            digests.append(hashlib.sha256(package.read_bytes()).hexdigest())
+            with zipfile.ZipFile(package) as zipped:
+                assert zipped.read("a.py") == b"a.py"
+    assert digests[0] == digests[1]
+    write(tmp_path, "c.py")
+    with packed(tmp_path) as package:
+        assert hashlib.sha256(package.read_bytes()).hexdigest() != digests[0]
+
+
+@pytest.mark.parametrize("kind", ["noise", "huge"])
+def test_what_does_not_fit_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    write(tmp_path, "small.py")
+    with (tmp_path / "weights.bin").open("wb") as file:
+        if kind == "noise":
+            file.write(os.urandom(LIMIT))  # cannot be packed smaller
+        else:
+            file.truncate(11 * LIMIT)
+    with pytest.raises(JobError, match=r"takes 100 MiB") as caught, packed(tmp_path):
+        pass
+    assert "weights.bin" in str(caught.value).splitlines()[0]
+    assert ".gitignore" in str(caught.value)
+
+
+def test_a_broken_repository_is_named(tmp_path: Path) -> None:
+    """Guessing would ship what git ignores."""
+    (tmp_path / ".git").write_text("gitdir: nowhere\n")
+    write(tmp_path, "a.py")
+    with pytest.raises(JobError, match="git cannot list"):
+        files_to_ship(tmp_path)
