@@ -10,6 +10,6 @@ The driver (`training`) waits for the slowest chunk of an iteration; workers wai
 next θ, and sample the next tasks meanwhile. Nobody waits for MLflow. A file imports only from those
 above it in this order: components, config, experiments, parameters, models, meta_loss, inner_loop,
 compilation, meta_gradient, chunk, workers, ray_workers, placement, aggregation, outer_update,
-checkpoint, mlflow_sender, tracking, mlflow_ui, evaluation, plots, report, session, training,
-console, cli_errors, cli_data, cli.
+checkpoint, mlflow_sender, tracking, mlflow_ui, runs, evaluation, plots, report, session, training,
+console, cli_errors, cli_data, cli_runs, cli.
 """

@@ -16,6 +16,7 @@ import typer
 
 from pipeline.cli_data import data_app
 from pipeline.cli_errors import DEBUG, reporting_errors, show_tracebacks
+from pipeline.cli_runs import runs_app
 
 app = typer.Typer(
     name="maml",
@@ -28,6 +29,7 @@ app = typer.Typer(
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
+app.add_typer(runs_app, name="runs")
 
 Overrides = Annotated[
     list[str] | None,

@@ -153,7 +153,11 @@ def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
 
 def cell(curve: Curve, metric: str, position: int, percent: bool) -> str:
     """mean ± CI95."""
-    mean, half = curve.mean[metric][position], curve.ci95[metric][position]
+    return interval(curve.mean[metric][position], curve.ci95[metric][position], percent)
+
+
+def interval(mean: float, half: float, percent: bool) -> str:
+    """mean ± half, with the digits that mean something."""
     if percent:
         return f"{100 * mean:.2f} ± {100 * half:.2f}"
     if mean >= 100:

@@ -31,6 +31,7 @@ FLOORS = [
     "mlflow_sender",
     "tracking",
     "mlflow_ui",
+    "runs",
     "evaluation",
     "plots",
     "report",
@@ -39,6 +40,7 @@ FLOORS = [
     "console",
     "cli_errors",
     "cli_data",
+    "cli_runs",
     "cli",
 ]
 # Imported where it is called, because it needs what stands above it: a model builder is named by
@@ -84,7 +86,7 @@ def test_tasks_know_nothing_of_the_pipeline() -> None:
 
 def test_only_the_command_line_parses_or_prints() -> None:
     for path in (ROOT / "pipeline").glob("*.py"):
-        if path.stem in {"cli", "cli_data", "console"}:
+        if path.stem in {"cli", "cli_data", "cli_runs", "console"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.func if isinstance(node, ast.Call) else None
