@@ -154,10 +154,14 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's pages on the runs of this folder."""
+    from pipeline.console import out
     from pipeline.mlflow_ui import serve
-    from pipeline.tracking import resolve_uri
+    from pipeline.runs import default_store
 
-    serve(resolve_uri(uri, Path("runs").absolute() / "any"), host=host, port=port)
+    def say(address: str) -> None:
+        out.print(f"MLflow: {address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
+
+    serve(default_store(uri), host=host, port=port, on_up=say)
 
 
 @app.command()

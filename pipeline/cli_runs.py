@@ -188,7 +188,7 @@ def _day_and_time(moment: datetime.datetime) -> str:
 
 
 def _estimate(value: Any, percent: bool) -> str:
-    from pipeline.console import interval
+    from pipeline.evaluation import interval
 
     if value is None:
         return _NOTHING
