@@ -20,18 +20,19 @@ driver than about the machine, and both are in the table.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import cProfile
 import os
 import pstats
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
 from pipeline.checkpoint import CheckpointStore
@@ -44,7 +45,7 @@ from pipeline.training import meta_update
 from tasks.base import TaskBatch
 
 ACTORS = (1, 2, 4, 8, 16, 32, 64)
-WAITS = (0.02, 0.05, 0.2)
+WAITS = (0.02, 0.05, 0.2)  # seconds per chunk
 ACTORS_PER_NODE = 8
 TASKS_PER_CHUNK = 4
 FILTERS = {"small": 64, "large": 426}  # conv4 with 112 thousand and 5 million parameters
@@ -140,28 +141,6 @@ class WaitingWorkers(RayWorkers):
         """The processes end with the nodes."""
 
 
-class Row(NamedTuple):
-    """One measurement."""
-
-    size: str
-    parameters: int
-    wait: float
-    actors: int
-    seconds: float
-    """Median iteration."""
-    efficiency: float
-    driver: float
-    """The driver's processor time over wall time: 1 is one core."""
-    machine: float
-    """Share of the machine's cores that were busy, whoever kept them so."""
-    megabytes: float
-    """Through the loopback device, per iteration."""
-    transfers: float
-    """Seconds beyond the wait until the last answer is there."""
-    updating: float
-    """Seconds of aggregation and update."""
-
-
 class Metrics(Watcher):
     """What the driver says of its iterations."""
 
@@ -220,11 +199,12 @@ def iterate(session: Session, seconds: float, at_least: int) -> list[float]:
 def measured(size: str, wait: float, session: Session) -> Row:
     actors = session.num_chunks
     meta_update(session)
-    clock, processor = time.perf_counter(), time.process_time()
+    clock, processor, ray_processor = time.perf_counter(), time.process_time(), _nodes_time()
     busy, total = _machine_time()
     carried = _loopback_bytes()
     times = iterate(session, SECONDS, ITERATIONS)
-    wall = time.perf_counter() - clock
+    wall, iterations = time.perf_counter() - clock, len(times) + 2
+    driver = time.process_time() - processor
     busy_after, total_after = _machine_time()
     typical = statistics.median(times)
     watcher: Any = session.watcher
@@ -233,24 +213,27 @@ def measured(size: str, wait: float, session: Session) -> Row:
         session.update.layout.size,
         wait,
         actors,
+        actors * TASKS_PER_CHUNK,
         typical,
         wait / typical,
-        (time.process_time() - processor) / wall,
+        driver / wall,
+        driver / iterations,
+        (_nodes_time() - ray_processor) / iterations,
         (busy_after - busy) / (total_after - total),
-        (_loopback_bytes() - carried) / (len(times) + 2) / 1e6,
+        (_loopback_bytes() - carried) / iterations / 1e6,
         watcher.median("seconds/waiting"),
         watcher.median("seconds/aggregating") + watcher.median("seconds/updating"),
     )
 
 
-def simulated(sizes: Sequence[str], data: str, folder: Path, per_process: int) -> list[Row]:
+def simulated(arguments: argparse.Namespace, data: str, folder: Path) -> list[Row]:
     """All rows; an iteration uses as many actors of the group as it has chunks."""
     rows = []
-    for size in sizes:
-        with Nodes(size, ACTORS[-1], data, per_process) as workers:
-            for wait in WAITS:
+    for size in arguments.sizes:
+        with Nodes(size, arguments.actors[-1], data, arguments.actors_per_process) as workers:
+            for wait in arguments.waits:
                 workers.set_wait(wait)
-                for actors in ACTORS:
+                for actors in arguments.actors:
                     run_dir = folder / f"{size}-{wait}-{actors}"
                     session = open_session(experiment_of(size, actors, data), run_dir, workers)
                     rows.append(measured(size, wait, session))
@@ -339,61 +322,27 @@ def profile(actors: int, wait: float, size: str, data: str, folder: Path, per_pr
         pstats.Stats(profiler).sort_stats(order).print_stats(28)
 
 
-HEAD = (
-    "| parameters | wait | actors | iteration | tasks/s | efficiency | beyond the wait | "
-    "aggregation, update | driver | machine | MB per iteration |\n" + "|---" * 11 + "|"
-)
-
-
-def markdown_row(row: Row) -> str:
-    """A line of the table."""
-    return (
-        f"| {row.parameters:,} | {1e3 * row.wait:.0f} ms | {row.actors} | "
-        f"{1e3 * row.seconds:.1f} ms | {row.actors * TASKS_PER_CHUNK / row.seconds:,.0f} | "
-        f"{100 * row.efficiency:.0f} % | {1e3 * row.transfers:.1f} ms | "
-        f"{1e3 * row.updating:.1f} ms | {100 * row.driver:.0f} % | {100 * row.machine:.0f} % | "
-        f"{row.megabytes:.1f} |"
-    )
-
-
-def plot(rows: Sequence[Row], path: Path) -> None:
-    """Efficiency over actors, one panel per model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    sizes = list(dict.fromkeys(row.size for row in rows))
-    figure = Figure(figsize=(4.6 * len(sizes), 3.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
-    colors = dict(zip(WAITS, ("#D55E00", "#009E73", "#0072B2"), strict=True))
-    for axes, size in zip(panels, sizes, strict=True):
-        for wait in WAITS:
-            line = [row for row in rows if (row.size, row.wait) == (size, wait)]
-            axes.plot(
-                [row.actors for row in line],
-                [100 * row.efficiency for row in line],
-                marker="o",
-                color=colors[wait],
-                label=f"{1e3 * wait:.0f} ms per chunk",
-            )
-            parameters = line[0].parameters
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(ACTORS, [str(number) for number in ACTORS])
-        axes.set_ylim(0, 105)
-        axes.axhline(90, color="#666666", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("actors")
-        axes.set_title(f"{parameters / 1e6:.2g} million parameters", fontsize="medium")
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("efficiency (%)")
-    panels[0].legend(frameon=False, loc="lower left")
-    figure.savefig(path)
-
-
 def _machine_time() -> tuple[int, int]:
     """Ticks of all cores since boot: busy, and all."""
     ticks = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def _nodes_time() -> float:
+    """Processor time of everything that this process has started, and is alive, in seconds."""
+    parents, ticks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            process = int(path.parent.name)
+            parents[process], ticks[process] = int(fields[1]), int(fields[11]) + int(fields[12])
+    total = 0
+    for process, spent in ticks.items():
+        ancestor = parents[process]
+        while ancestor in parents and ancestor != os.getpid():
+            ancestor = parents[ancestor]
+        total += spent if ancestor == os.getpid() else 0
+    return total / os.sysconf("SC_CLK_TCK")
 
 
 def _loopback_bytes() -> int:
@@ -412,11 +361,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", default=["machine", "simulated"])
     parser.add_argument("--sizes", nargs="+", default=list(FILTERS), choices=list(FILTERS))
+    parser.add_argument("--waits", nargs="+", type=float, default=list(WAITS))
+    parser.add_argument("--actors", nargs="+", type=int, default=list(ACTORS))
     parser.add_argument("--data", default=str(Path("data").absolute()), help="of the image stores")
     parser.add_argument("--profile", nargs=3, metavar=("ACTORS", "SECONDS", "SIZE"))
     parser.add_argument("--actors-per-process", type=int, default=ACTORS_PER_NODE)
     arguments = parser.parse_args()
-    per_process = arguments.actors_per_process
     os.environ["RAY_ADDRESS"] = "local"
     data = str(Path(arguments.data).absolute())
     experiment_of("small", 1, data).build_task().check("train")  # draws the characters once
@@ -425,15 +375,16 @@ def main() -> None:
         folder = Path(name)
         if arguments.profile:
             actors, wait, size = arguments.profile
-            profile(int(actors), float(wait), size, data, folder, per_process)
+            profile(int(actors), float(wait), size, data, folder, arguments.actors_per_process)
             return
         if "machine" in arguments.cases:
             print("| conv4, not compiled | 1 actor | 2 actors | efficiency |\n|---|---|---|---|")
             print(*machine(data, folder), sep="\n", flush=True)
         if "simulated" in arguments.cases:
             print(f"\n{HEAD}", flush=True)
-            rows = simulated(arguments.sizes, data, folder, per_process)
-            plot(rows, Path(__file__).with_suffix(".png"))
+            rows = simulated(arguments, data, folder)
+            if {(row.wait, row.actors) for row in rows} == {(w, n) for w in WAITS for n in ACTORS}:
+                plot(rows, Path(__file__).with_suffix(".png"))
             size, wait, actors, target = TARGET
             for row in rows:
                 if (row.size, row.wait, row.actors) == (size, wait, actors):

@@ -42,6 +42,7 @@ def list_all(
     as_json: Json = False,
 ) -> None:
     """List runs and searches, newest first: `maml runs`. Compare some: `maml runs compare A B`."""
+    context.obj = uri
     if context.invoked_subcommand is not None:
         return
     from pipeline.console import out
@@ -66,6 +67,7 @@ def list_all(
 @runs_app.command("compare")
 @reporting_errors
 def compare_some(
+    context: typer.Context,
     runs: Annotated[
         list[str],
         typer.Argument(
@@ -81,7 +83,7 @@ def compare_some(
 
     if len(runs) < 2:
         raise ValueError("compare needs two runs or more: maml runs compare A B")
-    comparison = compare([find_run(reference, uri) for reference in runs])
+    comparison = compare([find_run(name, uri or context.obj) for name in runs])
     if as_json:
         print(json.dumps(comparison.to_json(), indent=1))
     else:

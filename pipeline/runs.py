@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import re
 import sqlite3
 from collections.abc import Iterator, Sequence
@@ -34,6 +35,13 @@ class Estimate(NamedTuple):
     mean: float
     ci95: float | None
     """Half the width of its confidence interval, None where none was recorded."""
+
+    def to_json(self) -> dict[str, float | None]:
+        """Plain values; JSON knows no NaN."""
+        return {
+            name: value if value is None or math.isfinite(value) else None
+            for name, value in self._asdict().items()
+        }
 
 
 class Validation(NamedTuple):
@@ -123,7 +131,7 @@ class Run:
             "algorithm": self.algorithm or None,
             "order": self.order or None,
             "validation": found
-            and {"metric": found.metric, "step": found.step, **found.value._asdict()},
+            and {"metric": found.metric, "step": found.step, **found.value.to_json()},
             "run_dir": self.tags.get("run_dir"),
             "tracking_experiment": self.tracking_experiment,
             "trials": [trial.to_json() for trial in self.trials],
@@ -145,7 +153,7 @@ class Comparison(NamedTuple):
             "runs": [run.to_json() for run in self.runs],
             "settings": self.settings,
             "metrics": {
-                name: [value and value._asdict() for value in values]
+                name: [value and value.to_json() for value in values]
                 for name, values in self.metrics.items()
             },
         }
@@ -252,7 +260,7 @@ def estimate(metrics: dict[str, float], name: str) -> Estimate | None:
 def _with_trials(run: Run, trials: Sequence[Run]) -> Run:
     def rank(trial: Run) -> tuple[bool, float]:
         validation = trial.validation
-        if validation is None or validation.value.mean != validation.value.mean:
+        if validation is None or not math.isfinite(validation.value.mean):
             return True, 0.0
         mean = validation.value.mean
         return False, -mean if validation.metric == "accuracy" else mean

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 import sqlite3
 import time
@@ -207,6 +208,20 @@ def test_compare(uri: str) -> None:
     assert all(value is None or value.ci95 is not None for value in comparison.metrics[names[0]])
 
 
+def test_a_value_that_is_not_a_number(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    record(
+        tmp_path / "diverged",
+        uri,
+        params={"inner.steps": 1},
+        metrics={"validation/loss_step1": math.nan, "validation/loss_step1_ci95": math.nan},
+    )
+    (run,) = list_runs(uri)
+    assert run.validation is not None
+    assert math.isnan(run.validation.value.mean)
+    assert run.to_json()["validation"]["mean"] is None
+
+
 def test_the_command(project: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lists, compares, prints JSON; the database stays as it is, byte for byte."""
     before = hashlib.sha256((project / "runs" / "mlflow.db").read_bytes()).digest()
@@ -240,6 +255,12 @@ def test_the_command(project: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -
         line for line in compared.stdout.splitlines() if "test trained loss, step 10" in line
     )
     assert loss.count("±") == 2
+
+    elsewhere = ["runs", "--uri", uri, "compare", "trial-1", "trial-4", "--json"]
+    monkeypatch.chdir(project.parent)
+    compared = CliRunner().invoke(app, elsewhere)
+    assert json.loads(compared.stdout)["metrics"]["validation/accuracy_step3"][0]["mean"] == 0.8
+    monkeypatch.chdir(project)
 
     for arguments, message in (
         (("runs", "compare", "slow"), "two runs or more"),
