@@ -22,6 +22,7 @@ from pipeline.cli_errors import (
     ui_command,
 )
 from pipeline.cli_jobs import jobs_app, submit
+from pipeline.cli_runs import runs_app
 from pipeline.cli_search import search
 
 app = typer.Typer(
@@ -36,6 +37,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and the
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
 app.add_typer(jobs_app, name="jobs")
+app.add_typer(runs_app, name="runs")
 app.command()(submit)
 
 Overrides = Annotated[
@@ -164,11 +166,14 @@ def ui(
     port: Annotated[int, typer.Option(min=1, max=65535)] = 5000,
 ) -> None:
     """Open MLflow's pages on the runs of this folder."""
-    from pipeline.experiments import runs_folder
+    from pipeline.console import out
     from pipeline.mlflow_ui import serve
-    from pipeline.tracking import resolve_uri
+    from pipeline.runs import default_store
 
-    serve(resolve_uri(uri, runs_folder() / "any"), host=host, port=port)
+    def say(address: str) -> None:
+        out.print(f"MLflow: {address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
+
+    serve(default_store(uri), host=host, port=port, on_up=say)
 
 
 @app.command()

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from pipeline.evaluation import Curve, cell, metric_label
 from pipeline.session import Session, Watcher
 
 if TYPE_CHECKING:
     from pipeline.config import Experiment
-    from pipeline.evaluation import Curve
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
@@ -119,13 +119,6 @@ class ConsoleWatcher(Watcher):
         console.print(message, markup=False, soft_wrap=True)
 
 
-def metric_label(task: Any, metric: str) -> tuple[str, bool]:
-    """A metric's name for people, and whether it is shown in percent."""
-    if metric == "loss":
-        return task.loss_name, False
-    return metric, metric == "accuracy"
-
-
 def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
     """One row per curve, one column per gradient step, mean ± CI95."""
     metric = task.primary_metric
@@ -149,16 +142,6 @@ def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
     for curve, row in zip(curves, rows, strict=True):
         table.add_row(curve.title, *row, style=None if curve.who == "trained" else "dim")
     return table
-
-
-def cell(curve: Curve, metric: str, position: int, percent: bool) -> str:
-    """mean ± CI95."""
-    mean, half = curve.mean[metric][position], curve.ci95[metric][position]
-    if percent:
-        return f"{100 * mean:.2f} ± {100 * half:.2f}"
-    if mean >= 100:
-        return f"{mean:.3g} ± {half:.2g}"
-    return f"{mean:.2f} ± {half:.2f}" if mean >= 0.1 else f"{mean:.3f} ± {half:.3f}"
 
 
 def duration(seconds: float) -> str:

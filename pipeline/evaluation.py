@@ -235,6 +235,27 @@ def as_series(curves: Sequence[Curve], metric: str) -> dict[str, dict[str, Any]]
     }
 
 
+def metric_label(task: Any, metric: str) -> tuple[str, bool]:
+    """A metric's name for people, and whether it is shown in percent."""
+    if metric == "loss":
+        return task.loss_name, False
+    return metric, metric == "accuracy"
+
+
+def cell(curve: Curve, metric: str, position: int, percent: bool) -> str:
+    """mean ± CI95."""
+    return interval(curve.mean[metric][position], curve.ci95[metric][position], percent)
+
+
+def interval(mean: float, half: float, percent: bool) -> str:
+    """mean ± half, with the digits that mean something."""
+    if percent:
+        return f"{100 * mean:.2f} ± {100 * half:.2f}"
+    if mean >= 100:
+        return f"{mean:.3g} ± {half:.2g}"
+    return f"{mean:.2f} ± {half:.2f}" if mean >= 0.1 else f"{mean:.3f} ± {half:.3f}"
+
+
 def _mean_and_ci95(values: npt.NDArray[Any]) -> tuple[list[float], list[float]]:
     """Over the last axis, [steps, tasks] -> two lists over the steps."""
     exact = values.astype(np.float64)

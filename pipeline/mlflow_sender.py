@@ -191,21 +191,16 @@ class Sender:
 
     def _connect(self) -> None:
         """Find or create the run."""
-        for name, value in _ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow import MlflowClient
-
-        for chatty in ("mlflow", "alembic"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+        new_client = client_class()
         database = sqlite_file(self.destination.uri)
         if database is None:
-            client = MlflowClient(self.destination.uri)
+            client = new_client(self.destination.uri)
             run_id = self._find_or_create_run(client, None)
         else:
             database.parent.mkdir(parents=True, exist_ok=True)
             # Two processes that create MLflow's tables at the same time both fail.
             with FileLock(f"{database}.lock"):
-                client = MlflowClient(self.destination.uri)
+                client = new_client(self.destination.uri)
                 artifacts = (database.parent / "mlartifacts").as_uri()
                 run_id = self._find_or_create_run(client, artifacts)
         self.destination = replace(self.destination, run_id=run_id)
@@ -217,7 +212,7 @@ class Sender:
         wanted = self.destination
         run = None
         if wanted.run_id is not None:
-            run = _existing_run(client, wanted.run_id)
+            run = existing_run(client, wanted.run_id)
             if run is None:
                 log.warning("MLflow run %s is gone; its record goes on as a new run", wanted.run_id)
         experiment_id = _experiment_id(client, wanted.experiment, artifacts)
@@ -320,7 +315,18 @@ def _batch(records: Sequence[Record]) -> int:
     return max(1, count)
 
 
-def _existing_run(client: Any, run_id: str) -> Any:
+def client_class() -> Any:
+    """MlflowClient, which fails instead of waiting and keeps its progress to itself."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return MlflowClient
+
+
+def existing_run(client: Any, run_id: str) -> Any:
     """The run, or None if it was deleted or belongs to another store."""
     try:
         run = client.get_run(run_id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -11,20 +12,27 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 
 from pipeline.mlflow_sender import TrackingError, sqlite_file
 
 _STARTUP = 60.0  # seconds within which the server answers
 
 
-def serve(uri: str, host: str = "127.0.0.1", port: int = 5000) -> None:
-    """Serve the store at `uri` until Ctrl-C, in the foreground.
+def serve(
+    uri: str,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+    on_up: Callable[[str], None] = lambda address: None,
+) -> None:
+    """Serve the store at `uri` until Ctrl-C, in the foreground; `on_up` gets the pages' address.
 
     Raises TrackingError if there is no such store, the port is taken, or the server stops.
     """
     server = start_server(uri, host, port)
     try:
         wait_until_up(server, host, port)
+        on_up(address_of_pages(host, port))
         code = server.wait()
     except KeyboardInterrupt:
         return
@@ -70,14 +78,38 @@ def start_server(uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
 def wait_until_up(server: subprocess.Popen[bytes], host: str, port: int) -> None:
     """Wait until the server answers. Raises TrackingError if it does not."""
     deadline = time.monotonic() + _STARTUP
-    reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
+    address = f"http://{_reachable(host)}:{port}/health"
     while time.monotonic() < deadline and server.poll() is None:
         try:
-            with urllib.request.urlopen(f"http://{reachable}:{port}/health", timeout=2):
+            with urllib.request.urlopen(address, timeout=2):
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
     raise TrackingError(f"the MLflow server did not start on {host}:{port}; see above")
+
+
+def address_of_pages(host: str, port: int) -> str:
+    """The list of runs of the experiment that was used last.
+
+    Without the query MLflow opens on its tools for language models.
+    """
+    server = f"http://{_reachable(host)}:{port}"
+    question = urllib.request.Request(
+        f"{server}/api/2.0/mlflow/experiments/search",
+        json.dumps({"max_results": 2, "order_by": ["last_update_time DESC"]}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(question, timeout=20) as answer:
+        found = json.load(answer).get("experiments", [])
+    # MLflow's own experiment, which nobody asked for, has the id 0.
+    ids = [experiment["experiment_id"] for experiment in found]
+    used = next((experiment_id for experiment_id in ids if experiment_id != "0"), None)
+    path = f"experiments/{used}" if used else "experiments"
+    return f"{server}/#/{path}?workflowType=machine_learning"
+
+
+def _reachable(host: str) -> str:
+    return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
 
 
 def stop_server(server: subprocess.Popen[bytes]) -> None:

@@ -1,4 +1,4 @@
-"""The plots of a run, from its curves and parameters: RUN_DIR/plots/*.png."""
+"""What a run has to show: the plots (RUN_DIR/plots/*.png), and its summary for MLflow's pages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.func import vmap
 
 from pipeline.chunk import EVALUATION_SEED, model_of
 from pipeline.config import Experiment
-from pipeline.evaluation import TRAINED, Curve, as_series
+from pipeline.evaluation import TRAINED, Curve, as_series, cell, metric_label
 from pipeline.meta_gradient import Stages
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
@@ -40,7 +40,7 @@ def write_plots(
             path,
             metric=label,
             title=f"{experiment.name}: learning new tasks",
-            caption=_caption(curves),
+            caption=f"{_caption(curves)}; bands: CI95 over tasks",
         )
         written.append(path)
     history = read_history(run_dir)
@@ -54,6 +54,38 @@ def write_plots(
         plot_sinusoid_fits(path, sinusoid_fits(experiment, task, theta, steps))
         written.append(path)
     return written
+
+
+def summary(experiment: Experiment, num_parameters: int, curves: Sequence[Curve] = ()) -> str:
+    """The run in Markdown; the meta-test first, once there is one: the page folds what follows."""
+    outer = experiment.outer
+    what = (
+        f"**{experiment.name}**, {experiment.inner.order} order: {experiment.task.kind} tasks, "
+        f"{experiment.model.kind} with {num_parameters:,} parameters, inner steps: "
+        f"{experiment.inner.steps}, {outer.iterations:,} meta-updates of {outer.tasks_per_batch} "
+        f"tasks, seed {experiment.seed}"
+    )
+    results = _results(experiment, curves) if curves else ""
+    return "\n\n".join(filter(None, (results, what, experiment.description)))
+
+
+def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
+    """The meta-test as a table in Markdown."""
+    task = experiment.build_task()
+    metric = task.primary_metric
+    label, percent = metric_label(task, metric)
+    steps = curves[0].steps
+    lines = [
+        f"| {label}{' in %' if percent else ''} after | "
+        + " | ".join(f"{step} step{'' if step == 1 else 's'}" for step in steps)
+        + " |",
+        "|---|" + "---:|" * len(steps),
+    ]
+    for curve in curves:
+        cells = [cell(curve, metric, position, percent) for position in range(len(steps))]
+        title = f"**{curve.title}**" if curve.who == TRAINED else curve.title
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"± CI95 over tasks; {_caption(curves)}"])
 
 
 def read_history(run_dir: Path) -> dict[str, list[float]]:
@@ -113,4 +145,4 @@ def _caption(curves: Sequence[Curve]) -> str:
         for key in shown
         if key in first and all(other.get(key) == first[key] for other in others)
     ]
-    return ", ".join(facts) + "; bands: CI95 over tasks"
+    return ", ".join(facts)

@@ -30,7 +30,7 @@ from pipeline.evaluation import Curve, check_tasks
 from pipeline.outer_update import OuterUpdate
 from pipeline.placement import Placement, decide_compile, decide_workers
 from pipeline.ray_workers import RayWorkers
-from pipeline.report import write_plots
+from pipeline.report import summary, write_plots
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
 from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
 from tasks.store_cache import absolute_root
@@ -195,6 +195,8 @@ class Session:
             prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
             self.tracker.log_metrics(curve.by_step(prefix), self.iteration)
         self.tracker.log_artifact(self.run_dir / "results.json")
+        note = summary(self.experiment, self.update.layout.size, curves)
+        self.tracker.set_tags({"mlflow.note.content": note})
         for plot in write_plots(self.experiment, self.run_dir, self.update.theta, curves):
             self.tracker.log_artifact(plot, "plots")
 
@@ -363,6 +365,10 @@ def _start_tracking(
             "workers": str(placement.workers),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
+            # Where MLflow's pages look for a description, and for what a run was made from.
+            "mlflow.note.content": summary(experiment, session.update.layout.size),
+            "mlflow.source.name": experiment.name,
+            "mlflow.source.type": "LOCAL",
             **experiment.tracking.tags,
         },
         run_id=state.mlflow_run_id if state else None,

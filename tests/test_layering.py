@@ -32,6 +32,7 @@ FLOORS = [
     "mlflow_sender",
     "tracking",
     "mlflow_ui",
+    "runs",
     "evaluation",
     "plots",
     "report",
@@ -50,6 +51,7 @@ FLOORS = [
     "cli_data",
     "cli_search",
     "cli_jobs",
+    "cli_runs",
     "cli",
 ]
 # Imported where it is called, because it needs what stands above it: a model builder is named by
@@ -95,7 +97,7 @@ def test_tasks_know_nothing_of_the_pipeline() -> None:
 
 def test_only_the_command_line_parses_or_prints() -> None:
     for path in (ROOT / "pipeline").glob("*.py"):
-        if path.stem in {"cli", "cli_data", "cli_jobs", "console"}:
+        if path.stem in {"cli", "cli_data", "cli_jobs", "cli_runs", "console"}:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             called = node.func if isinstance(node, ast.Call) else None

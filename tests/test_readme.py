@@ -65,9 +65,10 @@ def test_the_readme_has_commands() -> None:
 def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
     """In one folder, top to bottom, as a newcomer would; training cut short."""
     write_example(tmp_path)
-    run_dir, search_dir, name = "", "", ""
+    run_dir, search_dir, name, before = "", "", "", ""
     for arguments in commands():
-        arguments = [run_dir if a == "RUN_DIR" else name if a == "NAME" else a for a in arguments]
+        names = {"RUN_DIR": run_dir, "NAME": name, "OTHER_RUN": before}
+        arguments = [names.get(a, a) for a in arguments]
         arguments = [a.replace("SEARCH_DIR", search_dir) for a in arguments]
         if arguments[:3] == ["data", "prepare", "omniglot"]:
             arguments += ["--source", str(real_data / "omniglot")]
@@ -99,7 +100,7 @@ def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
         if arguments[0] == "train":
             found = re.search(r"run folder +(\S+)", done.stdout)
             assert found is not None
-            run_dir, name = found.group(1), arguments[1]
+            before, run_dir, name = Path(run_dir).name, found.group(1), arguments[1]
 
 
 def write_example(folder: Path) -> None:
