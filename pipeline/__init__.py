@@ -8,8 +8,8 @@
 
 The driver (`training`) waits for the slowest chunk of an iteration; workers wait for the driver's
 next θ, and sample the next tasks meanwhile. Nobody waits for MLflow. A file imports only from those
-above it in this order: components, config, experiments, parameters, models, meta_loss, inner_loop,
-compilation, meta_gradient, chunk, workers, ray_workers, placement, aggregation, outer_update,
-checkpoint, mlflow_sender, tracking, mlflow_ui, evaluation, plots, report, session, training,
-console, cli_errors, cli_data, cli.
+above it in this order: components, config, algorithms, experiments, parameters, models, meta_loss,
+update_rules, adaptation, inner_loop, compilation, meta_gradient, chunk, workers, ray_workers,
+placement, aggregation, outer_update, checkpoint, mlflow_sender, tracking, mlflow_ui, evaluation,
+plots, report, session, training, console, cli_errors, cli_data, cli.
 """

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.algorithms import expand, reset
 from pipeline.components import (
     ComponentError,
     build_task,
@@ -130,6 +131,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         # Another kind has other settings: those of the kind in the file do not apply to it.
         if keys[-1] == "kind" and node.get("kind") != value:
             node.clear()
+        if keys == ["algorithm"]:
+            reset(data)
         node[keys[-1]] = value
     if errors:
         raise ConfigError("the overrides", errors)
@@ -140,6 +143,7 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
     """Validate and resolve; every error is reported at once. Raises ConfigError."""
     errors: list[str] = []
     data = _copied(data)
+    expand(data, _resolved_model(data))
     task_ok = False
     for section in ("task", "model"):
         component = data.get(section)
@@ -163,6 +167,18 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
     if bad := _scheduler_error(experiment.outer):
         raise ConfigError(source, [bad])
     return experiment
+
+
+def _resolved_model(data: dict[str, Any]) -> dict[str, Any]:
+    """The model's settings, defaults included; nothing where they are wrong (reported later)."""
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("kind"), str):
+        return {}
+    settings = {key: value for key, value in model.items() if key != "kind"}
+    try:
+        return check_settings("model", model["kind"], settings)
+    except ComponentError:
+        return {}
 
 
 def new_run_dir(experiment: Experiment) -> Path:
