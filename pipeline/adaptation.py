@@ -167,7 +167,8 @@ GROUPS = {
 
 def matching(model: nn.Module, wanted: Sequence[str], setting: str) -> tuple[str, ...]:
     """Names of the model's parameters that belong to any of the groups or match any of the patterns
-    (`*.weight`), in the model's order. Raises ValueError for one that matches nothing."""
+    (`*.weight`), in the model's order. A group may be empty; raises ValueError for a pattern that
+    matches nothing."""
     names = [name for name, _ in model.named_parameters()]
     head = names[-1].rpartition(".")[0]
     heads = [name for name in names if name.rpartition(".")[0] == head]
@@ -186,7 +187,7 @@ def matching(model: nn.Module, wanted: Sequence[str], setting: str) -> tuple[str
     found: set[str] = set()
     for each in wanted:
         matched = groups.get(each, fnmatch.filter(names, each))
-        if not matched:
+        if not matched and each not in groups:
             raise ValueError(
                 f"{setting}: {each!r} matches no parameter; there are the groups "
                 f"{', '.join(GROUPS)} and the names {', '.join(names)}"
