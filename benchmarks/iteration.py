@@ -81,13 +81,13 @@ def bare_ms(experiment: Experiment, repeats: int) -> float:
     computer = ChunkComputer(experiment, compile=True)
     theta = initial_parameters(experiment)
     flat = Layout.of(theta).join(theta)
-    function, batch, alpha = computer.program(GradientJob(0, 0))
+    function, batch, knobs = computer.program(GradientJob(0, 0))
     for _ in range(20):
-        function(flat, batch, alpha)
+        function(flat, batch, knobs)
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
-        function(flat, batch, alpha)
+        function(flat, batch, knobs)
         times.append(time.perf_counter() - started)
     return 1e3 * statistics.median(times)
 

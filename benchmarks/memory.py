@@ -44,7 +44,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.meta_gradient import chunk_function
+from pipeline.adaptation import Adaptation
+from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import conv4
 from pipeline.parameters import Layout
@@ -157,12 +158,11 @@ def measure(setting: Setting) -> Measurement:
     theta = {name: p.detach() for name, p in model.named_parameters()}
     layout = Layout.of(theta)
     batch = task.sample(0, "train", np.arange(setting.tasks)).to(setting.device, torch.float32)
-    arguments = layout.join(theta), batch, torch.tensor(0.1, device=setting.device)
+    arguments = layout.join(theta), batch, Knobs(torch.tensor(0.1, device=setting.device))
     function = chunk_function(
         Objective(model, task),
+        Adaptation.of(model, steps=setting.steps),
         layout,
-        steps=setting.steps,
-        order="second",
         checkpoint=setting.checkpoint,
         compile=setting.mode == "compiled",
     )

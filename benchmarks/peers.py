@@ -35,7 +35,8 @@ from memory import NoiseImages, compilation_must_succeed, hardware, use_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.meta_gradient import chunk_function
+from pipeline.adaptation import Adaptation
+from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import Conv3x3, conv4, mlp
 from pipeline.parameters import Layout
@@ -104,16 +105,17 @@ def ours(problem: Problem, *, compile: bool) -> Step:
     case, size = problem.case, problem.chunk
     layout = Layout.of(problem.theta)
     theta = layout.join(problem.theta)
-    alpha = theta.new_tensor(case.rate)
-    options = {"steps": case.steps, "order": problem.order, "compile": compile}
-    function = chunk_function(Objective(problem.model, case.task), layout, **options)
+    knobs = Knobs(theta.new_tensor(case.rate))
+    adaptation = Adaptation.of(problem.model, steps=case.steps)
+    objective = Objective(problem.model, case.task)
+    function = chunk_function(objective, adaptation, layout, order=problem.order, compile=compile)
     chunks = [
         TaskBatch(*(Examples(*(t[first : first + size] for t in part)) for part in problem.batch))
         for first in range(0, problem.num_tasks, size)
     ]
 
     def step() -> tuple[Tensor, list[Tensor]]:
-        gradients, metrics = zip(*(function(theta, chunk, alpha) for chunk in chunks), strict=True)
+        gradients, metrics = zip(*(function(theta, chunk, knobs) for chunk in chunks), strict=True)
         return torch.cat([m["query_loss"] for m in metrics]), [reduce(torch.add, gradients)]
 
     return step

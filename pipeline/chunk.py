@@ -18,12 +18,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.adaptation import Adaptation
+from pipeline.algorithms import Phase, phase_at, phases, query_weights_at
 from pipeline.compilation import worth_compiling
 from pipeline.components import build_model, resolve
 from pipeline.config import Experiment
-from pipeline.meta_gradient import ChunkFunction, adaptation_curve, chunk_function
+from pipeline.meta_gradient import ChunkFunction, Knobs, adaptation_curve, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Layout, Params
+from pipeline.update_rules import build_rule
 from tasks.base import TaskBatch, TaskDistribution
 
 FlatVector = npt.NDArray[np.floating[Any]]
@@ -93,11 +96,31 @@ def model_of(experiment: Experiment, seed: int | None = None) -> torch.nn.Module
     )
 
 
+def adaptation_of(experiment: Experiment, model: torch.nn.Module) -> Adaptation:
+    """How the experiment adapts this model. Raises ValueError naming the setting."""
+    inner = experiment.inner
+    try:
+        return Adaptation.of(
+            model,
+            steps=inner.steps,
+            adapted=inner.adapted,
+            not_adapted=inner.not_adapted,
+            per_step=inner.per_step,
+            rates=inner.rates,
+            rule=build_rule(inner.optimizer, inner.momentum, inner.beta1),
+            batch_size=inner.batch_size,
+        )
+    except ValueError as error:
+        raise ValueError(f"inner.{error}") from error
+
+
 def initial_parameters(experiment: Experiment, seed: int | None = None) -> Params:
-    """The model's named parameters at initialisation, on the CPU, in the compute precision."""
+    """The meta-parameters at initialisation, on the CPU, in the compute precision: the model's
+    named parameters, and what else the algorithm learns."""
     dtype = getattr(torch, experiment.compute.dtype)
     model = model_of(experiment, seed)
-    return {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    params = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
+    return adaptation_of(experiment, model).meta_parameters(params, experiment.inner.lr)
 
 
 def tasks_per_chunk(experiment: Experiment, layout: Layout) -> int:
@@ -123,7 +146,9 @@ _programs_lock = threading.Lock()
 
 def _shared_chunk_function(
     experiment: Experiment,
+    phase: Phase,
     objective: Objective,
+    adaptation: Adaptation,
     layout: Layout,
     device: torch.device,
     compile: bool,
@@ -133,14 +158,15 @@ def _shared_chunk_function(
     θ, the tasks and the inner rate are arguments of a program; the key holds all the rest. So the
     trials of a search that differ in rates, seeds or iterations are compiled once.
     """
-    inner = experiment.inner
+    inner, estimator = experiment.inner, experiment.outer.estimator
 
     def make() -> ChunkFunction:
         return chunk_function(
             objective,
+            adaptation,
             layout,
-            steps=inner.steps,
-            order=inner.order,
+            order="second" if phase.second_order else "first",
+            estimator=estimator,
             checkpoint=inner.checkpoint,
             compile=compile,
         )
@@ -148,11 +174,13 @@ def _shared_chunk_function(
     if not compile:
         return make()
     task, model = experiment.task, experiment.model
-    constants = [inner.steps, inner.order, inner.checkpoint]
+    constants = inner.model_dump(mode="json", exclude={"lr", "order", "second_order_from"})
     key = (
         resolve("task", task.kind),
         resolve("model", model.kind),
-        json.dumps([task.settings, model.settings, *constants], sort_keys=True),
+        json.dumps([task.settings, model.settings, constants], sort_keys=True),
+        phase,
+        estimator,
         layout,
         experiment.compute.dtype,
         device,
@@ -174,13 +202,13 @@ class ChunkComputer:
         self._dtype: torch.dtype = getattr(torch, experiment.compute.dtype)
         model = model_of(experiment)
         self._task = experiment.build_task()
-        self._layout = Layout.of(dict(model.named_parameters()))
+        self._adaptation = adaptation_of(experiment, model)
+        self._layout = Layout.of(initial_parameters(experiment))
         self._tasks_per_chunk = tasks_per_chunk(experiment, self._layout)
         self._objective = Objective(model.to(self._device, self._dtype), self._task)
         self._alpha = torch.tensor(experiment.inner.lr, dtype=self._dtype, device=self._device)
-        self._gradient = _shared_chunk_function(
-            experiment, self._objective, self._layout, self._device, compile
-        )
+        self._compile = compile
+        self._functions: dict[Phase, ChunkFunction] = {}
         self._changed_tasks: dict[str, TaskDistribution] = {}
         self._block: int | None = None
         self._to_prepare: dict[GradientJob, None] = {}  # in this order
@@ -200,36 +228,40 @@ class ChunkComputer:
         return -(-self._experiment.outer.tasks_per_batch // self._tasks_per_chunk)
 
     def warm_up(self) -> None:
-        """Compute chunks of every size that occurs once, so that compilation is behind us.
+        """Compute chunks of every kind that occurs once, so that compilation is behind us.
 
         Also the moment at which missing data or a model that does not fit its tasks is noticed.
         """
-        self.run_first_chunk()
-        if self._experiment.outer.tasks_per_batch % self._tasks_per_chunk != 0:
-            self.run(self._initial_theta(), GradientJob(0, self.num_chunks - 1))
+        theta = self._initial_theta()
+        last = GradientJob(0, self.num_chunks - 1)
+        for phase in phases(self._experiment):
+            self._compute(phase, theta, GradientJob(0, 0))
+            if self._experiment.outer.tasks_per_batch % self._tasks_per_chunk != 0:
+                self._compute(phase, theta, last)
 
     def metric_names(self) -> list[str]:
         """What an evaluation reports, found out on a task."""
         job = EvaluationJob("validation", 0, 1, (0,))
-        return list(self.run(self._initial_theta(), job).metrics)
+        return list(self._run_evaluation(self._initial_theta(), job).metrics)
 
     def run_first_chunk(self) -> None:
         """Compute one chunk, for those who measure."""
-        self.run(self._initial_theta(), GradientJob(0, 0))
+        self._compute(phase_at(self._experiment, 0), self._initial_theta(), GradientJob(0, 0))
 
-    def _initial_theta(self) -> FlatVector:
-        return self._layout.join(initial_parameters(self._experiment)).numpy()
+    def _initial_theta(self) -> Tensor:
+        joined = self._layout.join(initial_parameters(self._experiment))
+        return joined.to(self._device, self._dtype)
 
     def worth_compiling(self, calls: int) -> bool:
         """Whether so many chunks repay compilation; decided from the computation alone."""
         self.warm_up()  # what happens only once must not be counted
-        theta = self._layout.join(initial_parameters(self._experiment)).to(self._device)
-        function, batch, alpha = self.program(GradientJob(0, 0))
-        return worth_compiling(function, (theta, batch, alpha), calls)
+        function, batch, knobs = self.program(GradientJob(0, 0))
+        return worth_compiling(function, (self._initial_theta(), batch, knobs), calls)
 
-    def program(self, job: GradientJob) -> tuple[ChunkFunction, TaskBatch, Tensor]:
+    def program(self, job: GradientJob) -> tuple[ChunkFunction, TaskBatch, Knobs]:
         """The function that computes a chunk, and its arguments beside θ: for those who measure."""
-        return self._gradient, self._take(job), self._alpha
+        phase = phase_at(self._experiment, job.iteration)
+        return self._function(phase), self._take(job), self._knobs(phase, job.iteration)
 
     def prepare_ahead(self) -> bool:
         """Sample one chunk of the next iteration; False if there is none left to sample.
@@ -249,7 +281,9 @@ class ChunkComputer:
         began = time.perf_counter()
         batch = self._take(job)
         started = time.perf_counter()
-        gradient, metrics = self._gradient(theta, batch, self._alpha)
+        phase = phase_at(self._experiment, job.iteration)
+        knobs = self._knobs(phase, job.iteration)
+        gradient, metrics = self._function(phase)(theta, batch, knobs)
         host_gradient = gradient.cpu().numpy()
         host_metrics = {name: value.cpu().numpy() for name, value in metrics.items()}
         ended = time.perf_counter()
@@ -257,6 +291,29 @@ class ChunkComputer:
         return ChunkResult(
             job, num_tasks, host_gradient, host_metrics, started - began, ended - started
         )
+
+    def _compute(self, phase: Phase, theta: Tensor, job: GradientJob) -> None:
+        self._function(phase)(theta, self._take(job), self._knobs(phase, job.iteration))
+
+    def _function(self, phase: Phase) -> ChunkFunction:
+        if phase not in self._functions:
+            self._functions[phase] = _shared_chunk_function(
+                self._experiment,
+                phase,
+                self._objective,
+                self._adaptation,
+                self._layout,
+                self._device,
+                self._compile,
+            )
+        return self._functions[phase]
+
+    def _knobs(self, phase: Phase, iteration: int) -> Knobs:
+        """The iteration's knobs; where a later phase is tried out early, any weights will do."""
+        if not phase.every_query_loss:
+            return Knobs(self._alpha)
+        weights = query_weights_at(self._experiment, iteration)
+        return Knobs(self._alpha, self._alpha.new_tensor(weights or [1.0] * self._adaptation.steps))
 
     def _run_evaluation(self, theta: Tensor, job: EvaluationJob) -> ChunkResult:
         started = time.perf_counter()
@@ -269,7 +326,12 @@ class ChunkComputer:
             metrics = self._judge_oracle(task, batch, job.steps)
         else:
             metrics = adaptation_curve(
-                self._objective, self._layout.split(theta), batch, self._alpha, steps=job.steps
+                self._objective,
+                self._adaptation,
+                self._layout.split(theta),
+                batch,
+                self._alpha,
+                steps=job.steps,
             )
         host = {name: value.cpu().numpy() for name, value in metrics.items()}
         return ChunkResult(

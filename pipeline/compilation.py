@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 _OPTIONS = {"cpp.min_chunk_size": 16384}
 
 
+_TENSOR = object()  # stands for a tensor among constants
+
+
 class Compiler:
     """Compiles functions that belong together: when one of them cannot be, all run eagerly."""
 
@@ -55,7 +58,7 @@ class Compiler:
                 return function(*arguments)
             leaves, structure = pytree.tree_flatten(arguments)
             tensors = [x.detach().contiguous() for x in leaves if isinstance(x, Tensor)]
-            constants = tuple(None if isinstance(x, Tensor) else x for x in leaves)
+            constants = tuple(_TENSOR if isinstance(x, Tensor) else x for x in leaves)
             signature = (
                 structure,
                 constants,
@@ -94,7 +97,7 @@ def _compile(
 
     def flat(*values: Tensor) -> list[Tensor]:
         supply = iter(values)
-        leaves = [next(supply) if constant is None else constant for constant in constants]
+        leaves = [next(supply) if constant is _TENSOR else constant for constant in constants]
         out, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(leaves, structure)))
         results.append(spec)
         return out

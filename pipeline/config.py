@@ -22,6 +22,8 @@ from pipeline.components import build_task
 from tasks.base import TaskDistribution
 from tasks.store_cache import absolute_root, default_root
 
+Algorithm = Literal["maml", "fomaml", "reptile", "anil", "boil", "meta-sgd", "maml++"]
+
 
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot be changed afterwards."""
@@ -42,17 +44,53 @@ class Component(Section):
         return dict(self.model_extra or {})
 
 
+Names = tuple[str, ...]
+
+
 class Inner(Section):
-    """Adaptation to one task (eq. 2)."""
+    """Adaptation to one task (eq. 2). Parameters are named by groups (all, head, body,
+    normalisation) or by patterns (*.weight)."""
 
     lr: float = Field(0.01, gt=0, description="inner learning rate α, for the mean loss")
     steps: int = Field(1, ge=1, description="gradient steps of adaptation while meta-training")
-    order: Literal["second", "first"] = Field(
+    order: Literal["second", "first", "annealed"] = Field(
         "second", description="first: inner gradients are constants of the meta-gradient (FOMAML)"
+    )
+    second_order_from: int | None = Field(
+        None, ge=1, description="iteration at which annealed order goes from first to second"
     )
     checkpoint: bool = Field(
         False, description="recompute inner steps in the backward pass: memory flat in the steps"
     )
+    adapted: Names = Field(("all",), description="parameters that adapt")
+    not_adapted: Names = Field((), description="of these, parameters that do not")
+    per_step: Names = Field(
+        (), description="parameters that do not adapt but have a learned value for every step"
+    )
+    rates: Literal["fixed", "per-layer-and-step", "per-parameter"] = Field(
+        "fixed", description="learned rates start at inner.lr"
+    )
+    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1, description="of momentum")
+    beta1: float = Field(0.9, ge=0, lt=1, description="of adam")
+    batch_size: int | None = Field(
+        None, ge=1, description="support examples per step, in turns; null: all"
+    )
+
+    @field_validator("adapted", "not_adapted", "per_step", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _annealed(self) -> Inner:
+        if self.order == "annealed" and self.second_order_from is None:
+            raise ValueError("inner.second_order_from: needed where inner.order is annealed")
+        if self.order != "annealed" and self.second_order_from is not None:
+            raise ValueError(
+                f"inner.second_order_from: only annealed order has it, inner.order is {self.order}"
+            )
+        return self
 
 
 class Outer(Section):
@@ -78,6 +116,16 @@ class Outer(Section):
     )
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the meta-gradient")
     clip_value: float | None = Field(None, gt=0, description="largest size of each of its elements")
+    estimator: Literal["gradient", "reptile"] = Field(
+        "gradient", description="reptile: θ minus the adapted θ, instead of a meta-gradient"
+    )
+    query_losses: Literal["last", "all", "annealed"] | tuple[float, ...] = Field(
+        "last", description="query losses that count: after the last step, all, or own weights"
+    )
+    query_losses_until: int = Field(
+        5000, ge=1, description="iteration from which annealed query losses are the last alone"
+    )
+    query_losses_every: int = Field(500, ge=1, description="iterations per stair of the annealing")
     max_bad_updates: int = Field(
         3, ge=1, description="stop after so many non-finite meta-gradients in a row"
     )
@@ -324,6 +372,9 @@ class Experiment(Section):
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**63)
     run_dir: str | None = Field(None, description="null: runs/NAME-DATE-TIME")
+    algorithm: Algorithm = Field(
+        "maml", description="fills in the settings of the family that are not given"
+    )
     task: Component
     model: Component
     inner: Inner = Inner()
@@ -335,6 +386,28 @@ class Experiment(Section):
     checkpoint: Checkpointing = Checkpointing()
     data: Data = Field(default_factory=Data)
     search: Search | None = Field(None, description="what `maml search` tries")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Experiment:
+        inner, outer = self.inner, self.outer
+        if outer.estimator == "reptile":
+            wrong = {
+                "inner.order: reptile has no second order": inner.order != "first",
+                "inner.rates: reptile has no gradient by which rates could be learned": (
+                    inner.rates != "fixed"
+                ),
+                "inner.per_step: reptile has no gradient for what does not adapt": inner.per_step,
+                "outer.query_losses: reptile looks at no query loss": outer.query_losses != "last",
+            }
+            if found := [what for what, is_so in wrong.items() if is_so]:
+                raise ValueError("; ".join(found))
+        weights = outer.query_losses
+        if not isinstance(weights, str) and (len(weights) != inner.steps or min(weights) < 0):
+            raise ValueError(
+                f"outer.query_losses: needs a weight of at least 0 for each of inner.steps "
+                f"({inner.steps}), got {list(weights)}"
+            )
+        return self
 
     @property
     def validate_every(self) -> int:

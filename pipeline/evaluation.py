@@ -30,6 +30,7 @@ from tasks.base import SPLITS
 
 _NORMALISATION = {
     "batch": "statistics of the current batch, support and query apart",
+    "batch-affine": "statistics of the current batch, support and query apart; scale and bias",
     "none": "none",
 }
 TRAINED, RANDOM, ORACLE = "trained", "random init", "oracle"

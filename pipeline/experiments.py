@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from pipeline.algorithms import expand, reset
 from pipeline.components import (
     ComponentError,
     build_task,
@@ -115,7 +116,8 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
     """`data` with every `path=value` set; values are read as YAML. Raises ConfigError."""
     data = _copied(data)
     errors = []
-    for override in overrides:
+    # The algorithm first: it takes back what another one has set.
+    for override in sorted(overrides, key=lambda o: not o.startswith("algorithm=")):
         path, equals, text = override.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
@@ -138,7 +140,7 @@ def with_settings(experiment: Experiment, settings: Mapping[str, Any]) -> Experi
     Raises ConfigError.
     """
     data = experiment.plain()
-    for path, value in settings.items():
+    for path, value in sorted(settings.items(), key=lambda item: item[0] != "algorithm"):
         _set(data, path.split("."), value)
     return from_dict(data, source=", ".join(f"{path}={value}" for path, value in settings.items()))
 
@@ -147,6 +149,7 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
     """Validate and resolve; every error is reported at once. Raises ConfigError."""
     errors: list[str] = []
     data = _copied(data)
+    expand(data, _resolved_model(data))
     task_ok = False
     for section in ("task", "model"):
         component = data.get(section)
@@ -175,6 +178,18 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
 def runs_folder() -> Path:
     """The absolute folder of the runs that have no place of their own."""
     return Path(os.environ.get(RUNS) or "runs").expanduser().absolute()
+
+
+def _resolved_model(data: dict[str, Any]) -> dict[str, Any]:
+    """The model's settings, defaults included; nothing where they are wrong (reported later)."""
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("kind"), str):
+        return {}
+    settings = {key: value for key, value in model.items() if key != "kind"}
+    try:
+        return check_settings("model", model["kind"], settings)
+    except ComponentError:
+        return {}
 
 
 def new_run_dir(experiment: Experiment) -> Path:
@@ -273,6 +288,8 @@ def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     # Another kind has other settings: those of the kind in the file do not apply to it.
     if keys[-1] == "kind" and node.get("kind") != value:
         node.clear()
+    if list(keys) == ["algorithm"]:
+        reset(data)
     node[keys[-1]] = value
 
 

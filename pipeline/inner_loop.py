@@ -1,59 +1,108 @@
-"""Adaptation to one task, θ -> θ'_K (eq. 2), and the way back (the chain rule through it).
+"""Adaptation to one task, θ -> θ'_S (eq. 2), and the way back (the chain rule through it).
 
 Everything here is a pure function of one task; `meta_gradient` maps it over all tasks of a chunk.
+Parameters come in two groups: those that are adapted (`fast`, in a `Point`) and those that are used
+as they are (`slow`).
 """
 
 from __future__ import annotations
 
 import warnings
+from typing import NamedTuple
 
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from pipeline.meta_loss import Loss
 from pipeline.parameters import Params
+from pipeline.update_rules import Point, Rule
 from tasks.base import Examples
 
 
+class Step(NamedTuple):
+    """What one step of adaptation gives."""
+
+    point: Point
+    gradient: Params
+    """∇L_S, which the way back needs again."""
+    loss: Tensor
+    """L_S before the step."""
+
+
+class Adjoint(NamedTuple):
+    """Gradients of some later loss with respect to what went into a step."""
+
+    point: Point
+    slow: Params
+    rates: Params
+
+
 def inner_step(
-    loss: Loss, params: Params, support: Examples, alpha: Tensor
-) -> tuple[Params, Tensor]:
-    """One gradient step, θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2); also returns L(θ_s)."""
-    gradient, value = grad_and_value(loss)(params, support)
-    return {name: p - alpha * gradient[name] for name, p in params.items()}, value
+    loss: Loss, rule: Rule, point: Point, slow: Params, rates: Params, t: Tensor, support: Examples
+) -> Step:
+    """One step; with plain gradient descent θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2)."""
+
+    def of_fast(fast: Params) -> Tensor:
+        return loss({**slow, **fast}, support)
+
+    gradient, value = grad_and_value(of_fast)(point.fast)
+    return Step(rule.update(point, gradient, rates, t), gradient, value)
 
 
 def inner_step_back(
-    loss: Loss, params: Params, support: Examples, alpha: Tensor, v: Params, *, forward: bool = True
-) -> Params:
-    """Carries a gradient back through one step: v_s = (I − α H_s) v_{s+1}, H_s = ∇²L(θ_s).
+    loss: Loss,
+    rule: Rule,
+    point: Point,
+    gradient: Params,
+    slow: Params,
+    rates: Params,
+    t: Tensor,
+    support: Examples,
+    v: Point,
+    *,
+    second_order: bool,
+    learns_rates: bool,
+    forward: bool = True,
+) -> Adjoint:
+    """Carries a gradient back through one step.
 
-    `v` is the gradient of some function of θ_{s+1} with respect to θ_{s+1}; the result is its
-    gradient with respect to θ_s.
+    `v` is the gradient of some function with respect to the point after the step; the result is its
+    gradient with respect to what went in. With plain gradient descent
+    v_s = (I − α H_s) v_{s+1}, H_s = ∇²L(θ_s). First order takes the inner gradient for a constant.
     """
-    product = hessian_vector_product(loss, params, support, v, forward=forward)
-    return {name: v[name] - alpha * product[name] for name in v}
+    if learns_rates:
+        pull = vjp(lambda p, g, r: rule.update(p, g, r, t), point, gradient, rates)[1]
+        before, gradient_bar, rates_bar = pull(v)
+    else:
+        pull = vjp(lambda p, g: rule.update(p, g, rates, t), point, gradient)[1]
+        (before, gradient_bar), rates_bar = pull(v), {}
+    if not second_order:
+        return Adjoint(before, {}, rates_bar)
+    product = hessian_vector_product(loss, point.fast, slow, support, gradient_bar, forward=forward)
+    fast = {name: value + product[name] for name, value in before.fast.items()}
+    return Adjoint(Point(fast, before.slots), {name: product[name] for name in slow}, rates_bar)
 
 
 def hessian_vector_product(
-    loss: Loss, params: Params, support: Examples, v: Params, *, forward: bool = True
+    loss: Loss, fast: Params, slow: Params, support: Examples, v: Params, *, forward: bool = True
 ) -> Params:
-    """∇²L(θ)·v by forward differentiation of the reverse-mode gradient (Pearlmutter 1994).
+    """The Hessian's columns of `fast` times v: the gradient of ∇_fast L · v, for all parameters.
 
-    Nothing but θ_s and v_{s+1} has to be kept from the way forward, so memory does not grow with
-    the number of steps. Not `forward`: by differentiating in reverse twice, for models and losses
-    with an operation that has no forward derivative (see `differentiates_forward`).
+    By forward differentiation of the reverse-mode gradient (Pearlmutter 1994): nothing but the
+    parameters and v has to be kept from the way forward, so memory does not grow with activations
+    of all steps. Not `forward`: by differentiating in reverse twice, for models and losses with an
+    operation that has no forward derivative (see `differentiates_forward`).
     """
 
-    def gradient(at: Params) -> Params:
-        result: Params = grad(loss)(at, support)
-        return result
+    def of_all(fast: Params, slow: Params) -> Tensor:
+        return loss({**slow, **fast}, support)
 
     if forward:
-        product: Params = jvp(gradient, (params,), (v,))[1]
+        gradients = grad(of_all, argnums=(0, 1))
+        of_fast, of_slow = jvp(lambda at: gradients(at, slow), (fast,), (v,))[1]
     else:
-        product = vjp(gradient, params)[1](v)[0]
-    return product
+        of_fast, of_slow = vjp(grad(of_all), fast, slow)[1](v)
+    return {**of_slow, **of_fast}
 
 
 def differentiates_forward(loss: Loss, params: Params, support: Examples) -> bool:
@@ -67,7 +116,7 @@ def differentiates_forward(loss: Loss, params: Params, support: Examples) -> boo
         warnings.simplefilter("ignore", DeprecationWarning)
         import torch._decomp.decompositions_for_jvp  # noqa: F401
     try:
-        vmap(lambda examples: hessian_vector_product(loss, params, examples, params))(support)
+        vmap(lambda examples: hessian_vector_product(loss, params, {}, examples, params))(support)
     except RuntimeError:  # NotImplementedError is one
         return False
     return True

@@ -14,26 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Normalisation = Literal["batch", "none"]
+Normalisation = Literal["batch", "batch-affine", "none"]
 
 
 class BatchNorm(nn.Module):
     """Normalises each channel (the last dimension) by the statistics of the current batch.
 
     With a bias and no scale, as in the original code: a ReLU follows, so a positive scale could as
-    well stand in the next layer's weights. Input and output [n, ..., C].
+    well stand in the next layer's weights - but not one per step (`scale`, as MAML++ has it). Input
+    and output [n, ..., C].
     """
 
-    def __init__(self, channels: int, epsilon: float = 1e-5):
+    def __init__(self, channels: int, scale: bool = False, epsilon: float = 1e-5):
         super().__init__()
         self.bias = nn.Parameter(torch.zeros(channels))
+        self.scale = nn.Parameter(torch.ones(channels)) if scale else None
         self.epsilon = epsilon
 
     def forward(self, x: Tensor) -> Tensor:
         axes = tuple(range(x.dim() - 1))
         centred = x - x.mean(axes)
         variance = (centred * centred).mean(axes)
-        return centred * torch.rsqrt(variance + self.epsilon) + self.bias
+        normalised = centred * torch.rsqrt(variance + self.epsilon)
+        return (normalised if self.scale is None else normalised * self.scale) + self.bias
 
 
 class Conv3x3(nn.Module):
@@ -125,8 +128,8 @@ def mlp(
     features = _product(input_shape)
     for width in hidden:
         layers.append(nn.Linear(features, width))
-        if normalisation == "batch":
-            layers.append(BatchNorm(width))
+        if normalisation != "none":
+            layers.append(BatchNorm(width, scale=normalisation == "batch-affine"))
         layers.append(nn.ReLU())
         features = width
     layers.append(nn.Linear(features, output_size))
@@ -165,8 +168,8 @@ def conv4(
         stride = 2 if downsample == "stride" else 1
         # A bias before the normalisation would be subtracted again by the mean.
         modules.append(Conv3x3(channels, filters, stride, bias=normalisation == "none"))
-        if normalisation == "batch":
-            modules.append(BatchNorm(filters))
+        if normalisation != "none":
+            modules.append(BatchNorm(filters, scale=normalisation == "batch-affine"))
         modules.append(nn.ReLU())
         channels = filters
         if downsample == "stride":

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch.func import vmap
 
-from pipeline.chunk import EVALUATION_SEED, model_of
+from pipeline.chunk import EVALUATION_SEED, adaptation_of, model_of
 from pipeline.config import Experiment
 from pipeline.evaluation import TRAINED, Curve, as_series, cell, metric_label
-from pipeline.meta_gradient import Stages
+from pipeline.meta_gradient import trajectory
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
 from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
@@ -109,15 +109,17 @@ def sinusoid_fits(
     dtype = getattr(torch, experiment.compute.dtype)
     support = task.sample(EVALUATION_SEED, "test", indices).to("cpu", dtype).support
     grid = torch.linspace(*task.x_range, 200, dtype=dtype)
-    objective = Objective(model_of(experiment).to(dtype), task)
-    stages = Stages.of(objective)
+    model = model_of(experiment)
+    objective = Objective(model.to(dtype), task)
     alpha = torch.tensor(experiment.inner.lr, dtype=dtype)
-    params = {name: p.expand(_NUM_FITS, *p.shape) for name, p in theta.items()}
+    adapted = trajectory(
+        objective, adaptation_of(experiment, model), theta, support, alpha, steps[-1]
+    )
     fits: dict[int, torch.Tensor] = {}
-    for step in range(steps[-1] + 1):
+    for step, (fast, slow) in enumerate(adapted):
         if step in steps:
-            fits[step] = vmap(objective.predict, in_dims=(0, None))(params, grid[:, None])[..., 0]
-        params, _ = stages.step(params, support, alpha, False)
+            predict = vmap(lambda f, slow=slow: objective.predict({**slow, **f}, grid[:, None]))
+            fits[step] = predict(fast)[..., 0]
     truth = task.parameters(EVALUATION_SEED, "test", indices)
     return [
         {

@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta, write_atomically
 from pipeline.chunk import FlatVector, initial_parameters, tasks_per_chunk
 from pipeline.config import Experiment
@@ -360,7 +361,7 @@ def _start_tracking(
         params={"num_parameters": session.update.layout.size, **experiment.flat()},
         tags={
             **environment_tags(),
-            "algorithm": "maml" if experiment.inner.order == "second" else "fomaml",
+            "algorithm": name_of(experiment),
             "order": experiment.inner.order,
             "workers": str(placement.workers),
             "compiled": str(session.compile),

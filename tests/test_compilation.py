@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from pipeline import compilation
+from pipeline.adaptation import Adaptation
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.compilation import Compiler, worth_compiling
-from pipeline.meta_gradient import chunk_function
+from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import mlp
 from pipeline.parameters import Layout
@@ -34,6 +35,12 @@ def setup():
     return Objective(model, task), layout, layout.join(params), batch
 
 
+def second_order(setup, steps, **options):
+    objective, layout, *_ = setup
+    adaptation = Adaptation(steps, fast=tuple(layout.shapes_by_name))
+    return chunk_function(objective, adaptation, layout, **options)
+
+
 @pytest.fixture
 def programs(monkeypatch):
     """The graphs compiled during the test."""
@@ -49,37 +56,33 @@ def assert_same(one, other):
 
 
 def test_compiled_equals_eager_for_any_rate_and_batch(setup, programs):
-    objective, layout, theta, batch = setup
-    eager = chunk_function(objective, layout, steps=2, order="second")
-    compiled = chunk_function(objective, layout, steps=2, order="second", compile=True)
+    _, _, theta, batch = setup
+    eager = second_order(setup, 2)
+    compiled = second_order(setup, 2, compile=True)
     same_twice = TaskBatch(batch.support, batch.support)  # one tensor as two arguments
     other = TaskBatch(batch.support, Examples(batch.support.x + 1, batch.support.y))
-    for alpha in (torch.tensor(0.01), torch.tensor(0.1)):
-        assert_same(compiled(theta, batch, alpha), eager(theta, batch, alpha))
+    for knobs in (Knobs(torch.tensor(0.01)), Knobs(torch.tensor(0.1))):
+        assert_same(compiled(theta, batch, knobs), eager(theta, batch, knobs))
     assert len(programs) == 1
     for case in (same_twice, other):
-        assert_same(compiled(theta, case, alpha), eager(theta, case, alpha))
+        assert_same(compiled(theta, case, knobs), eager(theta, case, knobs))
     assert len(programs) == 2, "another number of queries is another program, aliasing is not"
 
 
 def test_checkpointed_equals_plain(setup, programs):
-    objective, layout, theta, batch = setup
-    alpha = torch.tensor(0.1)
-    eager = chunk_function(objective, layout, steps=3, order="second")
-    checkpointed = chunk_function(
-        objective, layout, steps=3, order="second", checkpoint=True, compile=True
-    )
-    assert_same(checkpointed(theta, batch, alpha), eager(theta, batch, alpha))
+    _, _, theta, batch = setup
+    knobs = Knobs(torch.tensor(0.1))
+    eager = second_order(setup, 3)
+    checkpointed = second_order(setup, 3, checkpoint=True, compile=True)
+    assert_same(checkpointed(theta, batch, knobs), eager(theta, batch, knobs))
     assert len(programs) == 5, "step and step back, each shared and per task, and the query"
 
 
 def test_compiling_twice_in_a_process_gives_the_same_bits(setup, programs):
-    objective, layout, theta, batch = setup
-    alpha = torch.tensor(0.1)
-    one, other = (
-        chunk_function(objective, layout, steps=2, order="second", compile=True) for _ in range(2)
-    )
-    assert torch.equal(one(theta, batch, alpha)[0], other(theta, batch, alpha)[0])
+    _, _, theta, batch = setup
+    knobs = Knobs(torch.tensor(0.1))
+    one, other = (second_order(setup, 2, compile=True) for _ in range(2))
+    assert torch.equal(one(theta, batch, knobs)[0], other(theta, batch, knobs)[0])
     assert len(programs) == 2
 
 
@@ -113,9 +116,9 @@ def test_an_error_of_the_function_itself_is_raised():
 
 
 def test_whether_compilation_pays_is_a_matter_of_calls(setup):
-    objective, layout, theta, batch = setup
-    chunk = chunk_function(objective, layout, steps=1, order="second")
-    arguments = (theta, batch, torch.tensor(0.1))
+    _, _, theta, batch = setup
+    chunk = second_order(setup, 1)
+    arguments = (theta, batch, Knobs(torch.tensor(0.1)))
     answers = [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]
     assert answers == [False, False, True]
     assert answers == [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]

@@ -14,11 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOORS = [
     "components",
     "config",
+    "algorithms",
     "experiments",
     "search_space",
     "parameters",
     "models",
     "meta_loss",
+    "update_rules",
+    "adaptation",
     "inner_loop",
     "compilation",
     "meta_gradient",
@@ -57,7 +60,16 @@ FLOORS = [
 # Imported where it is called, because it needs what stands above it: a model builder is named by
 # the configuration, and a scheduler is checked by building it.
 BY_NAME = {("experiments", "outer_update"), ("components", "models")}
-LIGHT = ["parameters", "models", "meta_loss", "inner_loop", "compilation", "meta_gradient"]
+LIGHT = [
+    "parameters",
+    "models",
+    "meta_loss",
+    "update_rules",
+    "adaptation",
+    "inner_loop",
+    "compilation",
+    "meta_gradient",
+]
 
 
 def imported(path: Path) -> set[str]:

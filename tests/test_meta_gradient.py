@@ -6,10 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.meta_gradient import adaptation_curve, chunk_function
+from pipeline.adaptation import Adaptation
+from pipeline.meta_gradient import Knobs, Stages, adaptation_curve, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import conv4, linear, mlp
 from pipeline.parameters import Layout
+from pipeline.update_rules import Point
 from tasks.base import Classification, Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid
@@ -73,13 +75,20 @@ def pool_conv():
     return prepared(model, Images()), images(2, shape)
 
 
+def every_parameter(layout, steps):
+    """MAML's adaptation."""
+    return Adaptation(steps, fast=tuple(layout.shapes_by_name))
+
+
 CASES = {"mlp": small_mlp, "conv, stride": stride_conv, "conv, max-pool": pool_conv}
 
 
 def gradient(case, alpha=0.05, steps=2, order="second", **options):
     (objective, layout, theta), batch = case
-    chunk = chunk_function(objective, layout, steps=steps, order=order, **options)
-    return chunk(theta, batch, torch.tensor(alpha, dtype=theta.dtype))
+    chunk = chunk_function(
+        objective, every_parameter(layout, steps), layout, order=order, **options
+    )
+    return chunk(theta, batch, Knobs(torch.tensor(alpha, dtype=theta.dtype)))
 
 
 def unrolled(case, alpha, steps, order):
@@ -105,9 +114,8 @@ def test_closed_form_on_quadratics(steps, order):
     """Second order: sum_i (I − αΛ)^2K Λ (θ − c_i); first order with the power K."""
     task, alpha, indices = Quadratic(dimensions=5), 0.2, np.arange(7)
     objective, layout, theta = prepared(linear((5,), 1), task)
-    chunk = chunk_function(objective, layout, steps=steps, order=order)
-    total, _ = chunk(
-        theta, task.sample(3, "train", indices), torch.tensor(alpha, dtype=torch.float64)
+    total, _ = gradient(
+        ((objective, layout, theta), task.sample(3, "train", indices)), alpha, steps, order
     )
     curvature = torch.from_numpy(task.curvatures)
     power = (2 if order == "second" else 1) * steps
@@ -131,13 +139,11 @@ def test_gradcheck_against_finite_differences(name):
     """`gradcheck` perturbs every parameter of the real, adapted query loss."""
     case = CASES[name]()
     (objective, layout, theta), batch = case
-    alpha = torch.tensor(0.05, dtype=torch.float64)
 
     class QueryLoss(torch.autograd.Function):
         @staticmethod
         def forward(ctx, flat):
-            chunk = chunk_function(objective, layout, steps=2, order="second")
-            total, metrics = chunk(flat.detach(), batch, alpha)
+            total, metrics = gradient(((objective, layout, flat.detach()), batch))
             ctx.save_for_backward(total)
             return metrics["query_loss"].sum()
 
@@ -185,7 +191,12 @@ def test_metrics_are_per_task_and_from_where_they_say():
     (objective, layout, theta), batch = case
     _, metrics = gradient(case, steps=2)
     curve = adaptation_curve(
-        objective, layout.split(theta), batch, torch.tensor(0.05).double(), steps=(0, 2, 4)
+        objective,
+        every_parameter(layout, 2),
+        layout.split(theta),
+        batch,
+        torch.tensor(0.05).double(),
+        steps=(0, 2, 4),
     )
     assert {name: tuple(v.shape) for name, v in curve.items()} == {
         "loss": (3, 3),
@@ -204,19 +215,21 @@ def test_metrics_are_per_task_and_from_where_they_say():
 
 
 def test_shared_first_step_equals_a_step_per_task():
-    from pipeline.meta_gradient import Stages
-
     (objective, layout, theta), batch = stride_conv()
-    stages, alpha = Stages.of(objective), torch.tensor(0.1).double()
+    stages = Stages.of(objective, every_parameter(layout, 1))
     params = layout.split(theta)
     copies = {name: p.expand(3, *p.shape).contiguous() for name, p in params.items()}
-    one, _ = stages.step(params, batch.support, alpha, True)
-    other, _ = stages.step(copies, batch.support, alpha, False)
-    back = stages.step_back(params, batch.support, alpha, one, True)
-    back_other = stages.step_back(copies, batch.support, alpha, one, False)
-    for name in params:
-        torch.testing.assert_close(one[name], other[name], rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(back[name], back_other[name], rtol=1e-9, atol=1e-12)
+    rates = dict.fromkeys(params, torch.tensor(0.1).double())
+    t = torch.ones(())
+    outcomes = []
+    for fast, shared in ((params, True), (copies, False)):
+        point = Point(fast, {})
+        step = stages.step(point, {}, rates, t, batch.support, shared)
+        back = stages.step_back(
+            point, step.gradient, {}, rates, t, batch.support, step.point, shared
+        )
+        outcomes.append({**step.point.fast, **{f"{n} back": v for n, v in back.point.fast.items()}})
+    torch.testing.assert_close(*outcomes, rtol=1e-9, atol=1e-12)
 
 
 class Cube(torch.autograd.Function):
@@ -264,7 +277,7 @@ def test_forward_and_reverse_differentiation_agree():
     support = Examples(batch.support.x[0], batch.support.y[0])
     params, v = layout.split(theta), layout.split(torch.cos(theta))
     products = [
-        hessian_vector_product(objective.loss, params, support, v, forward=forward)
+        hessian_vector_product(objective.loss, params, {}, support, v, forward=forward)
         for forward in (True, False)
     ]
     torch.testing.assert_close(layout.join(products[0]), layout.join(products[1]))
