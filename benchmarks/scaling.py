@@ -35,11 +35,14 @@ import torch
 from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
+from pipeline.algorithms import Phase
 from pipeline.checkpoint import CheckpointStore
 from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job
+from pipeline.chunk_actor import ChunkActor
 from pipeline.config import Experiment
 from pipeline.experiments import load
-from pipeline.ray_workers import _JOBS_AHEAD, ChunkActor, RayWorkers
+from pipeline.meta_gradient import ChunkFunction, Knobs
+from pipeline.ray_workers import _JOBS_AHEAD, RayWorkers
 from pipeline.session import Session, Watcher
 from pipeline.training import meta_update
 from tasks.base import TaskBatch
@@ -60,10 +63,12 @@ class WaitingComputer(ChunkComputer):
     def __init__(self, experiment: Experiment, compile: bool):
         super().__init__(experiment, compile)
         self.wait = 0.0
-        self._gradient = self._waited
+
+    def _function(self, phase: Phase) -> ChunkFunction:
+        return self._waited
 
     def _waited(
-        self, theta: Tensor, batch: TaskBatch, alpha: Tensor
+        self, theta: Tensor, batch: TaskBatch, knobs: Knobs
     ) -> tuple[Tensor, dict[str, Tensor]]:
         time.sleep(self.wait)
         losses = torch.ones(batch.query.x.shape[0])

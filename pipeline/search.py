@@ -22,13 +22,14 @@ from typing import Literal
 
 from pipeline.checkpoint import write_atomically
 from pipeline.chunk import ChunkComputer
-from pipeline.config import Experiment, Search
+from pipeline.config import Experiment
 from pipeline.evaluation import check_tasks
 from pipeline.experiments import ConfigError, load
 from pipeline.mlflow_sender import TrackingError
 from pipeline.ray_workers import cluster_address, connect
 from pipeline.search_report import best_of, in_words, outcomes, ranked, write_report
 from pipeline.search_runs import TrialRuns
+from pipeline.search_section import Search
 from pipeline.search_space import possible_experiments
 from pipeline.search_trial import (
     UNFINISHED,

@@ -11,8 +11,9 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.config import Domain, Experiment, Search
+from pipeline.config import Experiment
 from pipeline.experiments import ConfigError, with_settings
+from pipeline.search_section import Domain, Search
 
 _MOST_CORNERS = 64
 _INSIDE = 0.382  # of a range: a whole number is not hit by chance

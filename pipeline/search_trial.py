@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainingState
-from pipeline.config import Experiment, Search
+from pipeline.config import Experiment
 from pipeline.evaluation import Curve
 from pipeline.experiments import with_settings
+from pipeline.search_section import Search
 from pipeline.search_space import in_flight, settings_of
 from pipeline.session import Interrupted, Session, Watcher, open_session, origin
 from pipeline.training import meta_train, validate

@@ -12,8 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Experiment, Search
+from pipeline.config import Experiment
 from pipeline.search_runs import TrialRuns
+from pipeline.search_section import Search
 from pipeline.search_space import draws, in_flight, is_random, settings_of, within
 from pipeline.search_trial import (
     FAILED,

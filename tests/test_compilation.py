@@ -145,5 +145,3 @@ def test_runs_of_a_process_share_programs(quick: dict[str, Any], programs) -> No
     np.testing.assert_allclose(second, expected, rtol=1e-4, atol=1e-6)
     assert not np.allclose(first, second, rtol=1e-4)
     assert len(programs) == 1
-    for computer in (one, other, longer, eager):
-        computer.close()

@@ -13,6 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FLOORS = [
     "components",
+    "section",
+    "search_section",
     "config",
     "algorithms",
     "experiments",
@@ -27,6 +29,7 @@ FLOORS = [
     "meta_gradient",
     "chunk",
     "workers",
+    "chunk_actor",
     "ray_workers",
     "placement",
     "aggregation",
