@@ -81,6 +81,8 @@ class RayWorkers:
         self._round = 0
         self._lost_since: float | None = None
         self._replaced = 0
+        self._looked = 0.0
+        """When it was last checked whether a worker is overdue (time.monotonic)."""
         self._warned: set[str] = set()
         self._durations: deque[float] = deque(maxlen=64)
         self._calls: dict[Any, _Call] = {}
@@ -117,7 +119,9 @@ class RayWorkers:
                     answers[call.job] = answer
                     seconds = answer.seconds_sampling + answer.seconds_computing
                     busy[call.worker.number] = busy.get(call.worker.number, 0.0) + seconds
-            self._issue_overdue_again(waiting, answers)
+            if time.monotonic() - self._looked > _TICK:
+                self._looked = time.monotonic()
+                self._issue_overdue_again(waiting, answers)
         return Round([answers[n] for n in range(len(jobs))], max(busy.values()))
 
     def pids(self) -> list[int]:
