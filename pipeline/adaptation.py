@@ -170,7 +170,14 @@ def matching(model: nn.Module, wanted: Sequence[str], setting: str) -> tuple[str
     (`*.weight`), in the model's order. A group may be empty; raises ValueError for a pattern that
     matches nothing."""
     names = [name for name, _ in model.named_parameters()]
+    if not names:
+        raise ValueError(f"{setting}: the model has no parameters")
     head = names[-1].rpartition(".")[0]
+    if not head and {"head", "body"} & set(wanted):
+        raise ValueError(
+            f"{setting}: the model's last parameter, {names[-1]}, belongs to no layer, so there is "
+            "no head and no body; name parameters by patterns"
+        )
     heads = [name for name in names if name.rpartition(".")[0] == head]
     norms = [
         f"{prefix}.{name}" if prefix else name

@@ -34,7 +34,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "meta-sgd": {"inner.rates": "per-parameter"},
     "maml++": {
         "inner.order": "annealed",
-        "inner.second_order_from": 25_000,
         "inner.rates": "per-layer-and-step",
         "inner.not_adapted": ["normalisation"],
         "inner.per_step": ["normalisation"],
@@ -92,12 +91,22 @@ def _other_scheduler(data: dict[str, Any], preset: dict[str, Any]) -> bool:
     return isinstance(outer, dict) and outer.get("scheduler") != preset["outer.scheduler"]
 
 
-def reset(data: dict[str, Any]) -> None:
-    """Take out, in place, what makes an algorithm: another one was chosen."""
-    for path in FAMILY:
+def choose(data: dict[str, Any], name: Any) -> None:
+    """Another algorithm for an experiment, in place: nothing of the old one stays, and what the new
+    one says comes before what the experiment says."""
+    old, new = PRESETS.get(str(data.get("algorithm", "maml")), {}), PRESETS.get(str(name), {})
+    for path in {*FAMILY, *old, *new}:
         section, _, key = path.partition(".")
-        if isinstance(data.get(section), dict):
-            data[section].pop(key, None)
+        settings = data.get(section)
+        if not isinstance(settings, dict) or key not in settings:
+            continue
+        if path == "model.normalisation":
+            chosen = settings[key] != old.get(path, "batch")
+        else:
+            chosen = path not in FAMILY and path not in new and settings[key] != old[path]
+        if not chosen:
+            del settings[key]
+    data["algorithm"] = name
 
 
 def name_of(experiment: Experiment) -> str:
@@ -113,7 +122,7 @@ def name_of(experiment: Experiment) -> str:
 
     for name in (experiment.algorithm, *PRESETS):
         wanted = {path: plain(PRESETS[name].get(path, defaults[path])) for path in FAMILY}
-        wanted.pop("inner.second_order_from")  # when, not whether
+        del wanted["inner.second_order_from"]  # when, not whether
         if all(flat.get(path) == value for path, value in wanted.items()):
             return name
     return "custom"
@@ -130,16 +139,15 @@ def phase_at(experiment: Experiment, iteration: int) -> Phase:
     """The phase of an iteration."""
     inner = experiment.inner
     second = inner.order == "second" or (
-        inner.order == "annealed" and iteration >= (inner.second_order_from or 0)
+        inner.order == "annealed" and iteration >= experiment.second_order_from
     )
     return Phase(second, query_weights_at(experiment, iteration) is not None)
 
 
 def phases(experiment: Experiment) -> list[Phase]:
     """Every phase of a run, in its order."""
-    inner, outer = experiment.inner, experiment.outer
-    switches = {0, inner.second_order_from or 0, outer.query_losses_until}
-    starts = sorted(start for start in switches if start < outer.iterations)
+    switches = {0, experiment.second_order_from, experiment.query_losses_until}
+    starts = sorted(start for start in switches if start < experiment.outer.iterations)
     return list(dict.fromkeys(phase_at(experiment, start) for start in starts))
 
 
@@ -147,19 +155,18 @@ def query_weights_at(experiment: Experiment, iteration: int) -> tuple[float, ...
     """How much the query loss after step 1 .. S counts; None: only the last, with weight 1.
 
     Annealed as in MAML++: all equal at first, those before the last fall to 0.03/S, then to nothing
-    at `outer.query_losses_until`; in stairs of `outer.query_losses_every` iterations.
+    at `query_losses_until`; in ten stairs.
     """
-    outer, steps = experiment.outer, experiment.inner.steps
-    wanted = outer.query_losses
+    wanted, steps = experiment.outer.query_losses, experiment.inner.steps
+    if not isinstance(wanted, str):
+        return wanted
     if wanted == "last" or steps == 1:
         return None
     if wanted == "all":
         return (1 / steps,) * steps
-    if not isinstance(wanted, str):
-        return wanted
-    if iteration >= outer.query_losses_until:
+    until = experiment.query_losses_until
+    if iteration >= until:
         return None
-    stairs = outer.query_losses_until / outer.query_losses_every
-    fallen = (iteration // outer.query_losses_every) / (steps * stairs)
+    fallen = (10 * iteration // until) / (10 * steps)
     early = max(1 / steps - fallen, 0.03 / steps)
     return (*(early,) * (steps - 1), 1 - early * (steps - 1))

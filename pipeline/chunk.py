@@ -175,7 +175,11 @@ def _shared_chunk_function(
         return make()
     task, model = experiment.task, experiment.model
     constants = inner.model_dump(mode="json", exclude={"lr", "order", "second_order_from"})
+    # A program freezes what a model or task of the user's own holds besides parameters.
+    own = ":" in task.kind + model.kind
     key = (
+        experiment.seed if own else None,
+        experiment.data.root,
         resolve("task", task.kind),
         resolve("model", model.kind),
         json.dumps([task.settings, model.settings, constants], sort_keys=True),
@@ -209,7 +213,8 @@ class ChunkComputer:
         self._alpha = torch.tensor(experiment.inner.lr, dtype=self._dtype, device=self._device)
         self._compile = compile
         self._functions: dict[Phase, ChunkFunction] = {}
-        self._changed_tasks: dict[str, TaskDistribution] = {}
+        self._model = model
+        self._changed_tasks: dict[str, tuple[TaskDistribution, Objective]] = {}
         self._block: int | None = None
         self._to_prepare: dict[GradientJob, None] = {}  # in this order
         self._prepared: dict[GradientJob, TaskBatch] = {}
@@ -317,7 +322,7 @@ class ChunkComputer:
 
     def _run_evaluation(self, theta: Tensor, job: EvaluationJob) -> ChunkResult:
         started = time.perf_counter()
-        task = self._changed(job.changes)
+        task, objective = self._changed(job.changes)
         indices = np.arange(job.first, job.first + job.count)
         sampled_tasks = task.sample(EVALUATION_SEED, job.split, indices)
         batch = sampled_tasks.to(self._device, self._dtype)
@@ -326,7 +331,7 @@ class ChunkComputer:
             metrics = self._judge_oracle(task, batch, job.steps)
         else:
             metrics = adaptation_curve(
-                self._objective,
+                objective,
                 self._adaptation,
                 self._layout.split(theta),
                 batch,
@@ -350,12 +355,13 @@ class ChunkComputer:
         losses = torch.stack([task.loss(p, y) for p, y in pairs])
         return {"loss": losses.expand(len(steps), -1)}
 
-    def _changed(self, changes: dict[str, Any]) -> TaskDistribution:
+    def _changed(self, changes: dict[str, Any]) -> tuple[TaskDistribution, Objective]:
         if not changes:
-            return self._task
+            return self._task, self._objective
         key = json.dumps(changes, sort_keys=True)
         if key not in self._changed_tasks:
-            self._changed_tasks[key] = self._experiment.build_task(**changes)
+            task = self._experiment.build_task(**changes)
+            self._changed_tasks[key] = task, Objective(self._model, task)
         return self._changed_tasks[key]
 
     def _take(self, job: GradientJob) -> TaskBatch:

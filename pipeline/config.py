@@ -46,7 +46,10 @@ class Inner(Section):
         "second", description="first: inner gradients are constants of the meta-gradient (FOMAML)"
     )
     second_order_from: int | None = Field(
-        None, ge=1, description="iteration at which annealed order goes from first to second"
+        None,
+        ge=1,
+        description="iteration at which annealed order goes from first to second; null: after a "
+        "third of outer.iterations, as in MAML++",
     )
     checkpoint: bool = Field(
         False, description="recompute inner steps in the backward pass: memory flat in the steps"
@@ -73,8 +76,6 @@ class Inner(Section):
 
     @model_validator(mode="after")
     def _annealed(self) -> Inner:
-        if self.order == "annealed" and self.second_order_from is None:
-            raise ValueError("inner.second_order_from: needed where inner.order is annealed")
         if self.order != "annealed" and self.second_order_from is not None:
             raise ValueError(
                 f"inner.second_order_from: only annealed order has it, inner.order is {self.order}"
@@ -111,10 +112,12 @@ class Outer(Section):
     query_losses: Literal["last", "all", "annealed"] | tuple[float, ...] = Field(
         "last", description="query losses that count: after the last step, all, or own weights"
     )
-    query_losses_until: int = Field(
-        5000, ge=1, description="iteration from which annealed query losses are the last alone"
+    query_losses_until: int | None = Field(
+        None,
+        ge=1,
+        description="iteration from which annealed query losses are the last alone; null: a "
+        "fifteenth of outer.iterations, as in MAML++",
     )
-    query_losses_every: int = Field(500, ge=1, description="iterations per stair of the annealing")
     max_bad_updates: int = Field(
         3, ge=1, description="stop after so many non-finite meta-gradients in a row"
     )
@@ -278,12 +281,26 @@ class Experiment(Section):
             if found := [what for what, is_so in wrong.items() if is_so]:
                 raise ValueError("; ".join(found))
         weights = outer.query_losses
-        if not isinstance(weights, str) and (len(weights) != inner.steps or min(weights) < 0):
+        if not isinstance(weights, str) and (
+            len(weights) != inner.steps or min(weights) < 0 or not sum(weights)
+        ):
             raise ValueError(
                 f"outer.query_losses: needs a weight of at least 0 for each of inner.steps "
-                f"({inner.steps}), got {list(weights)}"
+                f"({inner.steps}), not all 0, got {list(weights)}"
             )
+        if inner.rates != "fixed" and outer.weight_decay:
+            raise ValueError("outer.weight_decay: would pull the learned inner.rates to zero")
         return self
+
+    @property
+    def second_order_from(self) -> int:
+        """The iteration at which annealed order becomes second."""
+        return self.inner.second_order_from or max(1, self.outer.iterations // 3)
+
+    @property
+    def query_losses_until(self) -> int:
+        """The iteration from which annealed query losses are the last one alone."""
+        return self.outer.query_losses_until or max(1, self.outer.iterations // 15)
 
     @property
     def validate_every(self) -> int:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointError, CheckpointStore, load_theta
 from pipeline.chunk import (
     EVALUATION_SEED,
@@ -214,7 +215,14 @@ def protocol(
         "task_kind": experiment.task.kind,
         "split": split,
         "tasks": num_tasks,
-        "inner_lr": experiment.inner.lr,
+        "algorithm": name_of(experiment),
+        "inner_lr": experiment.inner.lr
+        if experiment.inner.rates == "fixed"
+        else f"learned {experiment.inner.rates}, from {experiment.inner.lr}",
+        "inner_optimizer": experiment.inner.optimizer,
+        "inner_batch_size": experiment.inner.batch_size,
+        "adapted": list(experiment.inner.adapted),
+        "not_adapted": list(experiment.inner.not_adapted),
         "inner_steps_trained": experiment.inner.steps,
         "normalisation": _NORMALISATION.get(
             experiment.model.settings.get("normalisation", ""), "as the model does"

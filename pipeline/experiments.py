@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from pipeline.algorithms import expand, reset
+from pipeline.algorithms import choose, expand
 from pipeline.components import (
     ComponentError,
     build_task,
@@ -289,7 +289,9 @@ def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:
     if keys[-1] == "kind" and node.get("kind") != value:
         node.clear()
     if list(keys) == ["algorithm"]:
-        reset(data)
+        choose(data, value)
+    if list(keys) == ["inner", "order"] and value != "annealed":
+        node.pop("second_order_from", None)
     node[keys[-1]] = value
 
 

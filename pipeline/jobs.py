@@ -164,21 +164,28 @@ class Head:
         """
         self.job(name)
         shown = 0
+        reader_gone = False
 
         async def tail() -> None:
-            nonlocal shown
+            nonlocal shown, reader_gone
             position = 0  # a new connection begins at the beginning
             async for text in self._client.tail_job_logs(name):
                 fresh = text[max(0, shown - position) :]
                 position += len(text)
                 if fresh:
-                    write(fresh)
+                    try:
+                        write(fresh)
+                    except BrokenPipeError:  # not a failure of the connection
+                        reader_gone = True
+                        return
                     shown = max(shown, position)
 
         lost_since: float | None = None
         while True:
             with contextlib.suppress(*_failures()):
                 asyncio.run(tail())
+            if reader_gone:
+                raise BrokenPipeError
             try:
                 job = self.job(name)
             except JobError as error:
@@ -206,7 +213,7 @@ class Head:
             return request(*arguments, **options)
         except _failures() as error:
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
-            if "status code 404" in text:
+            if "status code 404" in text and arguments:
                 raise JobError(
                     f"there is no job {arguments[0]} on {self.address}; `maml jobs` lists them"
                 ) from error
@@ -269,11 +276,21 @@ def what_to_know(
     return lines
 
 
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect is an answer like others: the token must not travel on to another host."""
+
+    def redirect_request(self, *arguments: Any) -> None:
+        return None
+
+
+_opener = urllib.request.build_opener(_NoRedirect)
+
+
 def _version(address: str, headers: dict[str, str]) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the head's answer. Raises JobError if there is none."""
     request = urllib.request.Request(f"{address}/api/version", headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=_ANSWER) as answer:
+        with _opener.open(request, timeout=_ANSWER) as answer:
             return answer.status, dict(answer.headers), answer.read()
     except urllib.error.HTTPError as error:
         with error:

@@ -35,8 +35,9 @@ from pipeline.workers import (
 
 _TICK = 0.5  # seconds between looks at what is overdue
 _SHORTEST_TIMEOUT = 30.0
+_FIRST_TIMEOUT = 600.0  # while nothing is known of how long a chunk takes
 _REPLACED_AFTER = 3  # timeouts without an answer
-_PATIENCE = 300.0  # seconds without any worker
+_PATIENCE = 1200.0  # seconds without any worker: its successor may wait to compile, then compile
 _JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
 _MANY = 8  # calls under way, from which on answers are collected together
 
@@ -245,7 +246,7 @@ class RayWorkers:
         limit = self._experiment.cluster.chunk_timeout
         if limit is None:
             if not self._durations:
-                return float("inf")
+                return _FIRST_TIMEOUT
             limit = max(_SHORTEST_TIMEOUT, 20 * statistics.median(self._durations))
         return float(limit * 2**self._replaced)
 

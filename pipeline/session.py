@@ -259,6 +259,7 @@ def open_session(
         state = None
     experiment = _with_absolute_data(experiment.model_copy(update={"search": None}))
     check_tasks(experiment)
+    initial_parameters(experiment)  # a model that does not fit must not leave a folder behind
     _create(run_dir, store)
     watcher.starting(experiment, run_dir)
     placement = decide_workers(experiment)
