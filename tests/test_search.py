@@ -19,7 +19,7 @@ from pipeline.search_trial import COMPLETE, FAILED, STOPPED, Criterion, TrialRes
 from pipeline.search_tune import SearchWatcher
 from pipeline.session import RunFolderError
 from pipeline.training import train
-from tests.test_training import final_theta
+from tests.helpers import final_theta
 
 OPTIMUM = 7.5 / 12.5
 """Curvatures λ = 0.5, 1, 1.5, 2: after a step at rate α what is left of a task's distance in
