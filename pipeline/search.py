@@ -50,6 +50,7 @@ from pipeline.search_tune import (
 )
 from pipeline.session import Interrupted, Interruption, RunFolderError
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
+from tasks.store_cache import absolute_root
 
 _CONNECTING = 60.0  # seconds that MLflow has to answer; trials are nested in the search's run
 
@@ -125,8 +126,8 @@ def load_search(folder: Path, name_or_path: str) -> Experiment:
 
 
 def _with_absolute_data(experiment: Experiment) -> Experiment:
-    root = str(Path(experiment.data.root).expanduser().absolute())
-    return experiment.model_copy(update={"data": experiment.data.model_copy(update={"root": root})})
+    data = experiment.data.model_copy(update={"root": absolute_root(experiment.data.root)})
+    return experiment.model_copy(update={"data": data})
 
 
 def _check_tasks(experiments: Sequence[Experiment]) -> None:
@@ -213,6 +214,7 @@ def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, 
         params=experiment.flat(),
         tags={
             **environment_tags(),
+            "kind": "search",
             "search": plan.folder.name,
             "run_dir": str(plan.folder),
             **experiment.tracking.tags,

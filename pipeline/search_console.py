@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
 from pipeline.console import duration, out
-from pipeline.search_report import best_of, metric_label, setting_text, settings_text
+from pipeline.search_report import best_of, metric_label, setting_text, settings_text, value_text
 from pipeline.search_trial import COMPLETE, UNFINISHED, Plan, TrialResult, base_experiment, bundles
 from pipeline.search_tune import SearchWatcher
 
@@ -68,7 +68,7 @@ class SearchConsole(SearchWatcher):
             self._progress.start()
             self._line = self._progress.add_task("", total=1.0)
 
-    def progress(self, results: Sequence[TrialResult]) -> None:
+    def progress(self, results: Sequence[TrialResult], running: int) -> None:
         now = time.monotonic()
         if now - self._shown < (_LIVE_SECONDS if self._progress else _PLAIN_SECONDS):
             return
@@ -83,8 +83,11 @@ class SearchConsole(SearchWatcher):
         rate = (done - self._done_before) / max(now - self._began, 1e-9)
         eta = f"  ETA {duration((self._total - done) / rate)}" if rate > 0 else ""
         best = best_of(results, self._plan.criterion)
-        so_far = f"  best so far {best.value:.4g} ({settings_text(best.settings)})" if best else ""
-        line = f"{len(over)}/{self._total} trials done, {len(begun)} under way{so_far}{eta}"
+        so_far = ""
+        if best is not None:
+            value = value_text(self._plan.criterion, best.value)
+            so_far = f"  best so far {value} ({settings_text(best.settings)})"
+        line = f"{len(over)}/{self._total} trials done, {running} running{so_far}{eta}"
         if self._progress is not None and self._line is not None:
             fraction = done / max(1, self._total)
             self._progress.update(self._line, completed=fraction, description=line)
@@ -94,12 +97,13 @@ class SearchConsole(SearchWatcher):
     def ended(self, result: TrialResult) -> None:
         assert self._plan is not None
         self._ended += 1
-        value = "" if math.isnan(result.value) else f"  {result.value:.4g} ± {result.ci95:.2g}"
+        known = not math.isnan(result.value)
+        value = value_text(self._plan.criterion, result.value, result.ci95) if known else ""
         where = "" if result.outcome == COMPLETE else f" at {result.iteration:,}"
         reason = f": {result.failure}" if result.failure else ""
         self._say(
             f"trial {result.trial_id}  {settings_text(result.settings)}  "
-            f"{result.outcome}{where}{reason}{value}"
+            f"{result.outcome}{where}{reason}  {value}".rstrip()
         )
 
     def notice(self, message: str) -> None:
@@ -123,8 +127,8 @@ def search_table(result: SearchResult) -> Table:
     label = metric_label(plan.experiment, plan.criterion)
     percent = plan.criterion.metric == "accuracy"
     table = Table(
-        title=f"{len(result.trials)} trials by validation {label}{' in %' if percent else ''} "
-        "after n adaptation steps, ± CI95",
+        title=f"{len(result.trials)} trials by validation {label}{' in %' if percent else ''}, "
+        "± CI95, after n adaptation steps",
         title_justify="left",
         title_style="bold",
         box=SIMPLE_HEAD,

@@ -136,7 +136,7 @@ def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
     label = metric_label(plan.experiment, criterion)
     lines = [
         f"Best: {settings_text(best.settings)}. Validation {label} after {_steps(best.step)} is "
-        f"{best.value:.4g} ± {best.ci95:.2g} (trial {best.trial_id}, {best.outcome}, "
+        f"{value_text(criterion, best.value, best.ci95)} (trial {best.trial_id}, {best.outcome}, "
         f"{best.iteration:,} iterations in {best.seconds:.1f} s)."
     ]
     close = [
@@ -169,7 +169,10 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
         return [f"First order against second order: nothing to compare ({pairs})."]
     ratio = criterion.metric == "loss"
     metric, equal = found.metric, 1.0 if ratio else 0.0
-    amount = f"{metric.mean:.3g} times the {label}" if ratio else f"{metric.mean:+.3g} {label}"
+    scale = 100 if criterion.metric == "accuracy" else 1
+    unit = " points of" if scale == 100 else ""
+    difference = f"{scale * metric.mean:+.3g}{unit} {label}"
+    amount = f"{metric.mean:.3g} times the {label}" if ratio else difference
     if found.pairs == 1:
         return [
             f"First order against second order ({pairs}): {amount}, {found.cost.mean:.2f} times "
@@ -182,7 +185,7 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
         verdict = "first order is worse" if worse else "first order is better"
     return [
         f"First order against second order ({pairs}): {amount} "
-        f"(CI95 {metric.low:.3g} to {metric.high:.3g}): {verdict}.",
+        f"(CI95 {scale * metric.low:.3g} to {scale * metric.high:.3g}): {verdict}.",
         f"First order takes {found.cost.mean:.2f} times the time per update "
         f"(CI95 {found.cost.low:.2f} to {found.cost.high:.2f}).",
     ]
@@ -196,6 +199,13 @@ def metric_label(experiment: Experiment, criterion: Criterion) -> str:
 def settings_text(settings: Mapping[str, Any]) -> str:
     """inner.lr=0.0123, inner.steps=5."""
     return ", ".join(f"{path}={setting_text(value)}" for path, value in settings.items())
+
+
+def value_text(criterion: Criterion, value: float, ci95: float | None = None) -> str:
+    """0.5676 ± 0.12, an accuracy in percent."""
+    scale, unit = (100, " %") if criterion.metric == "accuracy" else (1, "")
+    half = "" if ci95 is None else f" ± {scale * ci95:.2g}"
+    return f"{scale * value:.4g}{half}{unit}"
 
 
 def setting_text(value: Any) -> str:

@@ -23,8 +23,8 @@ _PLACES = (
     *("cluster.address", "tracking.uri", "tracking.experiment", "tracking.tags"),
     "tracking.enabled",
 )
-# What may change while a trial runs without another model or another optimiser.
-IN_FLIGHT = ("inner.", "outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_")
+# What may change while a trial runs: neither other meta-parameters nor another program.
+IN_FLIGHT = ("inner.lr", "outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_")
 
 
 def settings_of(search: Search, draw: Mapping[str, Any]) -> dict[str, Any]:

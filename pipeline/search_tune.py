@@ -51,8 +51,8 @@ class SearchWatcher:
     def started(self, plan: Plan, trials: int) -> None:
         """Ray and MLflow are there; `trials` are to come, those that are done included."""
 
-    def progress(self, results: Sequence[TrialResult]) -> None:
-        """Something may have happened; called often."""
+    def progress(self, results: Sequence[TrialResult], running: int) -> None:
+        """Something may have happened; called often. `running` trials run at this moment."""
 
     def ended(self, result: TrialResult) -> None:
         """A trial is over."""
@@ -214,7 +214,8 @@ def conductor_of(
 
         def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
             self._trials = trials
-            watcher.progress(self.results())
+            running = sum(trial.status == "RUNNING" for trial in trials)
+            watcher.progress(self.results(), running)
             self._complain_of_starvation()
             if should_stop():
                 _ask_tune_to_stop()
