@@ -48,9 +48,8 @@ from pipeline.search_tune import (
     run_trials,
     scheduler_of,
 )
-from pipeline.session import Interrupted, Interruption, RunFolderError
+from pipeline.session import Interrupted, Interruption, RunFolderError, with_absolute_data
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
-from tasks.store_cache import absolute_root
 
 _CONNECTING = 60.0  # seconds that MLflow has to answer; trials are nested in the search's run
 
@@ -83,7 +82,7 @@ def search(
     is started, and Interrupted.
     """
     watcher = watcher or SearchWatcher()
-    experiment = _with_absolute_data(experiment)
+    experiment = with_absolute_data(experiment)
     possible = possible_experiments(experiment)
     assert experiment.search is not None
     _check_tasks(possible)
@@ -123,11 +122,6 @@ def load_search(folder: Path, name_or_path: str) -> Experiment:
     if name != before.name:
         raise ConfigError(str(folder), [f"holds a search of {before.name}, not of {name}"])
     return before
-
-
-def _with_absolute_data(experiment: Experiment) -> Experiment:
-    data = experiment.data.model_copy(update={"root": absolute_root(experiment.data.root)})
-    return experiment.model_copy(update={"data": data})
 
 
 def _check_tasks(experiments: Sequence[Experiment]) -> None:

@@ -114,12 +114,14 @@ def compare_orders(
         if FAILED in (first.outcome, second.outcome) or not common:
             continue
         values.append((one[max(common)], other[max(common)]))
-        costs.append(second.tasks_per_second / first.tasks_per_second)
+        speeds = second.tasks_per_second, first.tasks_per_second
+        if min(speeds) > 0:  # not for a trial that was taken up at its end, whose speed is unknown
+            costs.append(speeds[0] / speeds[1])
         to_the_end += first.outcome == second.outcome == COMPLETE
     if not pairs:
         return None
     if criterion.metric == "loss":
-        metric = _ratio([one / other for one, other in values])
+        metric = _ratio([one / other for one, other in values if one > 0 and other > 0])
     else:
         metric = _estimate([one - other for one, other in values])
     return Comparison(

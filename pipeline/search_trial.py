@@ -282,7 +282,9 @@ class _Reporter(Watcher):
             "iteration": iteration,
             "validations": -(-iteration // experiment.validate_every),
             "seconds": iteration * per_update,
-            "tasks_per_second": experiment.outer.tasks_per_batch / per_update if per_update else 0,
+            "tasks_per_second": experiment.outer.tasks_per_batch / per_update
+            if per_update
+            else math.nan,
             "failure": "" if math.isfinite(value) else "the validation is not finite",
         }
         if iteration < experiment.outer.iterations:

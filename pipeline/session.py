@@ -257,7 +257,7 @@ def open_session(
     else:
         _refuse_to_overwrite(run_dir, store)
         state = None
-    experiment = _with_absolute_data(experiment.model_copy(update={"search": None}))
+    experiment = with_absolute_data(experiment.model_copy(update={"search": None}))
     check_tasks(experiment)
     initial_parameters(experiment)  # a model that does not fit must not leave a folder behind
     _create(run_dir, store)
@@ -288,7 +288,7 @@ def open_session(
                 )
 
 
-def _with_absolute_data(experiment: Experiment) -> Experiment:
+def with_absolute_data(experiment: Experiment) -> Experiment:
     """Paths mean what they mean here, where the person is who wrote them, and on every worker."""
     data = experiment.data.model_copy(update={"root": absolute_root(experiment.data.root)})
     return experiment.model_copy(update={"data": data})
