@@ -76,7 +76,8 @@ def search(
         # What would be bad input before the start is a failed search now.
         raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
     watcher.stop()
-    out.print(search_table(result))
+    # Wider than a narrow terminal if it must be: no number is cut.
+    out.print(search_table(result), width=max(out.width, 120), crop=False)
     for line in result.words:
         say(line)
     say(f"search folder  {folder}")

@@ -157,8 +157,12 @@ def plot_search(
     Each point holds "x", "y", "ci95", its "group" (one colour each), and whether it is "complete".
     """
     figure, axes = _figure(8.6, 4.6)
-    _scatter(axes, points)
-    caption += _fit(axes, metric, [p["y"] for p in points])
+    hidden = _fit(axes, metric, [p["y"] for p in points])
+    low, high = axes.get_ylim()
+    _scatter(axes, [p for p in points if not hidden or p["y"] <= high])
+    if hidden:
+        axes.set_ylim(low, high)
+    caption += hidden
     if logarithmic and all(p["x"] > 0 for p in points):
         axes.set_xscale("log")
     axes.set_xlabel(x_label)
@@ -209,8 +213,12 @@ def plot_cost(
 ) -> None:
     """A metric over the seconds that it took; points as in `plot_search`."""
     figure, axes = _figure(8.6, 4.6)
-    _scatter(axes, points)
-    caption += _fit(axes, metric, [p["y"] for p in points])
+    hidden = _fit(axes, metric, [p["y"] for p in points])
+    low, high = axes.get_ylim()
+    _scatter(axes, [p for p in points if not hidden or p["y"] <= high])
+    if hidden:
+        axes.set_ylim(low, high)
+    caption += hidden
     axes.set_xlabel("seconds of meta-updates")
     axes.set_xlim(left=0)
     axes.set_title(title)

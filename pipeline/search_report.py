@@ -69,7 +69,11 @@ def ranked(results: Sequence[TrialResult], criterion: Criterion) -> list[TrialRe
     sign = 1 if criterion.mode == "min" else -1
     return sorted(
         results,
-        key=lambda r: (math.isnan(r.value), 0.0 if math.isnan(r.value) else sign * r.value),
+        key=lambda r: (
+            math.isnan(r.value),
+            0.0 if math.isnan(r.value) else sign * r.value,
+            r.trial_id,
+        ),
     )
 
 
@@ -163,12 +167,15 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
             "First order against second order: no two trials differ in inner.order alone, so there "
             "is nothing to compare (inner.order: {grid: [second, first]} makes pairs)."
         ]
+    if not found.pairs:
+        return [
+            f"First order against second order: nothing to compare, none of {found.left_out} pairs "
+            "at equal settings has validations of both."
+        ]
     pairs = f"{found.pairs} pair{'' if found.pairs == 1 else 's'} at equal settings"
     pairs += f", {found.to_the_end} of them trained to the end"
     if found.left_out:
         pairs += f"; {found.left_out} more without a validation"
-    if not found.pairs:
-        return [f"First order against second order: nothing to compare ({pairs})."]
     ratio = criterion.metric == "loss"
     metric, equal = found.metric, 1.0 if ratio else 0.0
     scale = 100 if criterion.metric == "accuracy" else 1

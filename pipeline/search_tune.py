@@ -169,7 +169,7 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> No
 
     begun = any((plan.folder / "tune").glob("experiment_state-*.json"))
     resumed = tune.ResumeConfig.ResumeType.RESUME
-    tune.run(
+    analysis = tune.run(
         tune.with_resources(trial, resources),
         name="tune",
         storage_path=str(plan.folder),
@@ -191,6 +191,7 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> No
         callbacks=[conductor],
         verbose=0,
     )
+    conductor.trials = analysis.trials  # of a search that was over, it has heard nothing
 
 
 def conductor_of(
@@ -201,11 +202,11 @@ def conductor_of(
 
     class Conductor(tune.Callback):  # type: ignore[misc]
         def __init__(self) -> None:
-            self._trials: list[Any] = []
+            self.trials: list[Any] = []
             self._fed = time.monotonic()
 
         def results(self, over: bool = False) -> list[TrialResult]:
-            return [result_of(plan, trial, over) for trial in self._trials]
+            return [result_of(plan, trial, over) for trial in self.trials]
 
         def setup(
             self, stop: Any = None, num_samples: Any = None, total_num_samples: int = 0, **_: Any
@@ -213,7 +214,7 @@ def conductor_of(
             watcher.started(plan, total_num_samples)
 
         def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
-            self._trials = trials
+            self.trials = trials
             running = sum(trial.status == "RUNNING" for trial in trials)
             watcher.progress(self.results(), running)
             self._complain_of_starvation()
@@ -233,7 +234,7 @@ def conductor_of(
 
         def _complain_of_starvation(self) -> None:
             now = time.monotonic()
-            if any(trial.status == "RUNNING" for trial in self._trials):
+            if any(trial.status == "RUNNING" for trial in self.trials):
                 self._fed = now
             elif now - self._fed > _STARVING:
                 self._fed = now

@@ -86,6 +86,8 @@ def test_a_grid_equals_an_exhaustive_evaluation(
     assert list(pandas.read_csv(tmp_path / "search" / "results.csv")["trial"]) == list(
         table["trial"]
     )
+    again = search(experiment, tmp_path / "search", resume=True)
+    assert again.trials == found.trials
     assert "at equal settings, 4 of them trained to the end" in found.words[-2]
     best = load(str(tmp_path / "search" / "best.yaml"))
     assert best.search is None

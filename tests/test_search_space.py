@@ -9,9 +9,10 @@ import pytest
 import yaml
 
 from pipeline.experiments import ConfigError, experiments, from_dict, load
-from pipeline.search import search
+from pipeline.search import load_search, search
 from pipeline.search_space import corners, possible_experiments, settings_of, within
 from pipeline.search_trial import Criterion, base_experiment, bundles, criterion
+from pipeline.session import RunFolderError
 
 
 def searching(quick: dict[str, Any], space: Any, **search: Any) -> Any:
@@ -80,6 +81,14 @@ def test_a_search_needs_a_section(quick: dict[str, Any], tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="search: missing"):
         search(from_dict(quick), tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_only_the_folder_of_a_search_is_continued(quick: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=r"is not the folder of a search: it has no search\.y"):
+        load_search(tmp_path, "quick")
+    (tmp_path / "search.yaml").write_text(from_dict(quick).to_yaml())
+    with pytest.raises(ConfigError, match="holds a search of quick, not of sinusoid-search"):
+        load_search(tmp_path, "sinusoid-search")
 
 
 @pytest.mark.parametrize(
