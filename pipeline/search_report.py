@@ -145,14 +145,11 @@ def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
         f"{value_text(criterion, best.value, best.ci95)} (trial {best.trial_id}, {best.outcome}, "
         f"{best.iteration:,} iterations in {best.seconds:.1f} s)."
     ]
-    close = [
-        r
-        for r in results
-        if r is not best and abs(r.value - best.value) <= math.hypot(r.ci95, best.ci95)
-    ]
+    # Not the intervals of the others: one that diverged has an interval in which everything lies.
+    close = [r for r in results if r is not best and abs(r.value - best.value) <= best.ci95]
     if close:
         others = "one other trial is" if len(close) == 1 else f"{len(close)} other trials are"
-        lines.append(f"Within the confidence intervals {others} as good.")
+        lines.append(f"Within this confidence interval {others} as good.")
     if search.scheduler == "pbt":
         lines.append("Settings changed in flight; those named are the last ones.")
     if _ORDER in search.space:
