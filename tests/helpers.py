@@ -43,6 +43,16 @@ class NanSinusoid(Sinusoid):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScaledSinusoid(Sinusoid):
+    """Its loss has a unit of its own."""
+
+    scale: float = 1.0
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return self.scale * super().loss(prediction, target)
+
+
+@dataclass(frozen=True, kw_only=True)
 class BrokenSinusoid(Sinusoid):
     """Cannot be sampled."""
 

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from pipeline import compilation
+from pipeline.adaptation import Adaptation
 from pipeline.algorithms import (
     FAMILY,
     PRESETS,
@@ -17,7 +19,7 @@ from pipeline.algorithms import (
     phases,
     query_weights_at,
 )
-from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.chunk import ChunkComputer, EvaluationJob, GradientJob, initial_parameters
 from pipeline.experiments import ConfigError, from_dict, load
 from pipeline.parameters import Layout
 from pipeline.session import Interrupted
@@ -153,6 +155,11 @@ def test_another_algorithm_leaves_nothing_of_the_first(tmp_path: Path) -> None:
     [
         ({"inner": {"second_order_from": 5}}, "inner.second_order_from: only annealed"),
         ({"outer": {"query_losses": [0.5, 0.5, 0.5]}}, "outer.query_losses: needs a weight"),
+        ({"outer": {"query_losses": [0, 0]}}, "outer.query_losses: .* not all 0"),
+        (
+            {"algorithm": "meta-sgd", "outer": {"weight_decay": 0.1}},
+            "outer.weight_decay: would pull the learned inner.rates to zero",
+        ),
         (
             {"outer": {"estimator": "reptile"}},
             "inner.order: reptile has no second order",
@@ -185,6 +192,35 @@ def test_names_are_checked_against_the_model(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         train(experiment_of(quick, inner=inner), tmp_path / "run")
+    assert not (tmp_path / "run").exists(), "nothing was started"
+
+
+def test_parameters_of_no_layer_have_no_head() -> None:
+    class Line(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slope = nn.Parameter(torch.ones(1))
+
+    with pytest.raises(ValueError, match=r"^adapted: .* slope, belongs to no layer"):
+        Adaptation.of(Line(), steps=1, adapted=["head"])
+    assert Adaptation.of(Line(), steps=1, adapted=["slope"]).fast == ("slope",)
+
+
+def test_own_weights_count_for_a_single_step_too(quick: dict[str, Any]) -> None:
+    experiment = experiment_of(quick, inner={"steps": 1}, outer={"query_losses": [0.5]})
+    assert query_weights_at(experiment, 0) == (0.5,)
+
+
+def test_variants_are_judged_by_their_own_loss(quick: dict[str, Any]) -> None:
+    """A setting of the task may change its loss."""
+    experiment = experiment_of({**quick, "task": {"kind": "tests.helpers:ScaledSinusoid"}})
+    computer = ChunkComputer(experiment, compile=False)
+    theta = Layout.of(initial_parameters(experiment)).join(initial_parameters(experiment)).numpy()
+    losses = [
+        computer.run(theta, EvaluationJob("test", 0, 3, (0,), changes)).metrics["loss"]
+        for changes in ({}, {"scale": 10.0})
+    ]
+    np.testing.assert_allclose(losses[1], 10 * losses[0], rtol=1e-6)
 
 
 # The contract of the driver, for every algorithm.
