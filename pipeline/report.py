@@ -26,11 +26,11 @@ _NUM_FITS = 4
 def write_plots(
     experiment: Experiment, run_dir: Path, theta: Params, curves: Sequence[Curve]
 ) -> list[Path]:
-    """Draw what the run has to show; returns the files."""
+    """Draw what the run has to show, `curves` being its meta-test or none; returns the files."""
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     task = experiment.build_task()
-    metrics = [m for m in ("accuracy", "loss") if m in curves[0].mean]
+    metrics = [m for m in ("accuracy", "loss") if curves and m in curves[0].mean]
     written = []
     for metric in metrics:
         path = folder / f"adaptation_{metric}.png"

@@ -205,6 +205,7 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
             if session.iteration == experiment.outer.iterations:
                 validate(session)  # it was ended after its last update, before its last report
             meta_train(session)
+            session.record_plots()
         watcher.report()
     except Interrupted:
         raise SystemExit(0) from None  # what Tune does to a thread that it wants to end

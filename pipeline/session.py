@@ -190,7 +190,7 @@ class Session:
         self.tracker.log_artifact(self.run_dir / "theta.safetensors")
 
     def record_test(self, curves: Sequence[Curve]) -> None:
-        """Write and log the meta-test, and the plots."""
+        """Write and log the meta-test, and the plots with it."""
         write_results(self.run_dir, curves)
         for curve in curves:
             prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
@@ -198,6 +198,10 @@ class Session:
         self.tracker.log_artifact(self.run_dir / "results.json")
         note = summary(self.experiment, self.update.layout.size, curves)
         self.tracker.set_tags({"mlflow.note.content": note})
+        self.record_plots(curves)
+
+    def record_plots(self, curves: Sequence[Curve] = ()) -> None:
+        """Draw and log what there is to see."""
         for plot in write_plots(self.experiment, self.run_dir, self.update.theta, curves):
             self.tracker.log_artifact(plot, "plots")
 

@@ -179,6 +179,9 @@ def test_asha_in_mlflow(quadratic: dict[str, Any], tmp_path: Path, ray_local: No
             continue
         validations = client.get_metric_history(run.info.run_id, "validation/loss_step1")
         assert sorted(m.step for m in validations) == list(range(6, trial.iteration + 1, 6))
+        if trial.outcome == COMPLETE:
+            plots = [each.path for each in client.list_artifacts(run.info.run_id, "plots")]
+            assert "plots/training.png" in plots
         updates = client.get_metric_history(run.info.run_id, "train/query_loss")
         assert sorted(m.step for m in updates) == list(range(1, trial.iteration + 1))
 
