@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli_errors import reporting_errors
-from tasks.store_cache import DATA_ROOT
+from tasks.data_root import DATA_ROOT
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare image stores.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Build an image store.")

@@ -15,7 +15,7 @@ from pipeline.components import build_task
 from pipeline.search_section import Search
 from pipeline.section import Section
 from tasks.base import TaskDistribution
-from tasks.store_cache import absolute_root, default_root
+from tasks.data_root import absolute_root, default_root
 
 Algorithm = Literal["maml", "fomaml", "reptile", "anil", "boil", "meta-sgd", "maml++"]
 

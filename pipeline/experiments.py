@@ -26,7 +26,7 @@ from pipeline.components import (
     kinds,
 )
 from pipeline.config import Experiment, Outer
-from tasks.store_cache import default_root
+from tasks.data_root import default_root
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "tune_configs"
 RUNS = "MAML_RUNS"

@@ -31,7 +31,7 @@ from typing import Any
 
 from pipeline.experiments import RUNS
 from pipeline.job_package import JobError
-from tasks.store_cache import DATA_ROOT, absolute_root
+from tasks.data_root import DATA_ROOT, absolute_root
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 JOB_RUNS = "~/maml-runs"

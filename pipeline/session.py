@@ -34,7 +34,7 @@ from pipeline.ray_workers import RayWorkers
 from pipeline.report import summary, write_plots
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
 from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
-from tasks.store_cache import absolute_root
+from tasks.data_root import absolute_root
 
 
 class RunFolderError(Exception):

@@ -13,9 +13,10 @@ import numpy.typing as npt
 import torch
 
 from tasks.base import SPLITS, Classification, Examples, TaskBatch, as_tensor, at_least
+from tasks.data_root import is_uri
 from tasks.image_store import ImageClass, ImageStore, UInt8
 from tasks.random import UInt64, bits, integers, task_keys, uniform
-from tasks.store_cache import is_uri, local_root
+from tasks.store_cache import local_root
 
 Int64 = npt.NDArray[np.int64]
 

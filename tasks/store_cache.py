@@ -15,35 +15,18 @@ import contextlib
 import hashlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tasks.data_root import is_uri
 from tasks.image_store import IMAGES, MANIFEST, ImageStore, StoreError, only_builder
 
 log = logging.getLogger(__name__)
 
-DATA_ROOT = "MAML_DATA_ROOT"
-"""Environment variable: `data.root`, unless the configuration says otherwise."""
 CACHE = "MAML_STORE_CACHE"
 """Environment variable: folder of the copies, by default ~/.cache/maml/stores."""
-
-
-def default_root() -> str:
-    """`data.root` where the configuration does not give it."""
-    return os.environ.get(DATA_ROOT) or "data"
-
-
-def is_uri(root: str) -> bool:
-    """Whether stores are copied from `root` instead of being opened there."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", root) is not None
-
-
-def absolute_root(root: str) -> str:
-    """A URI as it is; a path as it is meant here, for processes that run elsewhere."""
-    return root if is_uri(root) else str(Path(root).expanduser().absolute())
 
 
 def writable_root(root: str) -> Path:

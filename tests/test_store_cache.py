@@ -13,10 +13,11 @@ import pytest
 
 from pipeline.config import Data
 from pipeline.experiments import ConfigError, from_dict
+from tasks.data_root import DATA_ROOT, absolute_root
 from tasks.glyphs import Glyphs
 from tasks.image_folder import ImageFolder
 from tasks.image_store import ClassImages, StoreError, write_store
-from tasks.store_cache import CACHE, DATA_ROOT, absolute_root, local_root
+from tasks.store_cache import CACHE, local_root
 from tests.test_cli import maml
 
 OPEN = """
