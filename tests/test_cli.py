@@ -16,18 +16,12 @@ import pytest
 import yaml
 
 from pipeline.checkpoint import CheckpointStore, load_theta
+from tests.warm import warm
 
 
 def maml(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command in a folder; standard output is no terminal."""
-    return subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**clean_environment(), **environment},
-    )
+    return warm().run(arguments, cwd, {**clean_environment(), **environment}, timeout=200)
 
 
 def clean_environment() -> dict[str, str]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.test_cli import clean_environment
+from tests.test_cli import maml
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -43,14 +42,7 @@ def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     output = None
     if ">" in arguments:
         arguments, output = arguments[:-2], folder / arguments[-1]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.cli", *arguments],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env=clean_environment(),
-    )
+    done = maml(*arguments, cwd=folder)
     assert done.returncode == 0, f"maml {' '.join(arguments)}\n{done.stdout}{done.stderr}"
     if output is not None:
         output.write_text(done.stdout)
