@@ -292,7 +292,7 @@ def machine(data: str, folder: Path) -> list[str]:
         for actors in (1, 2):
             overrides = {"tasks_per_batch": tasks[actors - 1], "tasks_per_chunk": 8}
             base = experiment_of("small", 1, data)
-            experiment = base.model_copy(update={"outer": base.outer.model_copy(update=overrides)})
+            experiment = base.changed(outer=overrides)
             workers = RayWorkers(experiment, False, actors, print)
             try:
                 while len(workers.pids()) < actors:

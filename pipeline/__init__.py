@@ -8,10 +8,12 @@
 
 The driver (`training`) waits for the slowest chunk of an iteration; workers wait for the driver's
 next θ, and sample the next tasks meanwhile. Nobody waits for MLflow. A file imports only from those
-above it in this order: components, section, search_section, config, algorithms, experiments,
-search_space, parameters, models, meta_loss, update_rules, adaptation, inner_loop, compilation,
-meta_gradient, chunk, workers, chunk_actor, ray_workers, placement, aggregation, outer_update,
-checkpoint, mlflow_sender, tracking, mlflow_ui, runs, evaluation, plots, report, session, training,
-search_trial, search_report, search_runs, search_tune, search, job_package, jobs, console,
-search_console, cli_errors, cli_data, cli_search, cli_jobs, cli_runs, cli.
+above it in this order: components, estimates, section, sections, search_section, config,
+algorithms, experiments, search_space, parameters, models, meta_loss, update_rules, adaptation,
+inner_loop, compilation, meta_gradient, diagnostics, representations, task_supply, programs, chunk,
+adapter, exported_model, workers, chunk_actor, ray_workers, placement, aggregation, outer_update,
+health, checkpoint, mlflow_sender, tracking, mlflow_ui, runs, evaluation, comparison, analysis,
+export, figures, plots, health_plots, analysis_report, report, session, pretraining, training,
+search_trial, search_plots, search_report, search_runs, search_tune, search, job_package, jobs,
+console, search_console, cli_errors, cli_data, cli_search, cli_jobs, cli_results, cli_runs, cli.
 """

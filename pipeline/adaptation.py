@@ -157,18 +157,14 @@ class MetaSum:
         return result
 
 
-GROUPS = {
-    "all": "every parameter",
-    "head": "the last layer that has parameters",
-    "body": "all but the head",
-    "normalisation": "scales and biases of normalisation layers",
-}
-
-
 def matching(model: nn.Module, wanted: Sequence[str], setting: str) -> tuple[str, ...]:
     """Names of the model's parameters that belong to any of the groups or match any of the patterns
-    (`*.weight`), in the model's order. A group may be empty; raises ValueError for a pattern that
-    matches nothing."""
+    (`*.weight`), in the model's order.
+
+    Groups: all; head, the last layer that has parameters; body, all but the head; normalisation,
+    scales and biases of normalisation layers. A group may be empty; raises ValueError for a pattern
+    that matches nothing.
+    """
     names = [name for name, _ in model.named_parameters()]
     if not names:
         raise ValueError(f"{setting}: the model has no parameters")
@@ -197,7 +193,7 @@ def matching(model: nn.Module, wanted: Sequence[str], setting: str) -> tuple[str
         if not matched and each not in groups:
             raise ValueError(
                 f"{setting}: {each!r} matches no parameter; there are the groups "
-                f"{', '.join(GROUPS)} and the names {', '.join(names)}"
+                f"{', '.join(groups)} and the names {', '.join(names)}"
             )
         found.update(matched)
     return tuple(name for name in names if name in found)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from pipeline.config import Experiment, Inner, Outer
+from pipeline.config import Experiment
+from pipeline.sections import Inner, Outer
 
 # Finn et al. 2017; Nichol et al. 2018; Raghu et al. 2020; Oh et al. 2021; Li et al. 2017;
 # Antoniou et al. 2019.
@@ -110,7 +111,10 @@ def choose(data: dict[str, Any], name: Any) -> None:
 
 
 def name_of(experiment: Experiment) -> str:
-    """The algorithm that the settings amount to; 'custom' for a mixture of one's own."""
+    """The algorithm that the settings amount to; 'custom' for a mixture of one's own, 'pretrained,
+    ...' without meta-learning."""
+    if experiment.pretraining is not None:
+        return f"pretrained, {experiment.pretraining.objective}"
     flat = experiment.flat()
     defaults = {
         **{f"inner.{name}": field.default for name, field in Inner.model_fields.items()},

@@ -34,11 +34,7 @@ class ChunkActor:
         sys.path += [path for path in import_paths if path not in sys.path]
         # Without this, N actors would start N x cores threads.
         torch.set_num_threads(threads_per_chunk(experiment, 1))
-        if not experiment.cluster.gpus_per_worker and experiment.compute.device == "auto":
-            # Ray hides no GPU from actors that asked for none: all would crowd onto the first.
-            compute = experiment.compute.model_copy(update={"device": "cpu"})
-            experiment = experiment.model_copy(update={"compute": compute})
-        self._experiment, self._compile = experiment, compile
+        self._experiment, self._compile = experiment.without_gpu(), compile
         self._computer: ChunkComputer | None = None
         self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         threading.Thread(target=self._compute, name="compute", daemon=True).start()

@@ -17,11 +17,13 @@ from pipeline.cli_errors import (
     DEBUG,
     StopRequest,
     reporting_errors,
+    resumable,
     show_tracebacks,
     typed,
     ui_command,
 )
 from pipeline.cli_jobs import jobs_app, submit
+from pipeline.cli_results import analyze, compare, evaluate, export
 from pipeline.cli_runs import runs_app
 from pipeline.cli_search import search
 
@@ -46,7 +48,6 @@ Overrides = Annotated[
         help="settings to change, such as inner.lr=0.1 cluster.workers=4", show_default=False
     ),
 ]
-RunDir = Annotated[Path, typer.Argument(help="folder of a run", show_default=False)]
 
 
 @app.command()
@@ -67,8 +68,6 @@ def train(
     """
     from pipeline.console import ConsoleWatcher, curves_table, out
     from pipeline.experiments import load, load_to_resume, new_run_dir
-    from pipeline.session import Interrupted
-    from pipeline.training import TrainingFailed
     from pipeline.training import train as meta_train
 
     if resume is not None:
@@ -78,12 +77,9 @@ def train(
         loaded = load(experiment, overrides or [])
         run_dir = new_run_dir(loaded)
 
-    def say(line: str) -> None:
-        out.print(line, markup=False, soft_wrap=True)
-
     watcher = ConsoleWatcher()
     stop = StopRequest(watcher, "stopping after this iteration (again to stop at once)")
-    try:
+    with resumable(watcher, f"maml train {experiment} --resume {typed(run_dir)}"):
         curves = meta_train(
             loaded,
             run_dir,
@@ -91,68 +87,18 @@ def train(
             watcher=watcher,
             should_stop=lambda: stop.requested,
         )
-    except (Exception, KeyboardInterrupt) as error:
-        watcher.stop()
-        if not watcher.has_started:
-            raise
-        say(f"to continue: maml train {experiment} --resume {typed(run_dir)}")
-        if show_tracebacks() or isinstance(error, Interrupted | TrainingFailed | KeyboardInterrupt):
-            raise
-        # What would be bad input before the start is a failed run now.
-        raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
     out.print(curves_table(loaded.build_task(), curves))
-    say(f"run folder   {run_dir}")
-    say(f"meta-test    maml evaluate {typed(run_dir)}")
+    watcher.say(f"run folder   {run_dir}")
+    watcher.say(f"meta-test    maml evaluate {typed(run_dir)}")
     if loaded.tracking.enabled:
-        say(f"MLflow       {ui_command(loaded, run_dir)}")
+        watcher.say(f"MLflow       {ui_command(loaded, run_dir)}")
 
 
 app.command()(search)
-
-
-@app.command()
-@reporting_errors
-def evaluate(
-    run_dir: RunDir,
-    tasks: Annotated[int | None, typer.Option(min=2, help="number of tasks")] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="gradient steps to report, such as 0,1,3,10")
-    ] = None,
-    split: Annotated[str, typer.Option(help="train, validation or test")] = "test",
-    checkpoint: Annotated[
-        str, typer.Option(help="final parameters, or those of the best validation: final, best")
-    ] = "final",
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, protocol included")] = False,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="change a setting, such as --set task.queries=15"),
-    ] = None,
-) -> None:
-    """Meta-test a finished run on tasks that it was not trained on."""
-    from pipeline.console import curves_table, err, out
-    from pipeline.evaluation import evaluate_run
-    from pipeline.experiments import load_run
-    from tasks.base import SPLITS
-
-    if split not in SPLITS:
-        raise ValueError(f"--split: must be one of {', '.join(SPLITS)}, got {split!r}")
-    if checkpoint not in ("final", "best"):
-        raise ValueError(f"--checkpoint: must be final or best, got {checkpoint!r}")
-    loaded = load_run(run_dir, overrides or [])
-    if not as_json:
-        err.print(f"meta-test of {run_dir} ...", markup=False, soft_wrap=True)
-    curves = evaluate_run(
-        loaded,
-        run_dir,
-        split=split,
-        num_tasks=tasks,
-        steps=_parsed_steps(steps),
-        checkpoint="best" if checkpoint == "best" else "final",
-    )
-    if as_json:
-        print(json.dumps([curve.to_json() for curve in curves], indent=1))
-    else:
-        out.print(curves_table(loaded.build_task(), curves))
+app.command()(evaluate)
+app.command()(compare)
+app.command()(analyze)
+app.command()(export)
 
 
 @app.command()
@@ -210,6 +156,23 @@ def config_list() -> None:
     out.print(table)
 
 
+@config_app.command("algorithms")
+@reporting_errors
+def config_algorithms() -> None:
+    """The MAML family: what `algorithm:` may be, and what each one sets."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.algorithms import DESCRIPTIONS, PRESETS
+    from pipeline.console import out
+
+    table = Table.grid(padding=(0, 2))
+    for name, description in DESCRIPTIONS.items():
+        settings = "\n".join(f"{path}={value}" for path, value in PRESETS[name].items())
+        table.add_row(f"[bold]{name}[/]", f"{description}\n[dim]{escape(settings)}[/]".rstrip())
+    out.print(table)
+
+
 @config_app.command("show")
 @reporting_errors
 def config_show(
@@ -231,18 +194,6 @@ def config_schema() -> None:
     from pipeline.experiments import json_schema
 
     print(json.dumps(json_schema(), indent=1))
-
-
-def _parsed_steps(text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        steps = tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise ValueError(f"--steps: must look like 0,1,3,10, got {text!r}") from None
-    if steps[0] < 0:
-        raise ValueError(f"--steps: must not be negative, got {text!r}")
-    return steps
 
 
 def main() -> None:

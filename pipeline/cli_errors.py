@@ -5,11 +5,12 @@ Exit codes: 0 done; 1 the run failed; 2 the input was wrong, nothing was started
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -71,6 +72,24 @@ class StopRequest:
         os.write(2, f"\n{self._message}\n".encode())
 
 
+@contextlib.contextmanager
+def resumable(watcher: Any, command: str) -> Iterator[None]:
+    """Around work that can be taken up again: if it ends early, says by which command."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        watcher.stop()
+        if not watcher.has_started:
+            raise
+        from pipeline.session import Interrupted, TrainingFailed
+
+        watcher.say(f"to continue: {command}")
+        if show_tracebacks() or isinstance(error, Interrupted | TrainingFailed | KeyboardInterrupt):
+            raise
+        # What would be bad input before the start is a failure now.
+        raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
+
+
 def typed(path: Path) -> str:
     """The path as one would type it here."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
@@ -95,8 +114,7 @@ def _described(error: Exception) -> tuple[str, int]:
     from pipeline.job_package import JobError
     from pipeline.jobs import HeadLost
     from pipeline.mlflow_sender import TrackingError
-    from pipeline.session import Interrupted, RunFolderError
-    from pipeline.training import TrainingFailed
+    from pipeline.session import Interrupted, RunFolderError, TrainingFailed
     from pipeline.workers import WorkersLost
     from tasks.image_store import StoreError
 

@@ -190,7 +190,7 @@ def _day_and_time(moment: datetime.datetime) -> str:
 
 
 def _estimate(value: Any, percent: bool) -> str:
-    from pipeline.evaluation import interval
+    from pipeline.estimates import interval
 
     if value is None:
         return _NOTHING

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli_errors import StopRequest, reporting_errors, show_tracebacks, typed, ui_command
+from pipeline.cli_errors import StopRequest, reporting_errors, resumable, typed, ui_command
 
 
 @reporting_errors
@@ -41,8 +41,7 @@ def search(
     from pipeline.search import load_search
     from pipeline.search import search as run_search
     from pipeline.search_console import SearchConsole, search_table
-    from pipeline.session import Interrupted
-    from pipeline.training import TrainingFailed
+    from pipeline.session import TrainingFailed
 
     if resume is not None:
         folder = resume.expanduser().absolute()
@@ -53,12 +52,9 @@ def search(
         loaded = load(experiment, overrides or [])
         folder = new_run_dir(loaded)
 
-    def say(line: str) -> None:
-        out.print(line, markup=False, soft_wrap=True)
-
     watcher = SearchConsole()
     stop = StopRequest(watcher, "stopping and saving the search (again to stop at once)")
-    try:
+    with resumable(watcher, f"maml search {experiment} --resume {typed(folder)}"):
         result = run_search(
             loaded,
             folder,
@@ -66,23 +62,14 @@ def search(
             watcher=watcher,
             should_stop=lambda: stop.requested,
         )
-    except (Exception, KeyboardInterrupt) as error:
-        watcher.stop()
-        if not watcher.has_started:
-            raise
-        say(f"to continue: maml search {experiment} --resume {typed(folder)}")
-        if show_tracebacks() or isinstance(error, Interrupted | KeyboardInterrupt):
-            raise
-        # What would be bad input before the start is a failed search now.
-        raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
     watcher.stop()
     # Wider than a narrow terminal if it must be: no number is cut.
     out.print(search_table(result), width=max(out.width, 120), crop=False)
     for line in result.words:
-        say(line)
-    say(f"search folder  {folder}")
+        watcher.say(line)
+    watcher.say(f"search folder  {folder}")
     if result.best is None:
         raise TrainingFailed("no trial has a result; the table says why each one failed")
-    say(f"train in full  maml train {typed(folder / 'best.yaml')}")
+    watcher.say(f"train in full  maml train {typed(folder / 'best.yaml')}")
     if loaded.tracking.enabled:
-        say(f"MLflow         {ui_command(loaded, folder)}")
+        watcher.say(f"MLflow         {ui_command(loaded, folder)}")

@@ -136,9 +136,13 @@ def build_task(kind: str, settings: dict[str, Any], data_root: str) -> TaskDistr
 
 
 def build_model(
-    kind: str, settings: dict[str, Any], task: TaskDistribution, seed: int
+    kind: str,
+    settings: dict[str, Any],
+    input_shape: tuple[int, ...],
+    output_size: int,
+    seed: int,
 ) -> torch.nn.Module:
-    """Build the model for a task distribution, its initial parameters drawn from `seed`.
+    """Build a model for inputs and outputs, its initial parameters drawn from `seed`.
 
     A builder is `build(input_shape, output_size, *, ...) -> nn.Module`. Its parameters are
     initialised by torch's global generator, as torch's layers do; the generator's state is put back
@@ -148,9 +152,8 @@ def build_model(
     typed = _settings_model(target).model_validate(settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = target(
-            task.input_shape, task.output_size, **{name: getattr(typed, name) for name in settings}
-        )
+        arguments = {name: getattr(typed, name) for name in settings}
+        model = target(input_shape, output_size, **arguments)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model.kind: {kind} returned {type(model).__name__}, not a torch module")
     return model

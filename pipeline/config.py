@@ -9,239 +9,28 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from pipeline.components import build_task
 from pipeline.search_section import Search
 from pipeline.section import Section
+from pipeline.sections import (
+    Checkpointing,
+    Cluster,
+    Component,
+    Compute,
+    Data,
+    Diagnostics,
+    Evaluation,
+    Inner,
+    Outer,
+    Pretraining,
+    Tracking,
+)
 from tasks.base import TaskDistribution
-from tasks.data_root import absolute_root, default_root
+from tasks.data_root import absolute_root
 
 Algorithm = Literal["maml", "fomaml", "reptile", "anil", "boil", "meta-sgd", "maml++"]
-
-
-class Component(Section):
-    """A kind and its settings."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-
-    kind: str = Field(description="a built-in kind, or 'package.module:name' of your own")
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the kind's constructor or builder."""
-        return dict(self.model_extra or {})
-
-
-Names = tuple[str, ...]
-
-
-class Inner(Section):
-    """Adaptation to one task (eq. 2). Parameters are named by groups (all, head, body,
-    normalisation) or by patterns (*.weight)."""
-
-    lr: float = Field(0.01, gt=0, description="inner learning rate α, for the mean loss")
-    steps: int = Field(1, ge=1, description="gradient steps of adaptation while meta-training")
-    order: Literal["second", "first", "annealed"] = Field(
-        "second", description="first: inner gradients are constants of the meta-gradient (FOMAML)"
-    )
-    second_order_from: int | None = Field(
-        None,
-        ge=1,
-        description="iteration at which annealed order goes from first to second; null: after a "
-        "third of outer.iterations, as in MAML++",
-    )
-    checkpoint: bool = Field(
-        False, description="recompute inner steps in the backward pass: memory flat in the steps"
-    )
-    adapted: Names = Field(("all",), description="parameters that adapt")
-    not_adapted: Names = Field((), description="of these, parameters that do not")
-    per_step: Names = Field(
-        (), description="parameters that do not adapt but have a learned value for every step"
-    )
-    rates: Literal["fixed", "per-layer-and-step", "per-parameter"] = Field(
-        "fixed", description="learned rates start at inner.lr"
-    )
-    optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1, description="of momentum")
-    beta1: float = Field(0.9, ge=0, lt=1, description="of adam")
-    batch_size: int | None = Field(
-        None, ge=1, description="support examples per step, in turns; null: all"
-    )
-
-    @field_validator("adapted", "not_adapted", "per_step", mode="before")
-    @classmethod
-    def _one_is_a_list(cls, value: Any) -> Any:
-        return [value] if isinstance(value, str) else value
-
-    @model_validator(mode="after")
-    def _annealed(self) -> Inner:
-        if self.order != "annealed" and self.second_order_from is not None:
-            raise ValueError(
-                f"inner.second_order_from: only annealed order has it, inner.order is {self.order}"
-            )
-        return self
-
-
-class Outer(Section):
-    """The meta-update (eq. 4); the meta-gradient is the mean over the tasks of a meta-batch."""
-
-    lr: float = Field(1e-3, gt=0, description="outer learning rate β")
-    iterations: int = Field(..., ge=1, description="meta-updates")
-    tasks_per_batch: int = Field(..., ge=1, description="tasks per meta-update")
-    tasks_per_chunk: int | None = Field(
-        None,
-        ge=1,
-        description="tasks that a worker adapts at once; null: from the meta-batch and the model",
-    )
-    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
-    weight_decay: float = Field(0.0, ge=0)
-    scheduler: str | None = Field(
-        None, description="a class of torch.optim.lr_scheduler, stepped once per iteration"
-    )
-    scheduler_args: dict[str, Any] = Field(
-        default_factory=dict,
-        description="its arguments; T_max, total_iters and total_steps default to outer.iterations",
-    )
-    clip_norm: float | None = Field(None, gt=0, description="largest norm of the meta-gradient")
-    clip_value: float | None = Field(None, gt=0, description="largest size of each of its elements")
-    estimator: Literal["gradient", "reptile"] = Field(
-        "gradient", description="reptile: θ minus the adapted θ, instead of a meta-gradient"
-    )
-    query_losses: Literal["last", "all", "annealed"] | tuple[float, ...] = Field(
-        "last", description="query losses that count: after the last step, all, or own weights"
-    )
-    query_losses_until: int | None = Field(
-        None,
-        ge=1,
-        description="iteration from which annealed query losses are the last alone; null: a "
-        "fifteenth of outer.iterations, as in MAML++",
-    )
-    max_bad_updates: int = Field(
-        3, ge=1, description="stop after so many non-finite meta-gradients in a row"
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Outer:
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"outer.momentum: only sgd has momentum, not {self.optimizer}")
-        if self.tasks_per_chunk and self.tasks_per_chunk > self.tasks_per_batch:
-            raise ValueError(
-                f"outer.tasks_per_chunk: {self.tasks_per_chunk} is more than "
-                f"outer.tasks_per_batch ({self.tasks_per_batch})"
-            )
-        if self.scheduler_args and not self.scheduler:
-            raise ValueError("outer.scheduler_args: given without outer.scheduler")
-        return self
-
-
-class Compute(Section):
-    """How a chunk is computed, wherever that happens."""
-
-    compile: Literal["auto", "always", "never"] = Field(
-        "auto", description="torch.compile; auto: when the iterations to come pay for it"
-    )
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    dtype: Literal["float32", "float64"] = "float32"
-    threads: int | None = Field(
-        None, ge=1, description="per chunk; null: all cores in process, one per CPU of an actor"
-    )
-
-
-class Cluster(Section):
-    """Who computes the chunks."""
-
-    workers: Literal["auto"] | int = Field(
-        "auto", description="Ray actors; 0: in process; auto: measured at the start"
-    )
-    cpus_per_worker: float = Field(1.0, ge=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
-    address: str | None = Field(
-        None, description="of a running Ray cluster; null: RAY_ADDRESS, else a local Ray"
-    )
-    chunk_timeout: float | None = Field(
-        None,
-        gt=0,
-        description="seconds after which a chunk is issued again; null: from the chunks before it",
-    )
-
-    @model_validator(mode="after")
-    def _not_negative(self) -> Cluster:
-        if self.workers != "auto" and self.workers < 0:
-            raise ValueError(f"cluster.workers: must be 'auto' or at least 0, got {self.workers}")
-        return self
-
-
-class Evaluation(Section):
-    """Validation while training, and the meta-test at the end."""
-
-    every: int | None = Field(
-        None, ge=1, description="iterations between validations; null: ten times per run"
-    )
-    validation_tasks: int = Field(200, ge=2)
-    tasks: int = Field(600, ge=2, description="test tasks")
-    steps: tuple[int, ...] | None = Field(
-        None,
-        description="gradient steps to report; null: 0 to inner.steps, and ten if that is fewer",
-    )
-    selection_step: int | None = Field(
-        None, ge=0, description="step whose validation metric chooses the best; null: inner.steps"
-    )
-    variants: dict[str, dict[str, Any]] = Field(
-        default_factory=dict,
-        description="further meta-tests by name, as changed task settings ('K=5': {shots: 5})",
-    )
-    baselines: tuple[Literal["random-init", "oracle"], ...] = ("random-init",)
-
-    @model_validator(mode="after")
-    def _sorted_steps(self) -> Evaluation:
-        if self.steps is not None and (
-            not self.steps or list(self.steps) != sorted(set(self.steps)) or self.steps[0] < 0
-        ):
-            raise ValueError(
-                f"evaluation.steps: must be ascending and not negative, got {list(self.steps)}"
-            )
-        return self
-
-
-class Tracking(Section):
-    """The MLflow record of a run."""
-
-    enabled: bool = True
-    uri: str | None = Field(
-        None, description="null: MLFLOW_TRACKING_URI, else sqlite beside the runs"
-    )
-    experiment: str = Field("maml", min_length=1)
-    every: int | None = Field(
-        None,
-        ge=1,
-        description="iterations per record (means over them); null: at most 1,000 records a run",
-    )
-    tags: dict[str, str] = Field(default_factory=dict)
-
-
-class Checkpointing(Section):
-    """What survives."""
-
-    every: int | None = Field(
-        None, ge=1, description="iterations between checkpoints; null: with every validation"
-    )
-    keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
-    uri: str | None = Field(
-        None, description="any folder that pyarrow.fs knows (s3://...); null: in the run's folder"
-    )
-
-
-class Data(Section):
-    """Where image stores are."""
-
-    root: str = Field(
-        default_factory=default_root,
-        min_length=1,
-        description="folder of the image stores, or a URI (s3://...) that every node copies them "
-        "from; by default MAML_DATA_ROOT, else data",
-    )
 
 
 class Experiment(Section):
@@ -261,6 +50,10 @@ class Experiment(Section):
     compute: Compute = Compute()
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
+    diagnostics: Diagnostics = Diagnostics()
+    pretraining: Pretraining | None = Field(
+        None, description="null: meta-learning; else ordinary training and fine-tuning"
+    )
     tracking: Tracking = Tracking()
     checkpoint: Checkpointing = Checkpointing()
     data: Data = Field(default_factory=Data)
@@ -288,6 +81,16 @@ class Experiment(Section):
                 f"outer.query_losses: needs a weight of at least 0 for each of inner.steps "
                 f"({inner.steps}), not all 0, got {list(weights)}"
             )
+        if self.pretraining is not None:
+            wrong = {
+                "algorithm: pretraining has none of the family": self.algorithm != "maml",
+                "inner.rates: pretraining learns no inner rates": inner.rates != "fixed",
+                "inner.per_step: pretraining knows no steps": inner.per_step,
+                "diagnostics.every: pretraining has no meta-gradient": self.diagnostics.every,
+                "search: tries meta-learning only, not pretraining": self.search is not None,
+            }
+            if found := [what for what, is_so in wrong.items() if is_so]:
+                raise ValueError("; ".join(found))
         if inner.rates != "fixed" and outer.weight_decay:
             raise ValueError("outer.weight_decay: would pull the learned inner.rates to zero")
         return self
@@ -335,6 +138,25 @@ class Experiment(Section):
         settings = {**self.task.settings, **changes}
         return build_task(self.task.kind, settings, absolute_root(self.data.root))
 
+    def changed(self, **changes: Any) -> Experiment:
+        """A copy with some settings of sections, or whole ones, as they are to be; not checked:
+        `changed(compute={"device": "cpu"}, search=None)`."""
+        sections = {
+            name: getattr(self, name).model_copy(update=change)
+            for name, change in changes.items()
+            if isinstance(change, dict)
+        }
+        return self.model_copy(update={**changes, **sections})
+
+    def without_gpu(self) -> Experiment:
+        """For a process that was given no GPU: `auto` must not take one that it sees.
+
+        Ray hides none from those that asked for none: all would crowd onto the first.
+        """
+        if self.cluster.gpus_per_worker or self.compute.device != "auto":
+            return self
+        return self.changed(compute={"device": "cpu"})
+
     def flat(self) -> dict[str, Any]:
         """Every setting by its dotted path, as MLflow parameters."""
 
@@ -352,8 +174,9 @@ class Experiment(Section):
     def plain(self) -> dict[str, Any]:
         """The resolved configuration as plain values; loading them gives the same experiment."""
         dump = self.model_dump(mode="json")
-        if self.search is None:
-            del dump["search"]
+        for section in ("search", "pretraining"):
+            if dump[section] is None:
+                del dump[section]
         return dump
 
     def to_yaml(self) -> str:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
+from pipeline.comparison import PairedComparison
+from pipeline.estimates import interval
 from pipeline.evaluation import Curve, cell, metric_label
 from pipeline.session import Session, Watcher
 
@@ -23,23 +25,77 @@ err = Console(stderr=True, highlight=False)
 
 _PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 _LIVE_SECONDS = 0.1
+_SHOWN = {
+    "train/query_loss": "query loss",
+    "train/support_loss": "support loss",
+    "train/loss": "loss",
+    "train/accuracy": "accuracy",
+}
 
 
-class ConsoleWatcher(Watcher):
-    """A live progress line on a terminal, plain lines elsewhere."""
+class LiveLine:
+    """A progress line: live on a terminal, now and then a plain line elsewhere."""
 
-    def __init__(self) -> None:
+    def __init__(self, live_seconds: float, plain_seconds: float) -> None:
         self.training = False
-        """Between the start of the loop and the meta-test: a Ctrl-C then ends in a checkpoint."""
+        """Whether the work is under way: a Ctrl-C then saves its state."""
         self.has_started = False
         self.on_started: Callable[[], None] = lambda: None
+        self.began = 0.0
+        self._live_seconds, self._plain_seconds = live_seconds, plain_seconds
         self._progress: Progress | None = None
         self._line: TaskID | None = None
+        self._shown = 0.0
+
+    def begin(self) -> None:
+        """The work begins."""
+        self.began = self._shown = time.monotonic()
+        self.training = self.has_started = True
+        self.on_started()
+        if out.is_terminal:
+            self._progress = Progress(
+                BarColumn(bar_width=24), TextColumn("{task.description}"), console=out
+            )
+            self._progress.start()
+            self._line = self._progress.add_task("", total=1.0)
+
+    def is_due(self) -> bool:
+        """Whether it is time to show how far the work is."""
+        wait = self._live_seconds if self._progress else self._plain_seconds
+        return time.monotonic() - self._shown >= wait
+
+    def show(self, fraction: float, line: str) -> None:
+        """How far the work is."""
+        self._shown = time.monotonic()
+        if self._progress is not None and self._line is not None:
+            self._progress.update(self._line, completed=fraction, description=line)
+        else:
+            self.say(line)
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        console = self._progress.console if self._progress else out
+        console.print(line, markup=False, soft_wrap=True)
+
+    def notice(self, message: str) -> None:
+        self.say(message)
+
+    def stop(self) -> None:
+        """Take the live line away."""
+        self.training = False
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+class ConsoleWatcher(LiveLine, Watcher):
+    """What a person sees of a run."""
+
+    def __init__(self) -> None:
+        super().__init__(_LIVE_SECONDS, _PLAIN_SECONDS)
         self._total = 0
         self._first = 0
-        self._began = 0.0
-        self._shown = 0.0
-        self._tasks_per_batch = 0
+        self._per_iteration, self._unit = 0, "tasks/s"
         self._metric_name, self._percent = "loss", False
 
     def starting(self, experiment: Experiment, run_dir: Path) -> None:
@@ -48,12 +104,19 @@ class ConsoleWatcher(Watcher):
     def started(self, session: Session) -> None:
         experiment = session.experiment
         workers = f"{session.workers.size} Ray actors" if session.workers.size else "in process"
+        pretraining = experiment.pretraining
+        if pretraining is None:
+            how = (
+                f"inner steps: {experiment.inner.steps}, {experiment.inner.order} order; "
+                f"{experiment.outer.tasks_per_batch} tasks per meta-batch, "
+                f"{session.tasks_per_chunk} per chunk; {workers}; "
+                f"{'compiled' if session.compile else 'not compiled'}"
+            )
+        else:
+            how = f"{pretraining.objective} pretraining, batches of {pretraining.batch_size}"
         out.print(
             f"{experiment.task.kind} tasks, {experiment.model.kind} with "
-            f"{session.update.layout.size:,} parameters; inner steps: {experiment.inner.steps}, "
-            f"{experiment.inner.order} order; {experiment.outer.tasks_per_batch} tasks per "
-            f"meta-batch, {session.tasks_per_chunk} per chunk; {workers}; "
-            f"{'compiled' if session.compile else 'not compiled'}",
+            f"{session.update.layout.size:,} parameters; {how}",
             soft_wrap=True,
         )
         if session.iteration:
@@ -61,35 +124,23 @@ class ConsoleWatcher(Watcher):
         task = experiment.build_task()
         self._metric_name, self._percent = metric_label(task, task.primary_metric)
         self._total, self._first = experiment.outer.iterations, session.iteration
-        self._tasks_per_batch = experiment.outer.tasks_per_batch
-        self._began = self._shown = time.monotonic()
-        self.training = self.has_started = True
-        self.on_started()
-        if out.is_terminal:
-            self._progress = Progress(
-                BarColumn(bar_width=24), TextColumn("{task.description}"), console=out
-            )
-            self._progress.start()
-            self._line = self._progress.add_task("", total=self._total, completed=self._first)
+        if pretraining is None:
+            self._per_iteration, self._unit = experiment.outer.tasks_per_batch, "tasks/s"
+        else:
+            self._per_iteration, self._unit = pretraining.batch_size, "examples/s"
+        self.begin()
 
     def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
-        now = time.monotonic()
-        wait = _LIVE_SECONDS if self._progress else _PLAIN_SECONDS
-        if now - self._shown < wait and iteration != self._total:
+        if not self.is_due() and iteration != self._total:
             return
-        self._shown = now
-        per_second = (iteration - self._first) / max(now - self._began, 1e-9)
-        line = (
+        per_second = (iteration - self._first) / max(time.monotonic() - self.began, 1e-9)
+        self.show(
+            iteration / self._total,
             f"iteration {iteration:,}/{self._total:,}  "
-            f"query loss {metrics['train/query_loss']:.4g}  "
-            f"support loss {metrics['train/support_loss']:.4g}  "
-            f"{per_second * self._tasks_per_batch:,.0f} tasks/s  "
-            f"ETA {duration((self._total - iteration) / per_second)}"
+            + "".join(f"{_SHOWN[k]} {v:.4g}  " for k, v in metrics.items() if k in _SHOWN)
+            + f"{per_second * self._per_iteration:,.0f} {self._unit}  "
+            f"ETA {duration((self._total - iteration) / per_second)}",
         )
-        if self._progress is not None and self._line is not None:
-            self._progress.update(self._line, completed=iteration, description=line)
-        else:
-            out.print(line, markup=False, soft_wrap=True)
 
     def validated(self, iteration: int, curve: Curve, best: bool) -> None:
         metric = "accuracy" if "accuracy" in curve.mean else "loss"
@@ -98,25 +149,11 @@ class ConsoleWatcher(Watcher):
             for position, step in enumerate(curve.steps)
         )
         mark = "  best so far" if best else ""
-        self._print(f"validation at {iteration:,}, {self._metric_name} after steps  {values}{mark}")
+        self.say(f"validation at {iteration:,}, {self._metric_name} after steps  {values}{mark}")
 
     def testing(self, experiment: Experiment) -> None:
-        self.training = False
         self.stop()
         out.print(f"meta-test on {experiment.evaluation.tasks} tasks ...")
-
-    def notice(self, message: str) -> None:
-        self._print(message)
-
-    def stop(self) -> None:
-        """Take the live line away."""
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def _print(self, message: str) -> None:
-        console = self._progress.console if self._progress else out
-        console.print(message, markup=False, soft_wrap=True)
 
 
 def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
@@ -141,6 +178,43 @@ def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
         table.add_column(f"n = {step}", justify="right", no_wrap=True, min_width=width)
     for curve, row in zip(curves, rows, strict=True):
         table.add_row(curve.title, *row, style=None if curve.who == "trained" else "dim")
+    return table
+
+
+def differences_table(task: Any, comparison: PairedComparison) -> Table:
+    """One row per pair of runs, one column per gradient step: difference ± CI95, and p-value."""
+    label, percent = metric_label(task, comparison.metric)
+    table = Table(
+        title=f"difference in {label}{' in %' if percent else ''}, task by task, ± CI95 (p)",
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
+    )
+    table.add_column("", overflow="fold")
+    for step in comparison.steps:
+        table.add_column(f"n = {step}", justify="right")
+    for found in comparison.differences:
+        cells = [
+            f"{interval(mean, half, percent, signed=True)} ({_p_text(p)})"
+            for mean, half, p in zip(found.mean, found.ci95, found.p, strict=True)
+        ]
+        table.add_row(f"{found.one} - {found.other}", *cells)
+    return table
+
+
+def _p_text(p: float) -> str:
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def plain_table(rows: Sequence[Sequence[str]]) -> Table:
+    """A table of texts, header first."""
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for number, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if number else "left")
+    for row in rows[1:]:
+        table.add_row(*row)
     return table
 
 

@@ -7,7 +7,7 @@ its protocol.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,20 +21,25 @@ from pipeline.chunk import (
     EVALUATION_SEED,
     EvaluationJob,
     FlatVector,
+    Judged,
     initial_parameters,
     tasks_per_chunk,
 )
 from pipeline.config import Experiment
+from pipeline.estimates import interval, mean_and_ci95
 from pipeline.parameters import Layout, Params
 from pipeline.workers import InProcess, WorkerGroup
-from tasks.base import SPLITS
+from tasks.base import SPLITS, Classification
 
 _NORMALISATION = {
     "batch": "statistics of the current batch, support and query apart",
     "batch-affine": "statistics of the current batch, support and query apart; scale and bias",
     "none": "none",
 }
-TRAINED, RANDOM, ORACLE = "trained", "random init", "oracle"
+Which = Literal["final", "best"]
+TRAINED, RANDOM = "trained", "random init"
+ORACLE, CENTROID = "oracle", "nearest centroid"
+_JUDGED: dict[str, Judged] = {ORACLE: "oracle", CENTROID: "nearest centroid"}
 
 
 @dataclass(frozen=True)
@@ -42,7 +47,7 @@ class Curve:
     """Metrics of a set of tasks after each of `steps` gradient steps."""
 
     who: str
-    """'trained', or a baseline: 'random init', 'oracle'."""
+    """'trained', or a baseline: 'random init', 'oracle', 'nearest centroid'."""
     variant: str
     """Name of the changed task settings (`evaluation.variants`), or ''."""
     steps: tuple[int, ...]
@@ -86,19 +91,65 @@ def adaptation_curve_of(
     variant: str = "",
 ) -> Curve:
     """Evaluate θ (flat, [D]) on tasks 0 .. num_tasks − 1 of a split."""
+    by_task = task_by_task(
+        workers,
+        experiment,
+        theta,
+        split=split,
+        num_tasks=num_tasks,
+        steps=steps,
+        variant=variant,
+        judged=_JUDGED.get(who, "model"),
+    )
+    return curve_of(experiment, by_task, split=split, steps=steps, who=who, variant=variant)
+
+
+def task_by_task(
+    workers: WorkerGroup,
+    experiment: Experiment,
+    theta: FlatVector,
+    *,
+    split: str,
+    num_tasks: int,
+    steps: tuple[int, ...],
+    variant: str = "",
+    judged: Judged = "model",
+) -> dict[str, npt.NDArray[Any]]:
+    """Metrics of tasks 0 .. num_tasks − 1 of a split after each of `steps`, [len(steps), tasks]."""
     changes = experiment.evaluation.variants[variant] if variant else {}
-    layout = Layout.of(initial_parameters(experiment))
-    chunk = min(num_tasks, tasks_per_chunk(experiment, layout))
+    chunk = min(num_tasks, tasks_per_chunk(experiment, theta.size))
     jobs = [
-        EvaluationJob(split, first, min(chunk, num_tasks - first), steps, changes, who == ORACLE)
+        EvaluationJob(split, first, min(chunk, num_tasks - first), steps, changes, judged)
         for first in range(0, num_tasks, chunk)
     ]
     results = workers.run(theta, jobs).results
-    mean, ci95 = {}, {}
-    for name in results[0].metrics:
-        values = np.concatenate([result.metrics[name] for result in results], axis=1)
-        mean[name], ci95[name] = _mean_and_ci95(values)
-    return Curve(who, variant, steps, mean, ci95, protocol(experiment, split, num_tasks, changes))
+    return {
+        name: np.concatenate([result.metrics[name] for result in results], axis=1)
+        for name in results[0].metrics
+    }
+
+
+def curve_of(
+    experiment: Experiment,
+    by_task: Mapping[str, npt.NDArray[Any]],
+    *,
+    split: str,
+    steps: tuple[int, ...],
+    who: str = TRAINED,
+    variant: str = "",
+) -> Curve:
+    """Means over the tasks, with their confidence intervals."""
+    changes = experiment.evaluation.variants[variant] if variant else {}
+    estimates = {name: mean_and_ci95(values) for name, values in by_task.items()}
+    num_tasks = by_task["loss"].shape[1]
+    return Curve(
+        who,
+        variant,
+        steps,
+        {name: mean.tolist() for name, (mean, _) in estimates.items()},
+        {name: ci95.tolist() for name, (_, ci95) in estimates.items()},
+        protocol(experiment, split, num_tasks, changes),
+    )
 
 
 def meta_test(
@@ -113,7 +164,7 @@ def meta_test(
 ) -> list[Curve]:
     """Curves of the trained parameters and of the baselines, for every variant of the tasks."""
     baselines = [name.replace("-", " ") for name in experiment.evaluation.baselines]
-    starting_points = {TRAINED: theta, ORACLE: theta}
+    starting_points = {TRAINED: theta, ORACLE: theta, CENTROID: theta}
     if RANDOM in baselines:
         # Another draw than the one that training began with.
         fresh = initial_parameters(experiment, seed=experiment.seed + 1)
@@ -143,24 +194,17 @@ def evaluate_run(
     split: str,
     num_tasks: int | None,
     steps: tuple[int, ...] | None,
-    checkpoint: Literal["final", "best"] = "final",
+    checkpoint: Which = "final",
 ) -> list[Curve]:
-    """Meta-test the parameters of a run, in this process.
-
-    `final` are those of the last iteration, `best` those of the best validation. Raises
-    CheckpointError.
-    """
-    theta = _parameters_of(experiment, run_dir, checkpoint)
-    layout = Layout.of(initial_parameters(experiment))
-    if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
-        raise CheckpointError(f"the parameters in {run_dir} do not fit the model of config.yaml")
+    """Meta-test the parameters of a run, in this process. Raises CheckpointError."""
+    theta = parameters_of(experiment, run_dir, checkpoint)
     check_tasks(experiment, (split,))
     workers = InProcess(experiment, compile=False, warm_up=False)
     try:
         return meta_test(
             workers,
             experiment,
-            layout.join(theta).numpy(),
+            Layout.of(theta).join(theta).numpy(),
             split=split,
             num_tasks=num_tasks,
             steps=steps,
@@ -169,18 +213,29 @@ def evaluate_run(
         workers.close()
 
 
-def _parameters_of(experiment: Experiment, run_dir: Path, checkpoint: str) -> Params:
+def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:
+    """The meta-parameters of a run: those of the last iteration, or of the best validation.
+
+    Raises CheckpointError.
+    """
     if checkpoint == "final":
-        return load_theta(run_dir / "theta.safetensors")
-    store = CheckpointStore.of_run(experiment, run_dir)
-    state = store.best()
-    if state is None:
-        raise CheckpointError(f"{store.folder} holds no checkpoint that was the best on validation")
-    return {
-        name.removeprefix("theta."): value
-        for name, value in state.tensors.items()
-        if name.startswith("theta.")
-    }
+        theta = load_theta(run_dir / "theta.safetensors")
+    else:
+        store = CheckpointStore.of_run(experiment, run_dir)
+        state = store.best()
+        if state is None:
+            raise CheckpointError(
+                f"{store.folder} holds no checkpoint that was the best on validation"
+            )
+        theta = {
+            name.removeprefix("theta."): value
+            for name, value in state.tensors.items()
+            if name.startswith("theta.")
+        }
+    layout = Layout.of(initial_parameters(experiment))
+    if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
+        raise CheckpointError(f"the parameters in {run_dir} do not fit the model of config.yaml")
+    return {name: theta[name] for name, _ in layout.shapes}
 
 
 def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
@@ -191,12 +246,21 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
     task = experiment.build_task()
     for split in splits:
         task.check(split)
+    if experiment.pretraining is not None and experiment.pretraining.objective == "pooled":
+        task.pooled(experiment.seed, np.arange(1))
     if ORACLE in experiment.evaluation.baselines:
         one = task.sample(EVALUATION_SEED, splits[-1], np.arange(1))
         if task.oracle(one) is None:
             raise ValueError(
                 f"evaluation.baselines: {experiment.task.kind} tasks have no oracle; leave it out"
             )
+    if CENTROID.replace(" ", "-") in experiment.evaluation.baselines and not isinstance(
+        task, Classification
+    ):
+        raise ValueError(
+            f"evaluation.baselines: {experiment.task.kind} tasks have no classes, and so no "
+            "nearest-centroid; leave it out"
+        )
     for name, changes in experiment.evaluation.variants.items():
         variant = experiment.build_task(**changes)
         if (variant.input_shape, variant.output_size) != (task.input_shape, task.output_size):
@@ -254,19 +318,3 @@ def metric_label(task: Any, metric: str) -> tuple[str, bool]:
 def cell(curve: Curve, metric: str, position: int, percent: bool) -> str:
     """mean ± CI95."""
     return interval(curve.mean[metric][position], curve.ci95[metric][position], percent)
-
-
-def interval(mean: float, half: float, percent: bool) -> str:
-    """mean ± half, with the digits that mean something."""
-    if percent:
-        return f"{100 * mean:.2f} ± {100 * half:.2f}"
-    if mean >= 100:
-        return f"{mean:.3g} ± {half:.2g}"
-    return f"{mean:.2f} ± {half:.2f}" if mean >= 0.1 else f"{mean:.3f} ± {half:.3f}"
-
-
-def _mean_and_ci95(values: npt.NDArray[Any]) -> tuple[list[float], list[float]]:
-    """Over the last axis, [steps, tasks] -> two lists over the steps."""
-    exact = values.astype(np.float64)
-    half_width = 1.96 * exact.std(axis=1, ddof=1) / np.sqrt(values.shape[1])
-    return exact.mean(axis=1).tolist(), half_width.tolist()

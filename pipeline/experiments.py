@@ -25,7 +25,8 @@ from pipeline.components import (
     component_schema,
     kinds,
 )
-from pipeline.config import Experiment, Outer
+from pipeline.config import Experiment
+from pipeline.sections import Outer
 from tasks.data_root import default_root
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "tune_configs"

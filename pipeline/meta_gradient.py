@@ -150,12 +150,18 @@ def walk_forward(
 
 
 def meta_gradient(
-    stages: Stages, adaptation: Adaptation, meta: Params, batch: TaskBatch, knobs: Knobs
+    stages: Stages,
+    adaptation: Adaptation,
+    meta: Params,
+    batch: TaskBatch,
+    knobs: Knobs,
+    observe: Callable[[Params], None] = lambda v: None,
 ) -> MetaGradient:
     """Sum over the chunk's tasks of the gradient of L_Q(f_θ') (eq. 3, 4) with respect to `meta`.
 
     θ' is θ after S steps of adaptation; with `query_weights`, the losses after every step are added
-    with these weights. `batch` holds B tasks (leading dimension of every tensor).
+    with these weights. `batch` holds B tasks (leading dimension of every tensor). `observe` is
+    shown v_S, ..., v_0 of every task on the way back.
     """
     visits = walk_forward(stages, adaptation, meta, batch.support, knobs.alpha)
     metrics = _support_metrics(visits)
@@ -178,6 +184,7 @@ def meta_gradient(
                 v = Point(fast_bar, slots)
             else:
                 v = Point({name: v.fast[name] + g for name, g in fast_bar.items()}, v.slots)
+        observe(v.fast)
         v, slow_bar, rates_bar = stages.step_back(
             visit.before,
             visit.step.gradient,
@@ -190,6 +197,7 @@ def meta_gradient(
         )
         total.add(slow_bar, s)
         total.add(rates_bar, s, prefix=RATE)
+    observe(v.fast)
     total.add(v.fast, 0)
     return MetaGradient(total.gradient(meta), metrics)
 
@@ -220,6 +228,15 @@ def _support_metrics(visits: list[Visit]) -> dict[str, Tensor]:
         "support_loss": visits[0].step.loss,
         "adapted_support_loss": visits[-1].step.loss,
     }
+
+
+def differentiates(
+    objective: Objective, adaptation: Adaptation, meta: Params, batch: TaskBatch
+) -> bool:
+    """`differentiates_forward` on one of the tasks."""
+    params = {**adaptation.slow(meta, 0), **adaptation.start(meta)}
+    one_task = pytree.tree_map(lambda t: t[:1], batch.support)
+    return differentiates_forward(objective.loss, params, one_task)
 
 
 ChunkFunction = Callable[[Tensor, TaskBatch, Knobs], tuple[Tensor, dict[str, Tensor]]]
@@ -254,7 +271,8 @@ def chunk_function(
     """
 
     def build(flat: Tensor, batch: TaskBatch, knobs: Knobs) -> ChunkFunction:
-        forward = order == "first" or estimator == "reptile" or _forward(flat, batch)
+        needless = order == "first" or estimator == "reptile"
+        forward = needless or differentiates(objective, adaptation, layout.split(flat), batch)
         eager = Stages.of(objective, adaptation, order=order, forward=forward)
         if not compile:
             return walk_of(eager)
@@ -273,12 +291,6 @@ def chunk_function(
             return layout.join(result.gradient), result.metrics
 
         return walk
-
-    def _forward(flat: Tensor, batch: TaskBatch) -> bool:
-        meta = layout.split(flat)
-        params = {**adaptation.slow(meta, 0), **adaptation.start(meta)}
-        one_task = pytree.tree_map(lambda t: t[:1], batch.support)
-        return differentiates_forward(objective.loss, params, one_task)
 
     built: list[ChunkFunction] = []
 

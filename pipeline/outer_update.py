@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from pipeline.aggregation import all_finite
-from pipeline.config import Outer
 from pipeline.parameters import Layout, Params
+from pipeline.sections import Outer
 
 # Schedulers that cannot be written in YAML, or that need more than the iteration.
 _UNSUITABLE = {"LRScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau"} | {
@@ -114,6 +114,10 @@ class OuterUpdate:
         if self._scheduler is not None:
             self._scheduler.step()
         return norm
+
+    def replace(self, flat: Tensor) -> None:
+        """Take another θ [D]; the optimiser and its schedule stay as they are."""
+        self._flat.detach().copy_(flat)
 
     def tensors(self) -> dict[str, Tensor]:
         """θ and the optimiser's tensors by name, for a checkpoint; copies."""

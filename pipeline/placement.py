@@ -31,6 +31,8 @@ class Placement(NamedTuple):
 
 def decide_compile(experiment: Experiment) -> bool:
     """`compute.compile`, with auto resolved; the same answer wherever and whenever it is asked."""
+    if experiment.pretraining is not None:
+        return False  # nothing but a few evaluations
     wanted = experiment.compute.compile
     if wanted != "auto":
         return wanted == "always"
@@ -41,6 +43,8 @@ def decide_compile(experiment: Experiment) -> bool:
 def decide_workers(experiment: Experiment) -> Placement:
     """`cluster.workers`, with auto resolved by measuring a chunk here, with one thread and all."""
     cluster = experiment.cluster
+    if experiment.pretraining is not None:
+        return Placement(0, "Ray Train has workers of its own")
     if cluster.workers != "auto":
         return Placement(cluster.workers, "as configured")
     computer = ChunkComputer(_on_driver(experiment), compile=False)
@@ -73,8 +77,7 @@ def _on_driver(experiment: Experiment) -> Experiment:
     """For a head node without GPU, whose actors will have one."""
     if not experiment.cluster.gpus_per_worker:
         return experiment
-    compute = experiment.compute.model_copy(update={"device": "cpu"})
-    return experiment.model_copy(update={"compute": compute})
+    return experiment.changed(compute={"device": "cpu"})
 
 
 def _chunk_seconds(computer: ChunkComputer, threads: int) -> float:

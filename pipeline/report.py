@@ -11,9 +11,13 @@ import numpy as np
 import torch
 from torch.func import vmap
 
+from pipeline.algorithms import name_of
 from pipeline.chunk import EVALUATION_SEED, adaptation_of, model_of
+from pipeline.comparison import PairedComparison
 from pipeline.config import Experiment
 from pipeline.evaluation import TRAINED, Curve, as_series, cell, metric_label
+from pipeline.health import PREFIX
+from pipeline.health_plots import plot_health
 from pipeline.meta_gradient import trajectory
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
@@ -48,6 +52,8 @@ def write_plots(
         path = folder / "training.png"
         plot_training(history, path, metric=task.loss_name, title=experiment.name)
         written.append(path)
+    alpha = experiment.inner.lr if experiment.inner.rates == "fixed" else None
+    written += plot_health(read_diagnoses(run_dir), folder, alpha)
     if isinstance(task, Sinusoid):
         path = folder / "fits.png"
         steps = (0, 1, experiment.report_steps[-1])
@@ -56,14 +62,29 @@ def write_plots(
     return written
 
 
+def plot_comparison(task: Any, found: Sequence[PairedComparison], path: Path) -> None:
+    """Adaptation curves of several runs, on the first kind of tasks that they were compared on."""
+    first = found[0]
+    plot_adaptation_curve(
+        as_series(first.curves, first.metric),
+        path,
+        metric=metric_label(task, first.metric)[0],
+        title="Learning the same new tasks",
+        caption=f"{_caption(first.curves)}; bands: CI95 over tasks, not of the differences",
+    )
+
+
 def summary(experiment: Experiment, num_parameters: int, curves: Sequence[Curve] = ()) -> str:
     """The run in Markdown; the meta-test first, once there is one: the page folds what follows."""
-    outer = experiment.outer
+    outer, pretraining = experiment.outer, experiment.pretraining
+    if pretraining is None:
+        updates = f"meta-updates of {outer.tasks_per_batch} tasks, {experiment.inner.order} order"
+    else:
+        updates = f"updates of {pretraining.batch_size} examples"
     what = (
-        f"**{experiment.name}**, {experiment.inner.order} order: {experiment.task.kind} tasks, "
+        f"**{experiment.name}**, {name_of(experiment)}: {experiment.task.kind} tasks, "
         f"{experiment.model.kind} with {num_parameters:,} parameters, inner steps: "
-        f"{experiment.inner.steps}, {outer.iterations:,} meta-updates of {outer.tasks_per_batch} "
-        f"tasks, seed {experiment.seed}"
+        f"{experiment.inner.steps}, {outer.iterations:,} {updates}, seed {experiment.seed}"
     )
     results = _results(experiment, curves) if curves else ""
     return "\n\n".join(filter(None, (results, what, experiment.description)))
@@ -90,14 +111,32 @@ def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
 
 def read_history(run_dir: Path) -> dict[str, list[float]]:
     """The training losses of metrics.jsonl by iteration, as the plot takes them."""
+    records = _records(run_dir)
+    for series in (
+        {
+            "support, before adaptation": "train/support_loss",
+            "query, after adaptation": "train/query_loss",
+        },
+        {"pretraining": "train/loss"},
+    ):
+        found = [record for record in records if set(series.values()) <= set(record)]
+        if found:
+            return {
+                "iteration": [record["iteration"] for record in found],
+                **{name: [record[key] for record in found] for name, key in series.items()},
+            }
+    return {"iteration": []}
+
+
+def read_diagnoses(run_dir: Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl that hold a diagnosis."""
+    return [record for record in _records(run_dir) if f"{PREFIX}hurt_share" in record]
+
+
+def _records(run_dir: Path) -> list[dict[str, float]]:
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
-    records = [record for line in lines if "train/query_loss" in (record := json.loads(line))]
-    return {
-        "iteration": [record["iteration"] for record in records],
-        "support, before adaptation": [record["train/support_loss"] for record in records],
-        "query, after adaptation": [record["train/query_loss"] for record in records],
-    }
+    return [json.loads(line) for line in lines]
 
 
 @torch.no_grad()

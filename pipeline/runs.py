@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from pipeline.estimates import Estimate
 from pipeline.experiments import runs_folder
 from pipeline.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
 from pipeline.tracking import resolve_uri
@@ -28,21 +29,6 @@ _SHORT_ID = 8  # characters by which people name a run
 _NAMED = 8  # candidates in an error message
 _FINAL = ("validation/", "test/")
 _CI95 = "_ci95"
-
-
-class Estimate(NamedTuple):
-    """A mean over tasks."""
-
-    mean: float
-    ci95: float | None
-    """Half the width of its confidence interval, None where none was recorded."""
-
-    def to_json(self) -> dict[str, float | None]:
-        """Plain values; JSON knows no NaN."""
-        return {
-            name: value if value is None or math.isfinite(value) else None
-            for name, value in self._asdict().items()
-        }
 
 
 class Validation(NamedTuple):
@@ -197,7 +183,7 @@ def find_run(reference: str, uri: str | None) -> Run:
     """
     folder = Path(reference).expanduser().absolute()
     is_folder = (folder / "config.yaml").is_file()
-    store = _store_of_folder(folder, uri) if is_folder else default_store(uri)
+    store = store_of_folder(folder, uri) if is_folder else default_store(uri)
     with _reading(store, must_exist=True) as client:
         runs = list(_newest_first(client))
     if is_folder:
@@ -244,6 +230,14 @@ def compare(runs: Sequence[Run]) -> Comparison:
         {path: values for path, values in settings.items() if len(set(values)) > 1},
         {name: [estimate(run.metrics, name) for run in runs] for name in ordered},
     )
+
+
+def log_to_run(run_dir: Path, files: Sequence[Path], folder: str) -> None:
+    """Add files to what MLflow has of the run in a folder. Raises TrackingError."""
+    run = find_run(str(run_dir), None)
+    with _reading(store_of_folder(run_dir.absolute(), None)) as client:
+        for file in files:
+            client.log_artifact(run.run_id, str(file), folder)
 
 
 def default_store(uri: str | None = None) -> str:
@@ -364,7 +358,7 @@ def _has_runs(database: Path) -> bool:
         raise TrackingError(f"{database} is not a tracking store: {error}") from error
 
 
-def _store_of_folder(folder: Path, uri: str | None) -> str:
+def store_of_folder(folder: Path, uri: str | None) -> str:
     """Where the run in this folder was recorded."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())

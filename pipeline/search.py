@@ -15,7 +15,7 @@ import contextlib
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -48,7 +48,13 @@ from pipeline.search_tune import (
     run_trials,
     scheduler_of,
 )
-from pipeline.session import Interrupted, Interruption, RunFolderError, with_absolute_data
+from pipeline.session import (
+    Interrupted,
+    Interruption,
+    RunFolderError,
+    check_writable,
+    with_absolute_data,
+)
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
 
 _CONNECTING = 60.0  # seconds that MLflow has to answer; trials are nested in the search's run
@@ -106,7 +112,7 @@ def search(
             runs.close()
         files = write_report(plan, results, runs.run_ids)
         words = in_words(plan, results)
-        _record(tracker, plan, results, files, runs)
+        _record(tracker, plan, results, words, files, runs.run_ids)
         if stopped:
             raise Interrupted(f"the search was stopped: {outcomes(results)}")
     return SearchResult(plan, results, words)
@@ -132,8 +138,7 @@ def _check_tasks(experiments: Sequence[Experiment]) -> None:
 
 def _criterion(search: Search, possible: Sequence[Experiment]) -> Criterion:
     """Raises ValueError if a validation does not have what the search asks for."""
-    compute = possible[0].compute.model_copy(update={"device": "cpu"})
-    computer = ChunkComputer(possible[0].model_copy(update={"compute": compute}), compile=False)
+    computer = ChunkComputer(possible[0].changed(compute={"device": "cpu"}), compile=False)
     found = criterion(search, possible[0], computer.metric_names())
     for experiment in possible:
         steps = {*experiment.report_steps, experiment.selection_step}
@@ -159,13 +164,8 @@ def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
             "or choose another folder"
         )
     token = uuid.uuid4().hex
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"token": token}))
-    except OSError as error:
-        raise RunFolderError(
-            f"run_dir: cannot write to {folder}: {error.strerror}; choose another folder"
-        ) from error
+    check_writable(folder)
+    path.write_text(json.dumps({"token": token}))
     write_atomically(folder / "search.yaml", experiment.to_yaml())
     return token
 
@@ -239,8 +239,9 @@ def _record(
     tracker: RunTracker,
     plan: Plan,
     results: Sequence[TrialResult],
+    words: Sequence[str],
     files: Sequence[Path],
-    runs: TrialRuns,
+    run_ids: Mapping[str, str],
 ) -> None:
     """The findings, on the search's own MLflow run."""
     for path in files:
@@ -252,5 +253,5 @@ def _record(
     best = best_of(results, plan.criterion)
     if best is not None:
         tracker.log_metrics({"best": best.value, "best_ci95": best.ci95}, ended)
-        tags = {"best_trial": best.trial_id, "best_run_id": runs.run_ids.get(best.trial_id, "")}
-        tracker.set_tags({**tags, "answer": " ".join(in_words(plan, results))})
+        tags = {"best_trial": best.trial_id, "best_run_id": run_ids.get(best.trial_id, "")}
+        tracker.set_tags({**tags, "answer": " ".join(words)})

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from pipeline.console import duration, out
+from pipeline.console import LiveLine, duration, out
 from pipeline.search_report import best_of, metric_label, setting_text, settings_text, value_text
 from pipeline.search_trial import COMPLETE, UNFINISHED, Plan, TrialResult, base_experiment, bundles
 from pipeline.search_tune import SearchWatcher
@@ -25,21 +24,15 @@ _PLAIN_SECONDS = 15.0  # between progress lines where there is no terminal
 _LIVE_SECONDS = 0.25
 
 
-class SearchConsole(SearchWatcher):
-    """A live progress line on a terminal, plain lines elsewhere."""
+class SearchConsole(LiveLine, SearchWatcher):
+    """What a person sees of a search."""
 
     def __init__(self) -> None:
-        self.training = False
-        """While trials run: a Ctrl-C then saves the state of the search."""
-        self.has_started = False
-        self.on_started: Callable[[], None] = lambda: None
-        self._progress: Progress | None = None
-        self._line: TaskID | None = None
+        super().__init__(_LIVE_SECONDS, _PLAIN_SECONDS)
         self._plan: Plan | None = None
         self._total = 0
         self._ended = 0
         self._done_before: float | None = None
-        self._began = self._shown = 0.0
 
     def starting(self, experiment: Experiment, folder: Path) -> None:
         out.print(f"{experiment.name} -> {folder}", style="bold", markup=False, soft_wrap=True)
@@ -51,28 +44,18 @@ class SearchConsole(SearchWatcher):
         )
         wanted = bundles(base_experiment(plan.experiment))
         each = sum(bundle.get("CPU", 0.0) for bundle in wanted)
-        self._say(f"searching {space}")
-        self._say(
+        self.say(f"searching {space}")
+        self.say(
             f"{trials} trials of {plan.experiment.outer.iterations:,} iterations, {each:g} CPU "
             f"each; scheduler {search.scheduler}, algorithm {search.algorithm}; ranked by "
             f"validation {metric_label(plan.experiment, plan.criterion)}"
         )
         self._plan, self._total = plan, trials
-        self._began = self._shown = time.monotonic()
-        self.training = self.has_started = True
-        self.on_started()
-        if out.is_terminal:
-            self._progress = Progress(
-                BarColumn(bar_width=24), TextColumn("{task.description}"), console=out
-            )
-            self._progress.start()
-            self._line = self._progress.add_task("", total=1.0)
+        self.begin()
 
     def progress(self, results: Sequence[TrialResult], running: int) -> None:
-        now = time.monotonic()
-        if now - self._shown < (_LIVE_SECONDS if self._progress else _PLAIN_SECONDS):
+        if not self.is_due():
             return
-        self._shown = now
         assert self._plan is not None
         over = [r for r in results if r.outcome != UNFINISHED]
         begun = [r for r in results if r.outcome == UNFINISHED and r.iteration]
@@ -80,7 +63,7 @@ class SearchConsole(SearchWatcher):
         done = len(over) + sum(min(1.0, r.iteration / iterations) for r in begun)
         if self._done_before is None:
             self._done_before = done  # a resumed search has trials that cost no time now
-        rate = (done - self._done_before) / max(now - self._began, 1e-9)
+        rate = (done - self._done_before) / max(time.monotonic() - self.began, 1e-9)
         eta = f"  ETA {duration((self._total - done) / rate)}" if rate > 0 else ""
         best = best_of(results, self._plan.criterion)
         so_far = ""
@@ -88,11 +71,7 @@ class SearchConsole(SearchWatcher):
             value = value_text(self._plan.criterion, best.value)
             so_far = f"  best so far {value} ({settings_text(best.settings)})"
         line = f"{len(over)}/{self._total} trials done, {running} running{so_far}{eta}"
-        if self._progress is not None and self._line is not None:
-            fraction = done / max(1, self._total)
-            self._progress.update(self._line, completed=fraction, description=line)
-        else:
-            self._say(line)
+        self.show(done / max(1, self._total), line)
 
     def ended(self, result: TrialResult) -> None:
         assert self._plan is not None
@@ -101,24 +80,10 @@ class SearchConsole(SearchWatcher):
         value = value_text(self._plan.criterion, result.value, result.ci95) if known else ""
         where = "" if result.outcome == COMPLETE else f" at {result.iteration:,}"
         reason = f": {result.failure}" if result.failure else ""
-        self._say(
+        self.say(
             f"trial {result.trial_id}  {settings_text(result.settings)}  "
             f"{result.outcome}{where}{reason}  {value}".rstrip()
         )
-
-    def notice(self, message: str) -> None:
-        self._say(message)
-
-    def stop(self) -> None:
-        """Take the live line away."""
-        self.training = False
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
-
-    def _say(self, line: str) -> None:
-        console = self._progress.console if self._progress else out
-        console.print(line, markup=False, soft_wrap=True)
 
 
 def search_table(result: SearchResult) -> Table:

@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.checkpoint import write_atomically
 from pipeline.config import Experiment
 from pipeline.experiments import with_settings
-from pipeline.plots import plot_cost, plot_learning_curves, plot_search
+from pipeline.search_plots import plot_cost, plot_learning_curves, plot_search
 from pipeline.search_trial import (
     COMPLETE,
     FAILED,
@@ -40,7 +40,7 @@ _ORDER = "inner.order"
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Interval:
     """A mean over pairs, and its 95 % confidence interval by Student's t (NaN for one pair)."""
 
     mean: float
@@ -55,10 +55,10 @@ class Comparison:
     pairs: int
     to_the_end: int
     """Pairs that were compared after their last iteration, the others at the last in common."""
-    metric: Estimate
+    metric: Interval
     """metric(first) − metric(second); of a loss, metric(first) / metric(second): a rate that is too
     large makes a loss of any size, and a mean of differences would show nothing but that."""
-    cost: Estimate
+    cost: Interval
     """Seconds per update, first / second."""
     left_out: int
     """Pairs one of which has no validation."""
@@ -127,7 +127,7 @@ def compare_orders(
     if criterion.metric == "loss":
         metric = _ratio([one / other for one, other in values if one > 0 and other > 0])
     else:
-        metric = _estimate([one - other for one, other in values])
+        metric = _interval([one - other for one, other in values])
     return Comparison(
         len(values), to_the_end, metric, _ratio(costs), left_out=len(pairs) - len(values)
     )
@@ -221,7 +221,7 @@ def setting_text(value: Any) -> str:
 
 def best_experiment(plan: Plan, best: TrialResult) -> Experiment:
     """The experiment of the best trial, as the search's own without the search."""
-    alone = plan.experiment.model_copy(update={"search": None, "run_dir": None})
+    alone = plan.experiment.changed(search=None, run_dir=None)
     return with_settings(alone, {"name": f"{alone.name}-best", **best.settings})
 
 
@@ -358,17 +358,17 @@ def _steps(steps: int | None) -> str:
     return f"{steps} adaptation step{'' if steps == 1 else 's'}"
 
 
-def _estimate(values: Sequence[float]) -> Estimate:
+def _interval(values: Sequence[float]) -> Interval:
     n = len(values)
     mean = statistics.fmean(values) if values else math.nan
     if n < 2:
-        return Estimate(mean, math.nan, math.nan)
+        return Interval(mean, math.nan, math.nan)
     quantile = _T[n - 2] if n - 2 < len(_T) else 1.96
     half = quantile * statistics.stdev(values) / math.sqrt(n)
-    return Estimate(mean, mean - half, mean + half)
+    return Interval(mean, mean - half, mean + half)
 
 
-def _ratio(values: Sequence[float]) -> Estimate:
+def _ratio(values: Sequence[float]) -> Interval:
     """The geometric mean."""
-    found = _estimate([math.log(value) for value in values])
-    return Estimate(math.exp(found.mean), math.exp(found.low), math.exp(found.high))
+    found = _interval([math.log(value) for value in values])
+    return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high))

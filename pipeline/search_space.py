@@ -115,7 +115,7 @@ def possible_experiments(experiment: Experiment) -> list[Experiment]:
         errors["search.scheduler: pbt needs a setting that may change in flight, as inner.lr"] = (
             None
         )
-    alone = experiment.model_copy(update={"search": None})
+    alone = experiment.changed(search=None)
     found = []
     for settings in corners(search):
         try:

@@ -143,18 +143,11 @@ def base_experiment(experiment: Experiment) -> Experiment:
     cluster = experiment.cluster
     workers = 0 if cluster.workers == "auto" else cluster.workers
     threads = experiment.compute.threads or max(1, int(cluster.cpus_per_worker))
-    compute: dict[str, Any] = {"threads": threads}
-    if not cluster.gpus_per_worker and experiment.compute.device == "auto":
-        # Ray hides no GPU from those that asked for none: all trials would crowd onto the first.
-        compute["device"] = "cpu"
-    return experiment.model_copy(
-        update={
-            "search": None,
-            "compute": experiment.compute.model_copy(update=compute),
-            # One folder cannot hold the checkpoints of several runs.
-            "checkpoint": experiment.checkpoint.model_copy(update={"uri": None}),
-            "cluster": cluster.model_copy(update={"workers": workers}),
-        }
+    return experiment.without_gpu().changed(
+        search=None,
+        compute={"threads": threads},
+        checkpoint={"uri": None},  # one folder cannot hold the checkpoints of several runs
+        cluster={"workers": workers},
     )
 
 
@@ -171,14 +164,13 @@ def bundles(experiment: Experiment) -> list[dict[str, float]]:
 
 def trial_experiment(plan: Plan, trial_id: str, settings: Mapping[str, Any]) -> Experiment:
     """The experiment that a trial runs. Raises ConfigError."""
-    base = plan.experiment.model_copy(update={"search": None})
+    base = plan.experiment.changed(search=None)
     experiment = base_experiment(with_settings(base, settings))
     tags = {**experiment.tracking.tags, "search": plan.folder.name, "search.trial": trial_id}
     if plan.parent_run_id is not None:
         tags["mlflow.parentRunId"] = plan.parent_run_id
     uri = plan.tracking_uri or experiment.tracking.uri
-    tracking = experiment.tracking.model_copy(update={"tags": tags, "uri": uri})
-    return experiment.model_copy(update={"tracking": tracking})
+    return experiment.changed(tracking={"tags": tags, "uri": uri})
 
 
 def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ import contextlib
 import json
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +29,7 @@ from pipeline.chunk import FlatVector, initial_parameters, tasks_per_chunk
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve, check_tasks
 from pipeline.outer_update import OuterUpdate
+from pipeline.parameters import Params
 from pipeline.placement import Placement, decide_compile, decide_workers
 from pipeline.ray_workers import RayWorkers
 from pipeline.report import summary, write_plots
@@ -39,6 +40,10 @@ from tasks.data_root import absolute_root
 
 class RunFolderError(Exception):
     """The run's folder cannot be used as asked; `str()` says what to do."""
+
+
+class TrainingFailed(Exception):
+    """The run cannot go on; `str()` says why and what to do. A checkpoint holds what it has."""
 
 
 class Interrupted(Exception):
@@ -80,12 +85,12 @@ class Session:
         self,
         experiment: Experiment,
         run_dir: Path,
+        theta: Params,
         state: TrainingState | None,
         store: CheckpointStore,
         watcher: Watcher,
         token: str | None = None,
     ):
-        theta = initial_parameters(experiment)
         task = experiment.build_task()
         self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
         self.update = OuterUpdate(theta, experiment.outer)
@@ -94,7 +99,7 @@ class Session:
         self.bad_updates = 0
         self.best: dict[str, Any] | None = None
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
-        self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout)
+        self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
         self.num_chunks = -(-experiment.outer.tasks_per_batch // self.tasks_per_chunk)
         self.workers: WorkerGroup
         self.tracker: RunTracker = NullTracker()
@@ -104,6 +109,7 @@ class Session:
         self._window: dict[str, float] = {}
         self._window_length = 0
         self._seconds_tracking = 0.0
+        self._warned: set[str] = set()
         self._history = run_dir / "metrics.jsonl"
         if state is not None:
             self._restore(state)
@@ -139,8 +145,7 @@ class Session:
         if self.due(self.experiment.track_every) or self.due(self.experiment.checkpoint_every):
             means = {name: total / self._window_length for name, total in window.items()}
             self._window, self._window_length = {}, 0
-            self._append_history({"iteration": self.iteration, **means})
-            self.tracker.log_metrics(means, self.iteration)
+            self.log(means)
         self.watcher.iteration(self.iteration, metrics)
         self._seconds_tracking = time.perf_counter() - started
 
@@ -150,14 +155,20 @@ class Session:
         better = bool(np.isfinite(value)) and (
             before is None or (value > before if self._higher_is_better else value < before)
         )
-        metrics = curve.by_step("validation/")
-        self._append_history({"iteration": self.iteration, **metrics})
-        self.tracker.log_metrics(metrics, self.iteration)
+        self.log(curve.by_step("validation/"))
         if better:
             self.best = {"iteration": self.iteration, "value": value, "metric": self.metric}
             self._improved = True
             self.save_checkpoint()
         self.watcher.validated(self.iteration, curve, better)
+
+    def record_diagnosis(self, metrics: dict[str, float], warnings: Mapping[str, str]) -> None:
+        """Take in a diagnosis; a warning of a kind is given once."""
+        self.log(metrics)
+        for kind, message in warnings.items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self.watcher.notice(f"iteration {self.iteration:,}: {message}")
 
     def save_checkpoint(self) -> None:
         """Write the state of this moment, unless it is written already."""
@@ -218,9 +229,11 @@ class Session:
             kept = [line for line in lines if _iteration_of(line) <= state.iteration]
             write_atomically(self._history, "".join(line + "\n" for line in kept))
 
-    def _append_history(self, record: dict[str, float]) -> None:
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Record metrics of this moment, in metrics.jsonl and in MLflow."""
         with self._history.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps({"iteration": self.iteration, **metrics}) + "\n")
+        self.tracker.log_metrics(dict(metrics), self.iteration)
 
 
 def inherited(state: TrainingState) -> TrainingState:
@@ -261,15 +274,18 @@ def open_session(
     else:
         _refuse_to_overwrite(run_dir, store)
         state = None
-    experiment = with_absolute_data(experiment.model_copy(update={"search": None}))
+    experiment = with_absolute_data(experiment.changed(search=None))
     check_tasks(experiment)
-    initial_parameters(experiment)  # a model that does not fit must not leave a folder behind
-    _create(run_dir, store)
+    theta = initial_parameters(experiment)  # a model that does not fit leaves no folder behind
+    check_writable(run_dir)
+    store.check_writable()
     watcher.starting(experiment, run_dir)
     placement = decide_workers(experiment)
     write_atomically(run_dir / "config.yaml", experiment.to_yaml())
+    # Their number changes the last bits: a resumed run keeps that of its beginning.
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
-    session = Session(_with_threads(experiment, threads), run_dir, state, store, watcher, token)
+    experiment = experiment.changed(compute={"threads": threads})
+    session = Session(experiment, run_dir, theta, state, store, watcher, token)
     session.workers = _start_workers(session, placement)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
@@ -294,14 +310,7 @@ def open_session(
 
 def with_absolute_data(experiment: Experiment) -> Experiment:
     """Paths mean what they mean here, where the person is who wrote them, and on every worker."""
-    data = experiment.data.model_copy(update={"root": absolute_root(experiment.data.root)})
-    return experiment.model_copy(update={"data": data})
-
-
-def _with_threads(experiment: Experiment, threads: int) -> Experiment:
-    """The number of threads changes the last bits: a resumed run keeps that of its beginning."""
-    compute = experiment.compute.model_copy(update={"threads": threads})
-    return experiment.model_copy(update={"compute": compute})
+    return experiment.changed(data={"root": absolute_root(experiment.data.root)})
 
 
 def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
@@ -325,16 +334,16 @@ def _state_to_resume(store: CheckpointStore) -> TrainingState:
     return state
 
 
-def _create(run_dir: Path, store: CheckpointStore) -> None:
+def check_writable(folder: Path) -> None:
+    """Make the folder of a run or a search. Raises RunFolderError if nothing can be written."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / ".writable").touch()
-        (run_dir / ".writable").unlink()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
     except OSError as error:
         raise RunFolderError(
-            f"run_dir: cannot write to {run_dir}: {error.strerror}; choose another folder"
+            f"run_dir: cannot write to {folder}: {error.strerror}; choose another folder"
         ) from error
-    store.check_writable()
 
 
 def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
@@ -343,7 +352,7 @@ def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
         number = f"{placement.workers} actors" if placement.workers else "in process"
         watcher.notice(f"workers: {number} ({placement.reason})")
     if placement.workers == 0:
-        return InProcess(experiment, session.compile)
+        return InProcess(experiment, session.compile, warm_up=experiment.pretraining is None)
     if placement.workers > session.num_chunks:
         watcher.notice(
             f"{placement.workers} workers share {session.num_chunks} chunks per meta-batch: some "

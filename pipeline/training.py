@@ -18,12 +18,10 @@ from pipeline.aggregation import Aggregate, aggregate
 from pipeline.chunk import GradientJob
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve, adaptation_curve_of, meta_test
-from pipeline.session import Interrupted, Session, Watcher, open_session
+from pipeline.health import diagnosis_jobs, health, warnings_of
+from pipeline.pretraining import pretrain
+from pipeline.session import Interrupted, Session, TrainingFailed, Watcher, open_session
 from pipeline.workers import Round
-
-
-class TrainingFailed(Exception):
-    """The run cannot go on; `str()` says why and what to do. A checkpoint holds what it has."""
 
 
 def train(
@@ -34,12 +32,17 @@ def train(
     watcher: Watcher | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Curve]:
-    """Meta-train, then meta-test; returns the curves of the meta-test.
+    """Meta-train (or pretrain), then meta-test; returns the curves of the meta-test.
 
     Raises TrainingFailed, Interrupted, and what `open_session` raises.
     """
     with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
-        meta_train(session, should_stop)
+        if experiment.pretraining is None:
+            meta_train(session, should_stop)
+        else:
+            pretrain(session, should_stop)
+            validate(session)
+            session.save_theta()
         session.watcher.testing(session.experiment)
         curves = meta_test(
             session.workers,
@@ -62,6 +65,8 @@ def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False
         meta_update(session)
         if session.due(experiment.validate_every):
             validate(session)
+        if experiment.diagnostics.every and session.due(experiment.diagnostics.every):
+            diagnose(session)
         if session.due(experiment.checkpoint_every):
             session.save_checkpoint()
         if should_stop():
@@ -144,3 +149,11 @@ def validate(session: Session) -> None:
     )
     chosen = curve.steps.index(experiment.selection_step)
     session.record_validation(curve, curve.mean[session.metric][chosen])
+
+
+def diagnose(session: Session) -> None:
+    """Look at how the meta-gradient comes about, and warn where that is unhealthy."""
+    jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
+    results = session.workers.run(session.theta, jobs).results
+    metrics = health(session.update.layout, session.theta, results)
+    session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))

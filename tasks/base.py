@@ -91,6 +91,21 @@ class TaskDistribution(ABC):
         """What a reader must know to compare a number measured on these tasks."""
         return {}
 
+    @property
+    def pooled_size(self) -> int:
+        """Number of outputs of one network for all training tasks at once, without adaptation."""
+        return self.output_size
+
+    def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
+        """Training examples with these numbers as ordinary supervised learning sees them.
+
+        Without tasks, that is: inputs [n, ...] and targets [n, ...] for one network with
+        `pooled_size` outputs. Pure, as `sample` is. Raises ValueError where there is no such view.
+        """
+        raise ValueError(
+            f"pretraining: {type(self).__name__} tasks have no common targets (no method `pooled`)"
+        )
+
     def oracle(self, batch: TaskBatch) -> Tensor | None:
         """Predictions for `batch.query.x` by one who knows the tasks, or None where nobody can."""
         return None
@@ -100,6 +115,11 @@ class Regression(TaskDistribution):
     """Tasks judged by the mean squared error (eq. 5, as a mean: the rate does not depend on K)."""
 
     loss_name: ClassVar[str] = "MSE"
+
+    def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
+        """One example of each of the training tasks with these indices."""
+        query = self.sample(seed, "train", indices).query
+        return Examples(query.x[:, 0], query.y[:, 0])
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(prediction, target)

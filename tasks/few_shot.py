@@ -118,6 +118,32 @@ class FewShot(Classification):
             query=self._examples(images[:, self.shots :]),
         )
 
+    @property
+    def pooled_size(self) -> int:
+        """All training classes; four times as many where a turned class is another one."""
+        classes = sum(self.split_of(each) == "train" for each in self.open_store().classes)
+        return classes * (4 if self.rotations == "classes" else 1)
+
+    def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
+        """Images of all training classes, drawn at random: x float32 [n, C, H, W], y int64 [n].
+
+        With `rotations: per-task` each is turned at random and keeps its label.
+        """
+        rows = _rows(self, "train")
+        keys = task_keys(seed, "train", indices)
+        classes = integers(keys, _CLASSES, 1, len(rows.firsts))[:, 0]
+        which = (uniform(keys, _IMAGES, 1)[:, 0] * rows.counts[classes]).astype(np.int64)
+        images = rows.images.take(rows.firsts[classes] + which, axis=0)
+        labels = classes
+        if self.rotations != "none":
+            turns = integers(keys, _TURNS, 1, 4)[:, 0]
+            for turn in (1, 2, 3):
+                images[turns == turn] = np.rot90(images[turns == turn], turn, axes=(1, 2))
+            if self.rotations == "classes":
+                labels = 4 * classes + turns
+        x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32)
+        return Examples(x.contiguous().div_(255.0), as_tensor(labels))
+
     def protocol(self) -> dict[str, Any]:
         store = self.open_store()
         splits = [self.split_of(each) for each in store.classes]

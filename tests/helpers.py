@@ -1,5 +1,6 @@
 """Task distributions that misbehave, named in tests by their dotted path; looking at runs."""
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from torch import Tensor
 
 from pipeline.checkpoint import load_theta
 from pipeline.session import Watcher
-from tasks.base import Examples, TaskBatch
+from tasks.base import Classification, Examples, TaskBatch, as_tensor
+from tasks.random import task_keys, uniform
 from tasks.sinusoid import Sinusoid
 
 
@@ -58,6 +60,47 @@ class BrokenSinusoid(Sinusoid):
 
     def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
         raise ZeroDivisionError("on purpose")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DyingSinusoid(Sinusoid):
+    """The process that sees example `at` for the first time dies of it, once."""
+
+    at: int = 0
+    once: str = ""
+
+    def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
+        if self.at in indices and not Path(self.once).exists():
+            Path(self.once).touch()
+            os._exit(1)
+        return super().pooled(seed, indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FailingSinusoid(Sinusoid):
+    """Its examples are broken, but not the first ones."""
+
+    def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
+        if indices.max() > 10:
+            raise RuntimeError("these data are broken")
+        return super().pooled(seed, indices)
+
+
+class OwnClasses(Classification):
+    """Points on two sides of a line of each task's own: no label means the same in two tasks."""
+
+    input_shape = (2,)
+    output_size = 2
+
+    def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
+        keys = task_keys(seed, split, indices)
+
+        def examples(stream: int) -> Examples:
+            x = uniform(keys, stream, 20, -1.0, 1.0).reshape(-1, 10, 2)
+            across = uniform(keys, 0, 2, -1.0, 1.0)[:, None]
+            return Examples(as_tensor(x), as_tensor(((x * across).sum(-1) > 0).astype(np.int64)))
+
+        return TaskBatch(examples(1), examples(2))
 
 
 def final_theta(run_dir: Path) -> torch.Tensor:

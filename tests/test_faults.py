@@ -21,8 +21,8 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.parameters import Layout
 from pipeline.ray_workers import RayWorkers
-from pipeline.session import Interrupted
-from pipeline.training import TrainingFailed, train
+from pipeline.session import Interrupted, TrainingFailed
+from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, by_name, final_theta
 

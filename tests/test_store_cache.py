@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import Data
 from pipeline.experiments import ConfigError, from_dict
+from pipeline.sections import Data
 from tasks.data_root import DATA_ROOT, absolute_root
 from tasks.glyphs import Glyphs
 from tasks.image_folder import ImageFolder

@@ -1,0 +1,227 @@
+"""`maml evaluate`, `compare`, `analyze`, `export`: what finished runs have learned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.cli_errors import reporting_errors
+
+RunDir = Annotated[Path, typer.Argument(help="folder of a run", show_default=False)]
+Tasks = Annotated[int | None, typer.Option(min=2, help="number of tasks")]
+Steps = Annotated[str | None, typer.Option(help="gradient steps to report, such as 0,1,3,10")]
+Split = Annotated[str, typer.Option(help="train, validation or test")]
+Checkpoint = Annotated[
+    str, typer.Option(help="final parameters, or those of the best validation: final, best")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="change a setting, such as --set task.queries=15"),
+]
+Json = Annotated[bool, typer.Option("--json", help="print JSON, protocol included")]
+
+
+@reporting_errors
+def evaluate(
+    run_dir: RunDir,
+    tasks: Tasks = None,
+    steps: Steps = None,
+    split: Split = "test",
+    checkpoint: Checkpoint = "final",
+    as_json: Json = False,
+    overrides: Settings = None,
+) -> None:
+    """Meta-test a finished run on tasks that it was not trained on."""
+    from pipeline.console import curves_table, err, out
+    from pipeline.evaluation import evaluate_run
+    from pipeline.experiments import load_run
+
+    _check_split(split)
+    which = _which(checkpoint)
+    loaded = load_run(run_dir, overrides or [])
+    if not as_json:
+        err.print(f"meta-test of {run_dir} ...", markup=False, soft_wrap=True)
+    curves = evaluate_run(
+        loaded,
+        run_dir,
+        split=split,
+        num_tasks=tasks,
+        steps=_parsed_steps(steps),
+        checkpoint=which,
+    )
+    if as_json:
+        print(json.dumps([curve.to_json() for curve in curves], indent=1))
+    else:
+        out.print(curves_table(loaded.build_task(), curves))
+
+
+@reporting_errors
+def compare(
+    run_dirs: Annotated[
+        list[Path], typer.Argument(help="folders of two or more runs", show_default=False)
+    ],
+    tasks: Tasks = None,
+    steps: Steps = None,
+    split: Split = "test",
+    checkpoint: Checkpoint = "final",
+    plot: Annotated[Path, typer.Option(help="where the figure goes")] = Path("comparison.png"),
+    as_json: Json = False,
+    overrides: Settings = None,
+) -> None:
+    """Compare runs on the very same test tasks: adaptation curves, and paired differences.
+
+    `maml runs compare` shows what is recorded in MLflow instead, settings included.
+    """
+    from pipeline.comparison import compare_runs
+    from pipeline.console import curves_table, differences_table, err, out
+    from pipeline.experiments import load_run
+    from pipeline.report import plot_comparison
+
+    if len(run_dirs) < 2:
+        raise ValueError("compare needs two runs or more: maml compare RUN RUN")
+    _check_split(split)
+    if not as_json:
+        err.print(f"meta-test of {len(run_dirs)} runs ...", markup=False)
+    found = compare_runs(
+        run_dirs,
+        split=split,
+        num_tasks=tasks,
+        steps=_parsed_steps(steps),
+        checkpoint=_which(checkpoint),
+        overrides=overrides or [],
+    )
+    task = load_run(run_dirs[0], overrides or []).build_task()
+    plot_comparison(task, found, plot)
+    if as_json:
+        print(json.dumps([each.to_json() for each in found], indent=1))
+        return
+    for each in found:
+        out.print(curves_table(task, each.curves))
+        out.print(differences_table(task, each))
+    out.print(f"plot  {plot}", markup=False, soft_wrap=True)
+
+
+@reporting_errors
+def analyze(
+    run_dir: RunDir,
+    tasks: Annotated[int, typer.Option(min=2, help="number of tasks")] = 100,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="gradient steps; by default those it is selected by")
+    ] = None,
+    queries: Annotated[
+        int, typer.Option(min=0, help="query examples (per class); 0: as the run has them")
+    ] = 15,
+    split: Split = "test",
+    checkpoint: Checkpoint = "final",
+    as_json: Json = False,
+    overrides: Settings = None,
+) -> None:
+    """Ask why a trained model adapts so well: feature reuse or rapid learning?
+
+    Compares every layer before and after adaptation, and what is left when only the head, only the
+    body or nothing adapts. Writes one page, RUN_DIR/analysis/index.html, and logs it to MLflow.
+    """
+    from pipeline.analysis import analyze as analyze_run
+    from pipeline.analysis import finding
+    from pipeline.analysis_report import ability_rows, layer_rows, protocol_text, write_analysis
+    from pipeline.console import err, out, plain_table
+    from pipeline.evaluation import parameters_of
+    from pipeline.experiments import load_run
+    from pipeline.mlflow_sender import TrackingError
+    from pipeline.runs import log_to_run
+
+    _check_split(split)
+    loaded = load_run(run_dir, overrides or [])
+    theta = parameters_of(loaded, run_dir, _which(checkpoint))
+    if not as_json:
+        err.print(f"analysis of {run_dir} ...", markup=False, soft_wrap=True)
+    found = analyze_run(
+        loaded, theta, split=split, num_tasks=tasks, steps=steps, queries=queries or None
+    )
+    folder = run_dir / "analysis"
+    files = write_analysis(loaded, found, folder)
+    if as_json:
+        print((folder / "analysis.json").read_text())
+    else:
+        for rows in (layer_rows(found), ability_rows(found)):
+            out.print(plain_table(rows))
+        out.print(protocol_text(found), style="dim", markup=False, soft_wrap=True)
+        out.print(finding(found), markup=False, soft_wrap=True)
+        out.print(f"page  {folder / 'index.html'}", markup=False, soft_wrap=True)
+    if loaded.tracking.enabled:
+        try:
+            log_to_run(run_dir, files, "analysis")
+        except TrackingError as error:
+            err.print(f"not logged to MLflow: {error}", markup=False, soft_wrap=True)
+
+
+@reporting_errors
+def export(
+    run_dir: RunDir,
+    register: Annotated[
+        str | None, typer.Option(help="register the model under this name", show_default=False)
+    ] = None,
+    alias: Annotated[
+        str | None, typer.Option(help="of the registered version, such as champion")
+    ] = None,
+    checkpoint: Checkpoint = "final",
+    code: Annotated[
+        list[Path] | None,
+        typer.Option(exists=True, help="file or package of a task or model of your own"),
+    ] = None,
+) -> None:
+    """Log a trained model to MLflow: it takes a support set and queries, adapts, and answers."""
+    from pipeline.console import out
+    from pipeline.experiments import load_run
+    from pipeline.export import export_run
+
+    exported = export_run(
+        load_run(run_dir),
+        run_dir,
+        checkpoint=_which(checkpoint),
+        register=register,
+        alias=alias,
+        code=tuple(code or ()),
+    )
+
+    def say(line: str) -> None:
+        out.print(line, markup=False, soft_wrap=True)
+
+    say(f"model      {exported.uri}")
+    uri = exported.uri
+    if exported.version is not None:
+        uri = f"models:/{register}@{alias}" if alias else f"models:/{register}/{exported.version}"
+        say(f"registered {register}, version {exported.version}{f', {alias}' if alias else ''}")
+    say(f"store      {exported.store}")
+    say(
+        f"serve      MLFLOW_TRACKING_URI={exported.store} mlflow models serve -m {uri} "
+        "--env-manager local --host 127.0.0.1 --port 5001"
+    )
+
+
+def _check_split(split: str) -> None:
+    from tasks.base import SPLITS
+
+    if split not in SPLITS:
+        raise ValueError(f"--split: must be one of {', '.join(SPLITS)}, got {split!r}")
+
+
+def _which(checkpoint: str) -> Any:
+    if checkpoint not in ("final", "best"):
+        raise ValueError(f"--checkpoint: must be final or best, got {checkpoint!r}")
+    return checkpoint
+
+
+def _parsed_steps(text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        steps = tuple(sorted({int(part) for part in text.split(",")}))
+    except ValueError:
+        raise ValueError(f"--steps: must look like 0,1,3,10, got {text!r}") from None
+    if steps[0] < 0:
+        raise ValueError(f"--steps: must not be negative, got {text!r}")
+    return steps

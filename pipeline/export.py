@@ -1,0 +1,150 @@
+"""A run as an MLflow model: code, parameters and recipe, loaded without pickle.
+
+The model brings the packages `pipeline` and `tasks` with it, and asks for torch, numpy and a few
+small libraries: neither for Ray nor for the data set.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import tempfile
+from contextlib import redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.adapter import Adapter, Recipe
+from pipeline.config import Experiment
+from pipeline.evaluation import Which, parameters_of
+from pipeline.mlflow_sender import TrackingError
+from pipeline.runs import find_run, store_of_folder
+
+REQUIREMENTS = ("torch", "numpy", "pydantic", "PyYAML", "safetensors")
+"""What the exported code imports; MLflow adds itself."""
+_ROOT = Path(__file__).resolve().parent.parent
+_NAME = re.compile(r"[A-Za-z0-9][\w .-]*")
+
+
+class Exported(NamedTuple):
+    """A logged model."""
+
+    uri: str
+    """What `mlflow.pyfunc.load_model` and `mlflow models serve` take."""
+    store: str
+    """The tracking store that has it."""
+    version: str | None
+    """In the registry; None: it was not registered."""
+
+
+def export_run(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    checkpoint: Which = "final",
+    register: str | None = None,
+    alias: str | None = None,
+    code: tuple[Path, ...] = (),
+) -> Exported:
+    """Log the model of a run to the run's own MLflow record, and register it under a name.
+
+    `code` are files or packages that a task or model of one's own is imported from. Raises
+    CheckpointError, TrackingError, ValueError.
+    """
+    if alias is not None and register is None:
+        raise ValueError("--alias: names a version of a registered model; give --register NAME")
+    for option, name in (("--register", register), ("--alias", alias)):
+        if name is not None and not _NAME.fullmatch(name):
+            raise ValueError(f"{option}: {name!r} must begin with a letter or digit")
+    own = [kind for kind in (experiment.task.kind, experiment.model.kind) if ":" in kind]
+    if own and not code:
+        raise ValueError(
+            f"--code: the model needs {', '.join(own)}; name the file or package that holds it"
+        )
+    adapter = Adapter(Recipe.of(experiment), parameters_of(experiment, run_dir, checkpoint))
+    run = find_run(str(run_dir), None)
+    store = store_of_folder(run_dir.absolute(), None)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    mlflow.set_tracking_uri(store)
+    try:
+        # What MLflow has to say there, the caller says more clearly.
+        with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+            adapter.save(folder)
+            mlflow.set_experiment(run.tracking_experiment)
+            # Not log_model under start_run: that would open a run again that has ended.
+            info = mlflow.models.Model.log(
+                artifact_path=None,
+                name="model",
+                flavor=mlflow.pyfunc,
+                run_id=run.run_id,
+                registered_model_name=register,
+                python_model=str(_ROOT / "pipeline" / "exported_model.py"),
+                artifacts={"adapter": folder},
+                code_paths=[str(_ROOT / "pipeline"), str(_ROOT / "tasks"), *map(str, code)],
+                pip_requirements=requirements(),
+                signature=signature_of(adapter),
+                input_example=example_for(adapter),
+            )
+        number = info.registered_model_version
+        if alias is not None:
+            mlflow.MlflowClient().set_registered_model_alias(register, alias, str(number))
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at {store} did not take the model: {error}") from error
+    return Exported(info.model_uri, store, None if number is None else str(number))
+
+
+def requirements() -> list[str]:
+    """The versions that the model was trained with, as pip takes them anywhere."""
+    names = ("mlflow", *REQUIREMENTS)
+    # What follows a + names a build (of torch, for CUDA or CPU), not a version.
+    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+
+
+def example_for(adapter: Adapter) -> dict[str, Any]:
+    """Inputs of the right shapes, and noise otherwise: one support example per class (or one)."""
+    recipe = adapter.recipe
+    count = recipe.output_size if adapter.classifies else 1
+    rng = np.random.default_rng(0)
+    examples = rng.random((count, *recipe.input_shape), dtype=np.float32)
+    targets = np.zeros((1, recipe.output_size), np.float32)
+    return {
+        "support_x": examples,
+        "support_y": np.arange(count) if adapter.classifies else targets,
+        "query_x": examples,
+    }
+
+
+def signature_of(adapter: Adapter) -> Any:
+    """Inputs and outputs, the support set among the inputs; leading dimensions are free."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    recipe = adapter.recipe
+    examples, outputs = (-1, *recipe.input_shape), (-1, recipe.output_size)
+    labels = TensorSpec(np.dtype(np.int64), (-1,), "support_y")
+    targets = TensorSpec(np.dtype(np.float32), outputs, "support_y")
+    answer = np.dtype(np.int64 if adapter.classifies else np.float32)
+    return ModelSignature(
+        inputs=Schema(
+            [
+                TensorSpec(np.dtype(np.float32), examples, "support_x"),
+                labels if adapter.classifies else targets,
+                TensorSpec(np.dtype(np.float32), examples, "query_x"),
+            ]
+        ),
+        outputs=Schema(
+            [
+                TensorSpec(answer, (-1,) if adapter.classifies else outputs, "predictions"),
+                TensorSpec(np.dtype(np.float32), outputs, "scores"),
+                TensorSpec(np.dtype(np.float64), (-1,), "support_loss"),
+            ]
+        ),
+        # Gradient steps; below 0: as many as the recipe says.
+        params=ParamSchema([ParamSpec("steps", "long", -1)]),
+    )

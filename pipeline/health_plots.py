@@ -1,0 +1,202 @@
+"""Figures of a run's diagnostics, one per question, from the records of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from pipeline.figures import COLORS, GREY, MARKERS, is_logarithmic, legend, new_figure, save
+from pipeline.health import PREFIX, by_step
+
+Record = Mapping[str, float]
+_MOST_LABELS = 8
+
+
+def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) -> list[Path]:
+    """Draw what the diagnoses of a run have found; returns the files.
+
+    `records` are metrics by name, with their "iteration"; `alpha` is the inner rate where it is
+    fixed.
+    """
+    if not records:
+        return []
+    written = []
+    for name, draw in {
+        "gradient_norm": _gradient_norm,
+        "inner_loss": _inner_loss,
+        "curvature": _curvature,
+        "order": _order,
+        "hurt": _hurt,
+        "inner_lr": _inner_lr,
+    }.items():
+        path = folder / f"health_{name}.png"
+        if draw(records, path, alpha):
+            written.append(path)
+    return written
+
+
+def _gradient_norm(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    return _lines_by_step(
+        records,
+        path,
+        "gradient_norm",
+        y_label="norm of the meta-gradient (log scale)",
+        title="The meta-gradient on its way back through adaptation",
+        caption="Gradient of the meta-loss with respect to the parameters after s inner steps, "
+        "mean over tasks. Lines that spread: it explodes (early steps above) or vanishes (below).",
+        logarithmic=True,
+    )
+
+
+def _curvature(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    return _lines_by_step(
+        records,
+        path,
+        "curvature",
+        y_label="curvature along the inner gradient",
+        title="How steep the way of adaptation is",
+        caption="g·Hg / |g|² of the support loss, mean over tasks. Above 2 / inner rate a step of "
+        "gradient descent ends higher than it began.",
+        bound=None if alpha is None else 2 / alpha,
+    )
+
+
+def _lines_by_step(
+    records: Sequence[Record],
+    path: Path,
+    name: str,
+    *,
+    y_label: str,
+    title: str,
+    caption: str,
+    logarithmic: bool = False,
+    bound: float | None = None,
+) -> bool:
+    """A diagnostic of every inner step, by iteration."""
+    values = [by_step(dict(record), name) for record in records]
+    steps = len(values[0])
+    if not steps:
+        return False
+    figure, axes = new_figure(7.2, 4.2)
+    for s in range(steps):
+        label = f"s = {s}" if _labelled(s, steps) else None
+        line = [of_record[s] for of_record in values]
+        axes.plot(_iterations(records), line, color=_shade(s, steps), label=label)
+    if bound is not None:
+        axes.axhline(bound, color=GREY, linestyle="--", label=f"2 / inner rate = {bound:.3g}")
+    if logarithmic:
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set_ylabel(y_label)
+    _by_iteration(axes, title)
+    save(figure, path, caption)
+    return True
+
+
+def _inner_loss(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """Support loss by inner step, for some iterations."""
+    chosen = sorted({round(i * (len(records) - 1) / 4) for i in range(5)})
+    losses = [by_step(dict(records[i]), "inner_loss") for i in chosen]
+    figure, axes = new_figure(7.2, 4.2)
+    for number, (i, loss) in enumerate(zip(chosen, losses, strict=True)):
+        label = f"iteration {int(records[i]['iteration']):,}"
+        color = _shade(number, len(chosen))
+        axes.plot(range(len(loss)), loss, color=color, marker="o", markersize=4, label=label)
+    if is_logarithmic("loss", [list(loss) for loss in losses]):
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set_ylabel("support loss before the step")
+    axes.set_xlabel("inner step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Adaptation to the support set")
+    legend(axes)
+    save(figure, path, "Mean over tasks.")
+    return True
+
+
+def _order(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """What the second order changes."""
+    if f"{PREFIX}order_cosine" not in records[0]:
+        return False
+    figure, axes = new_figure(7.2, 4.2)
+    for number, (name, label) in enumerate(
+        {"order_cosine": "cosine", "order_norm_ratio": "norm: second / first order"}.items()
+    ):
+        values = [record[PREFIX + name] for record in records]
+        axes.plot(_iterations(records), values, color=COLORS[number], label=label)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set_ylabel("second against first order")
+    _by_iteration(axes, "Meta-gradients of second and first order on the same tasks")
+    save(figure, path, "Both at 1: the first order would do as well.")
+    return True
+
+
+def _hurt(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    figure, axes = new_figure(7.2, 3.6)
+    shares = [record[f"{PREFIX}hurt_share"] for record in records]
+    axes.plot(_iterations(records), shares, color=COLORS[1])
+    axes.set_ylim(-0.02, max(0.2, 1.1 * max(shares)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_ylabel("tasks")
+    _by_iteration(axes, "Tasks on which adaptation hurts")
+    save(figure, path, "Query loss after adaptation higher than before.")
+    return True
+
+
+def _inner_lr(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """Learned rates: by step at the last diagnosis, or by iteration where steps share them."""
+    prefix = f"{PREFIX}inner_lr/"
+    names = [key.removeprefix(prefix) for key in records[-1] if key.startswith(prefix)]
+    if not names:
+        return False
+    last = dict(records[-1])
+    layers = list(dict.fromkeys(name.rpartition("_step")[0] or name for name in names))
+    figure, axes = new_figure(8.6, 4.6)
+    stepwise = layers[0] not in names
+    for number, layer in enumerate(layers):
+        if stepwise:
+            rates = list(by_step(last, f"inner_lr/{layer}"))
+            x = [1.0 + s for s in range(len(rates))]
+        else:
+            x, rates = _iterations(records), [r[prefix + layer] for r in records]
+        marker = MARKERS[number // len(COLORS) % len(MARKERS)]
+        color = COLORS[number % len(COLORS)]
+        axes.plot(x, rates, color=color, marker=marker, markersize=4, label=layer)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_ylabel("inner rate")
+    if stepwise:
+        axes.set_xlabel("inner step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"Learned inner rates after iteration {int(last['iteration']):,}")
+        legend(axes)
+        save(figure, path, "")
+    else:
+        _by_iteration(axes, "Learned inner rates")
+        save(figure, path, "Means over each layer's parameters.")
+    return True
+
+
+def _by_iteration(axes: Axes, title: str) -> None:
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title)
+    legend(axes)
+
+
+def _iterations(records: Sequence[Record]) -> list[float]:
+    return [record["iteration"] for record in records]
+
+
+def _shade(number: int, count: int) -> tuple[float, float, float, float]:
+    """Dark to light, in order."""
+    return colormaps["viridis"](0.9 * number / max(1, count - 1))
+
+
+def _labelled(number: int, count: int) -> bool:
+    """Whether a line of many has an entry in the legend: at most eight do, both ends among them."""
+    if count <= _MOST_LABELS:
+        return True
+    ticks = {round(i * (count - 1) / (_MOST_LABELS - 1)) for i in range(_MOST_LABELS)}
+    return number in ticks

@@ -1,0 +1,188 @@
+"""Analysis: what must be so by construction, the words that follow from numbers, the page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze, finding
+from pipeline.analysis_report import ability_rows, layer_rows, write_analysis
+from pipeline.chunk import initial_parameters
+from pipeline.estimates import Estimate
+from pipeline.evaluation import evaluate_run
+from pipeline.mlflow_sender import client_class
+from pipeline.runs import find_run
+from pipeline.training import train
+from tests.conftest import experiment_of
+from tests.test_cli import maml
+
+
+@pytest.fixture(scope="module")
+def glyphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {
+        "name": "small",
+        "task": {"kind": "glyphs", "ways": 3, "shots": 1, "queries": 2, "num_classes": 40},
+        "model": {"kind": "conv4", "filters": 8},
+        "inner": {"lr": 0.5, "steps": 2},
+        "outer": {"lr": 0.005, "iterations": 4, "tasks_per_batch": 4},
+        "compute": {"compile": "never", "device": "cpu", "threads": 1},
+        "cluster": {"workers": 0},
+        "evaluation": {"tasks": 12, "validation_tasks": 4, "steps": [0, 2]},
+        "tracking": {"enabled": False},
+        "data": {"root": str(tmp_path_factory.mktemp("data"))},
+    }
+
+
+def test_what_does_not_adapt_does_not_change(glyphs: dict[str, Any]) -> None:
+    experiment = experiment_of({**glyphs, "algorithm": "anil"})
+    found = analyze(experiment, initial_parameters(experiment), num_tasks=6)
+    *body, head = found.layers
+    assert len(body) == 4
+    for layer in body:
+        assert layer.cka.mean == pytest.approx(1)
+        assert layer.moved == Estimate(0.0, 0.0)
+    assert head.moved.mean > 0
+    assert head.cka.mean < 1
+    # Only the head adapts anyway.
+    assert set(found.abilities) == {NONE, ALL, CENTROID}
+
+
+def test_abilities_are_those_of_evaluations(glyphs: dict[str, Any], tmp_path: Path) -> None:
+    experiment = experiment_of(glyphs)
+    train(experiment, tmp_path / "run")
+    from pipeline.evaluation import parameters_of
+
+    theta = parameters_of(experiment, tmp_path / "run")
+    found = analyze(experiment, theta, num_tasks=12, queries=None)
+    (curve, _) = evaluate_run(
+        experiment, tmp_path / "run", split="test", num_tasks=12, steps=(0, 2)
+    )
+    for position, name in enumerate((NONE, ALL)):
+        assert found.abilities[name].mean == pytest.approx(curve.mean["accuracy"][position])
+        assert found.abilities[name].ci95 == pytest.approx(curve.ci95["accuracy"][position])
+    for name, adapted in ((HEAD, "head"), (BODY, "body")):
+        part = experiment_of(glyphs, inner={"adapted": [adapted]})
+        (curve, _) = evaluate_run(part, tmp_path / "run", split="test", num_tasks=12, steps=(2,))
+        assert found.abilities[name].mean == pytest.approx(curve.mean["accuracy"][0])
+    # The ends of the way are the losses before and after.
+    (curve, _) = evaluate_run(
+        experiment, tmp_path / "run", split="test", num_tasks=12, steps=(0, 2)
+    )
+    mean = torch.tensor(found.paths).mean(0)
+    assert float(mean[0]) == pytest.approx(curve.mean["loss"][0], rel=1e-5)
+    assert float(mean[10]) == pytest.approx(curve.mean["loss"][1], rel=1e-5)
+
+
+def test_more_queries_for_the_representations(glyphs: dict[str, Any]) -> None:
+    experiment = experiment_of(glyphs)
+    found = analyze(experiment, initial_parameters(experiment), num_tasks=2, queries=10)
+    assert found.changes == {"queries": 10}
+    with pytest.raises(ValueError, match=r"shots: .* need 41 images"):
+        analyze(experiment, initial_parameters(experiment), num_tasks=2, queries=40)
+
+
+def test_every_algorithm_can_be_analysed(glyphs: dict[str, Any]) -> None:
+    for algorithm in ("boil", "meta-sgd", "maml++", "reptile"):
+        experiment = experiment_of({**glyphs, "algorithm": algorithm})
+        found = analyze(experiment, initial_parameters(experiment), num_tasks=3, queries=3)
+        assert ALL in found.abilities
+        finding(found)
+
+
+def test_regression_has_no_centroids(quick: dict[str, Any]) -> None:
+    experiment = experiment_of(quick)
+    found = analyze(experiment, initial_parameters(experiment), num_tasks=5)
+    assert set(found.abilities) == {NONE, ALL, HEAD, BODY}
+    assert found.metric == "loss"
+    # What is lost is counted so that more is worse.
+    worse = found.abilities[HEAD].mean - found.abilities[ALL].mean
+    assert found.lost[HEAD].mean == pytest.approx(worse)
+
+
+def made_up(**abilities: float) -> Analysis:
+    def estimate(mean: float) -> Estimate:
+        return Estimate(mean, 0.01)
+
+    names = {"none": NONE, "all": ALL, "head": HEAD, "body": BODY, "centroid": CENTROID}
+    values = {names[key]: estimate(value) for key, value in abilities.items()}
+    full = values[ALL].mean
+    from pipeline.analysis import LayerChange
+
+    return Analysis(
+        "accuracy",
+        3,
+        100,
+        "test",
+        {},
+        [
+            LayerChange("1", "Conv", estimate(0.99), estimate(0.98), estimate(0.001)),
+            LayerChange("2", "Linear", estimate(0.3), estimate(0.4), estimate(0.5)),
+        ],
+        values,
+        {name: estimate(full - v.mean) for name, v in values.items() if name != ALL},
+        [[2.0 - 0.1 * i for i in range(16)]] * 4,
+    )
+
+
+def test_the_finding_follows_from_the_numbers() -> None:
+    reuse = made_up(none=0.2, all=0.95, head=0.94, body=0.5, centroid=0.95)
+    text = finding(reuse)
+    assert "feature reuse" in text
+    assert "from 20.00 ± 1.00 % to 95.00 ± 1.00 %" in text
+    assert "keeps 99 % of the gain" in text
+    assert "never rises on 100 % of the tasks: they lie in one valley" in text
+    changed = replace(
+        made_up(none=0.2, all=0.95, head=0.3, body=0.94, centroid=0.4),
+        layers=[replace(reuse.layers[0], cka=Estimate(0.5, 0.01)), reuse.layers[1]],
+    )
+    assert "rapid learning" in finding(changed)
+    assert "It is both" in finding(made_up(none=0.2, all=0.95, head=0.6, body=0.6, centroid=0.5))
+    assert "nothing to explain" in finding(made_up(none=0.5, all=0.5, head=0.5, body=0.5))
+    hilly = replace(reuse, paths=[[1.0, *[5.0] * 9, 0.5, *[0.5] * 5]] * 4)
+    assert "never rises on 0 % of the tasks." in finding(hilly)
+
+
+def test_the_tables_and_the_page(quick: dict[str, Any], tmp_path: Path) -> None:
+    analysis = made_up(none=0.2, all=0.95, head=0.94, body=0.5, centroid=0.95)
+    assert layer_rows(analysis)[1][0] == "1 (Conv)"
+    assert layer_rows(analysis)[2] == [
+        "2 (Linear, head)",
+        "0.30 ± 0.01",
+        "0.40 ± 0.01",
+        "50.00 ± 1.00 %",
+    ]
+    assert ability_rows(analysis)[2] == [ALL, "95.00 ± 1.00", ""]
+    files = write_analysis(experiment_of(quick), analysis, tmp_path / "analysis")
+    page = (tmp_path / "analysis" / "index.html").read_text()
+    assert page.count("data:image/png;base64,") == 2
+    assert "feature reuse" in page
+    assert {file.name for file in files} == {
+        "index.html",
+        "analysis.json",
+        "layers.png",
+        "paths.png",
+    }
+    numbers = json.loads((tmp_path / "analysis" / "analysis.json").read_text())
+    assert numbers["abilities"][ALL] == {"mean": 0.95, "ci95": 0.01}
+    assert numbers["monotone_share"] == 1.0
+
+
+def test_the_command_logs_the_page_to_the_run(glyphs: dict[str, Any], tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    experiment = experiment_of(glyphs, tracking={"enabled": True, "uri": uri})
+    train(experiment, tmp_path / "run")
+    done = maml("analyze", str(tmp_path / "run"), "--tasks", "4", "--queries", "5", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "what adapts" in done.stdout
+    assert str(tmp_path / "run" / "analysis" / "index.html") in done.stdout
+    run = find_run(str(tmp_path / "run"), None)
+    logged = client_class()(uri).list_artifacts(run.run_id, "analysis")
+    assert {Path(file.path).name for file in logged} >= {"index.html", "layers.png"}
+    bad = maml("analyze", str(tmp_path / "run"), "--split", "exam", cwd=tmp_path)
+    assert bad.returncode == 2
+    assert "--split" in bad.stderr

@@ -1,0 +1,94 @@
+"""Runs against each other: paired on the same tasks, and only on the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.comparison import compare_runs, difference
+from pipeline.experiments import ConfigError
+from pipeline.training import train
+from tests.conftest import experiment_of
+from tests.test_cli import maml
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    settings: dict[str, Any] = {
+        "task": {"kind": "sinusoid", "shots": 5, "queries": 5},
+        "model": {"kind": "mlp", "hidden": [8]},
+        "outer": {"lr": 0.01, "iterations": 4, "tasks_per_batch": 6},
+        "compute": {"compile": "never", "device": "cpu", "threads": 1},
+        "cluster": {"workers": 0},
+        "evaluation": {"tasks": 40, "validation_tasks": 4, "steps": [0, 1, 3]},
+        "tracking": {"enabled": False},
+    }
+    for name, inner in (("one", {"lr": 0.01}), ("other", {"lr": 0.1, "order": "first"})):
+        train(experiment_of({**settings, "name": name}, inner=inner), folder / name)
+    train(experiment_of({**settings, "name": "one"}, task={"shots": 9}), folder / "shots")
+    return folder
+
+
+def test_a_difference_is_taken_task_by_task() -> None:
+    rng = np.random.default_rng(0)
+    hard = 10 * rng.normal(size=100)  # what makes tasks differ cancels
+    one, other = hard + 0.3 + 0.1 * rng.normal(size=100), hard
+    found = difference("one", one[None], "other", other[None])
+    paired = one - other
+    assert found.mean == pytest.approx([paired.mean()])
+    assert found.ci95 == pytest.approx([1.96 * paired.std(ddof=1) / 10])
+    assert found.ci95[0] < 0.1
+    assert found.p[0] < 1e-6
+    # The p-value of a difference at the edge of its 95 % interval is 5 %.
+    edge = paired - paired.mean() + 1.96 * paired.std(ddof=1) / 10
+    assert difference("a", edge[None], "b", np.zeros((1, 100))).p[0] == pytest.approx(
+        0.05, abs=1e-4
+    )
+
+
+def test_a_run_against_itself(runs: Path) -> None:
+    (found,) = compare_runs([runs / "one", runs / "one"])
+    assert found.differences[0].mean == [0.0, 0.0, 0.0]
+    assert found.differences[0].p == [1.0, 1.0, 1.0]
+
+
+def test_curves_are_those_of_evaluate(runs: Path) -> None:
+    (found,) = compare_runs([runs / "one", runs / "other"])
+    assert [curve.who for curve in found.curves] == ["one", "other"]
+    for curve in found.curves:
+        (trained, _) = json.loads((runs / curve.who / "results.json").read_text())
+        assert curve.mean["loss"] == pytest.approx(trained["mean"]["loss"])
+        assert curve.ci95["loss"] == pytest.approx(trained["ci95"]["loss"])
+    one, other = (np.array(curve.mean["loss"]) for curve in found.curves)
+    assert found.differences[0].mean == pytest.approx(other - one)
+
+
+def test_other_tasks_are_refused_by_name(runs: Path) -> None:
+    with pytest.raises(ConfigError, match=r"task\.shots: 5 in .*, 9 in .*--set task\.shots="):
+        compare_runs([runs / "one", runs / "shots"])
+    (found,) = compare_runs([runs / "one", runs / "shots"], overrides=["task.shots=7"])
+    assert found.curves[0].protocol["shots"] == found.curves[1].protocol["shots"] == 7
+
+
+def test_the_command(runs: Path, tmp_path: Path) -> None:
+    arguments = [str(runs / name) for name in ("one", "other")]
+    done = maml("compare", *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "other - one" in done.stdout
+    assert "p = " in done.stdout or "p < " in done.stdout
+    assert (tmp_path / "comparison.png").exists()
+    done = maml("compare", *arguments, "--json", "--plot", "x.png", cwd=tmp_path)
+    (found,) = json.loads(done.stdout)
+    assert len(found["curves"]) == 2
+    assert (tmp_path / "x.png").exists()
+    alone = maml("compare", arguments[0], cwd=tmp_path)
+    assert alone.returncode == 2
+    assert "two runs or more" in alone.stderr
+    nowhere = maml("compare", arguments[0], "nowhere", cwd=tmp_path)
+    assert nowhere.returncode == 2
+    assert "is not the folder of a run" in nowhere.stderr

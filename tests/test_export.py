@@ -1,0 +1,290 @@
+"""A trained model outside of training: in Python, as an MLflow model, over HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.adapter import Adapter
+from pipeline.chunk import EVALUATION_SEED
+from pipeline.config import Experiment
+from pipeline.evaluation import parameters_of, task_by_task
+from pipeline.experiments import load_run
+from pipeline.export import REQUIREMENTS, export_run, requirements
+from pipeline.mlflow_sender import client_class
+from pipeline.parameters import Layout
+from pipeline.runs import find_run
+from pipeline.training import train
+from pipeline.workers import InProcess
+from tests.conftest import experiment_of
+from tests.test_cli import clean_environment, maml
+
+WAYS = 3
+BASE: dict[str, Any] = {
+    "name": "small",
+    "outer": {"lr": 0.005, "iterations": 4, "tasks_per_batch": 4},
+    "compute": {"compile": "never", "device": "cpu", "threads": 1},
+    "cluster": {"workers": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that is trained in a folder of its own."""
+    folder = tmp_path_factory.mktemp("export")
+    experiment = experiment_of(
+        {
+            **BASE,
+            "algorithm": "maml++",
+            "task": {"kind": "glyphs", "ways": WAYS, "shots": 2, "queries": 3, "num_classes": 40},
+            "model": {"kind": "conv4", "filters": 8},
+            "inner": {"lr": 0.5, "steps": 2},
+            "evaluation": {"tasks": 6, "validation_tasks": 4, "steps": [0, 2]},
+            "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+            "data": {"root": str(folder / "data")},
+        }
+    )
+    train(experiment, folder / "run")
+    return folder / "run"
+
+
+def sampled(experiment: Experiment, count: int) -> Any:
+    return experiment.build_task().sample(EVALUATION_SEED, "test", np.arange(count))
+
+
+def test_it_answers_as_evaluation_does(run: Path) -> None:
+    experiment = load_run(run)
+    theta = parameters_of(experiment, run)
+    workers = InProcess(experiment, compile=False, warm_up=False)
+    flat = Layout.of(theta).join(theta).numpy()
+    by_task = task_by_task(
+        workers, experiment, flat, split="test", num_tasks=8, steps=(0, 2), variant=""
+    )
+    workers.close()
+    adapter = Adapter.load(run)
+    batch = sampled(experiment, 8)
+    for position, steps in ((0, 0), (1, None)):
+        accuracies = []
+        for i in range(8):
+            found = adapter.predict(
+                batch.support.x[i], batch.support.y[i], batch.query.x[i], steps=steps
+            )
+            accuracies.append((found.predictions == batch.query.y[i].numpy()).mean())
+            assert found.scores.sum(-1) == pytest.approx(np.ones(len(found.scores)))
+        assert accuracies == pytest.approx(by_task["accuracy"][position].tolist())
+
+
+def test_labels_are_the_callers_own_and_every_step_is_reported(run: Path) -> None:
+    batch = sampled(load_run(run), 1)
+    adapter = Adapter.load(run)
+    x, y, query = batch.support.x[0], batch.support.y[0], batch.query.x[0]
+    plain = adapter.predict(x, y, query)
+    named = adapter.predict(x, 10 * y + 4, query)
+    assert named.predictions.tolist() == (10 * plain.predictions + 4).tolist()
+    assert plain.support_loss.shape == (3,)
+    assert plain.support_loss[2] < plain.support_loss[0]
+    again = adapter.predict(x, y, query)  # nothing is kept from one call to the next
+    assert np.array_equal(plain.scores, again.scores)
+
+
+def test_regression(quick: dict[str, Any], tmp_path: Path) -> None:
+    experiment = experiment_of(quick, compute={"dtype": "float64"})
+    train(experiment, tmp_path / "run")
+    adapter = Adapter.load(tmp_path / "run")
+    batch = sampled(experiment, 1)
+    found = adapter.predict(batch.support.x[0], batch.support.y[0], batch.query.x[0])
+    assert found.predictions.shape == (5, 1)
+    with pytest.raises(ValueError, match=r"support_y: must have the shape \[5, 1\]"):
+        adapter.predict(batch.support.x[0], batch.support.y[0][:, 0], batch.query.x[0])
+    with pytest.raises(ValueError, match="support_y: must be finite"):
+        adapter.predict(batch.support.x[0], np.full((5, 1), np.nan), batch.query.x[0])
+    with pytest.raises(ValueError, match="diverged"):
+        adapter.predict(1e200 * batch.support.x[0].double(), batch.support.y[0], batch.query.x[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"support_x": np.zeros((6, 28, 28))}, r"support_x: must have the shape \[n, 1, 28, 28\]"),
+        ({"query_x": np.zeros((0, 1, 28, 28))}, r"query_x: must have the shape .* got \[0, 1"),
+        ({"query_x": np.full((2, 1, 28, 28), np.nan)}, "query_x: holds 1568 NaN"),
+        ({"query_x": "image"}, "query_x: not an array of numbers"),
+        ({"support_y": np.array([0, 1, 2])}, r"support_y: must have the shape \[6\]"),
+        ({"support_y": np.array([0, 1, 0, 1, 0, 1])}, r"tells 3 classes apart.* has 2 \(0, 1\)"),
+        ({"support_y": np.arange(6)}, r"tells 3 classes apart.* has 6"),
+        ({"support_y": np.array([0.5] * 6)}, "labels must be integers"),
+    ],
+)
+def test_bad_input_names_the_argument(run: Path, change: dict[str, Any], message: str) -> None:
+    batch = sampled(load_run(run), 1)
+    given = {
+        "support_x": batch.support.x[0],
+        "support_y": batch.support.y[0],
+        "query_x": batch.query.x[0],
+    }
+    with pytest.raises(ValueError, match=message):
+        Adapter.load(run).predict(**{**given, **change})
+
+
+def test_two_files_are_enough(run: Path, tmp_path: Path) -> None:
+    """Neither the data set nor the run's folder is needed afterwards."""
+    Adapter.load(run).save(tmp_path / "model")
+    recipe = json.loads((tmp_path / "model" / "recipe.json").read_text())
+    recipe["experiment"]["data"]["root"] = str(tmp_path / "nowhere")
+    (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
+    batch = sampled(load_run(run), 1)
+    arguments = (batch.support.x[0], batch.support.y[0], batch.query.x[0])
+    one = Adapter.load(run).predict(*arguments)
+    other = Adapter.load(tmp_path / "model").predict(*arguments)
+    assert np.array_equal(one.scores, other.scores)
+    assert not (tmp_path / "nowhere").exists()
+    assert {path.name for path in (tmp_path / "model").iterdir()} == {
+        "recipe.json",
+        "theta.safetensors",
+    }
+
+
+def test_the_code_imports_nothing_that_is_not_required() -> None:
+    script = (
+        "import sys; before = set(sys.modules); import pipeline.adapter, tasks.omniglot\n"
+        "import tasks.glyphs, tasks.image_folder, tasks.sinusoid, tasks.quadratic\n"
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=clean_environment(),
+    )
+    imported = set(done.stdout.split())
+    foreign = {"ray", "typer", "rich", "matplotlib", "filelock", "mlflow", "pandas", "pyarrow"}
+    assert not imported & foreign
+    assert {{"PyYAML": "yaml"}.get(name, name) for name in REQUIREMENTS} <= imported
+    assert all("+" not in line for line in requirements())
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def served(run: Path) -> Iterator[str]:
+    """The exported model behind MLflow's own server; its address."""
+    exported = export_run(load_run(run), run, register="few-shot", alias="champion")
+    assert exported.version == "1"
+    port = free_port()
+    command = ["-m", "mlflow", "models", "serve", "-m", "models:/few-shot@champion"]
+    options = ["--env-manager", "local", "--host", "127.0.0.1", "--port", str(port)]
+    with (run / "serve.log").open("w") as log:
+        server = subprocess.Popen(
+            [sys.executable, *command, *options],
+            stdout=log,
+            stderr=log,
+            env={
+                **clean_environment(),
+                "MLFLOW_TRACKING_URI": exported.store,
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+            start_new_session=True,
+        )
+        address = f"http://127.0.0.1:{port}"
+        try:
+            wait_for(f"{address}/ping", server)
+            yield address
+        finally:
+            os.killpg(server.pid, 15)
+            server.wait(20)
+
+
+def wait_for(address: str, server: subprocess.Popen[bytes]) -> None:
+    for _ in range(240):
+        assert server.poll() is None, "the server has ended"
+        try:
+            urllib.request.urlopen(address, timeout=5).close()
+            return
+        except OSError:
+            time.sleep(0.25)
+    raise TimeoutError(address)
+
+
+def ask(address: str, inputs: dict[str, Any], **more: Any) -> Any:
+    request = urllib.request.Request(
+        f"{address}/invocations",
+        json.dumps({"inputs": inputs, **more}).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.loads(answer.read())["predictions"]
+
+
+def test_over_http(run: Path, served: str) -> None:
+    batch = sampled(load_run(run), 1)
+    inputs = {
+        "support_x": batch.support.x[0].tolist(),
+        "support_y": batch.support.y[0].tolist(),
+        "query_x": batch.query.x[0].tolist(),
+    }
+    answer = ask(served, inputs)
+    here = Adapter.load(run).predict(**inputs)
+    assert answer["predictions"] == here.predictions.tolist()
+    np.testing.assert_allclose(answer["scores"], here.scores, rtol=1e-4)
+    np.testing.assert_allclose(answer["support_loss"], here.support_loss, rtol=1e-4)
+    unadapted = ask(served, inputs, params={"steps": 0})
+    assert len(unadapted["support_loss"]) == 1
+    with pytest.raises(urllib.error.HTTPError) as caught:
+        ask(served, {**inputs, "support_y": [0, 1] * 3})
+    with caught.value as error:
+        assert error.code == 400
+        assert "tells 3 classes apart" in json.loads(error.read())["message"]
+
+
+def test_as_mlflow_loads_it(run: Path, served: str) -> None:
+    import mlflow
+
+    found = find_run(str(run), None)
+    uri = f"sqlite:///{run.parent}/mlflow.db"
+    mlflow.set_tracking_uri(uri)
+    model = mlflow.pyfunc.load_model("models:/few-shot@champion")
+    batch = sampled(load_run(run), 1)
+    inputs = {
+        "support_x": batch.support.x[0].numpy(),
+        "support_y": batch.support.y[0].numpy(),
+        "query_x": batch.query.x[0].numpy(),
+    }
+    here = Adapter.load(run).predict(**inputs)
+    assert model.predict(inputs)["predictions"].tolist() == here.predictions.tolist()
+    assert {spec.name for spec in model.metadata.signature.inputs} == set(inputs)
+    # The run has the model, and is as it was.
+    again = client_class()(uri).get_run(found.run_id)
+    assert again.info.status == "FINISHED"
+    assert again.info.end_time == round(found.ended.timestamp() * 1000) if found.ended else False
+    assert len(again.outputs.model_outputs) == 1
+
+
+def test_the_command(run: Path, tmp_path: Path) -> None:
+    done = maml("export", str(run), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "models:/m-" in done.stdout
+    assert "mlflow models serve" in done.stdout
+    assert done.stderr == ""
+    alone = maml("export", str(run), "--alias", "champion", cwd=tmp_path)
+    assert alone.returncode == 2
+    assert "--register" in alone.stderr
+    nowhere = maml("export", str(tmp_path), cwd=tmp_path)
+    assert nowhere.returncode == 2
+    assert list(tmp_path.iterdir()) == []
