@@ -37,7 +37,7 @@ from torch import Tensor
 
 from pipeline.algorithms import Phase
 from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job
+from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job, initial_parameters
 from pipeline.chunk_actor import ChunkActor
 from pipeline.config import Experiment
 from pipeline.experiments import load
@@ -181,9 +181,9 @@ def experiment_of(size: str, actors: int, data: str) -> Experiment:
 def open_session(experiment: Experiment, folder: Path, workers: RayWorkers) -> Session:
     """A run as `maml train` opens it, but for its workers, which outlive it."""
     folder.mkdir(parents=True)
-    session = Session(
-        experiment, folder, None, CheckpointStore.of_run(experiment, folder), Metrics()
-    )
+    store = CheckpointStore.of_run(experiment, folder)
+    theta = initial_parameters(experiment)
+    session = Session(experiment, folder, theta, None, store, Metrics())
     session.workers = workers
     return session
 

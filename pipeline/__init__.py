@@ -13,7 +13,8 @@ algorithms, experiments, search_space, parameters, models, meta_loss, update_rul
 inner_loop, compilation, meta_gradient, diagnostics, representations, task_supply, programs, chunk,
 adapter, exported_model, workers, chunk_actor, ray_workers, placement, aggregation, outer_update,
 health, checkpoint, mlflow_sender, tracking, mlflow_ui, runs, evaluation, comparison, analysis,
-export, figures, plots, health_plots, analysis_report, report, session, pretraining, training,
-search_trial, search_plots, search_report, search_runs, search_tune, search, job_package, jobs,
-console, search_console, cli_errors, cli_data, cli_search, cli_jobs, cli_results, cli_runs, cli.
+export, figures, plots, health_plots, analysis_report, report, session, pretraining, train_workers,
+training, search_trial, search_plots, search_report, search_runs, search_tune, search, job_package,
+jobs, console, search_console, cli_errors, cli_data, cli_search, cli_jobs, cli_results, cli_runs,
+cli.
 """

@@ -11,6 +11,7 @@ A trained model is looked at before and after it has adapted to test tasks:
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -37,11 +38,13 @@ from pipeline.representations import (
     nearest_centroid,
     weight_layers,
 )
-from tasks.base import Classification, TaskBatch
+from tasks.base import Classification, TaskBatch, TaskDistribution
 
 FRACTIONS = tuple(round(0.1 * i, 1) for i in range(16))
 """Of the way from θ (0) to θ'_i (1), and beyond."""
 _TASKS_AT_ONCE = 8
+_QUERIES = 15  # per class
+_ALIKE = 0.9  # CKA of representations that count as the same
 NONE, ALL, HEAD, BODY, CENTROID = (
     "no adaptation",
     "as trained",
@@ -78,7 +81,7 @@ class Analysis:
     layers: list[LayerChange]
     """The head is the last."""
     abilities: dict[str, Estimate]
-    """The metric when this or that adapts; those that do not apply are missing."""
+    """The metric when this or that adapts; regression has no centroids."""
     lost: dict[str, Estimate]
     """What is lost against adaptation as trained, task by task (positive: worse)."""
     paths: list[list[float]]
@@ -104,18 +107,17 @@ def analyze(
     split: str = "test",
     num_tasks: int = 100,
     steps: int | None = None,
-    queries: int | None = 15,
+    queries: int | None = None,
     on_progress: Callable[[int], None] = lambda done: None,
 ) -> Analysis:
     """Analyse trained meta-parameters on tasks 0 .. num_tasks − 1 of a split, in this process.
 
-    `steps` of adaptation, by default the `selection_step`; `queries` examples (per class) for the
-    representations, where the tasks have such a setting. Raises ValueError naming the setting.
+    `steps` of adaptation, by default the `selection_step`; `queries`: examples (per class), where
+    the tasks have such a setting; by default 15, because representations of a few examples say
+    little, or the run's own where there are not so many. Raises ValueError naming the setting.
     """
     steps = experiment.selection_step if steps is None else steps
-    changes = {"queries": queries} if queries and "queries" in experiment.task.settings else {}
-    task = experiment.build_task(**changes)
-    task.check(split)
+    task, changes = _with_queries(experiment, queries, split)
     dtype = getattr(torch, experiment.compute.dtype)
     model = model_of(experiment).to(dtype)
     looker = _Looker(
@@ -136,6 +138,7 @@ def analyze(
         on_progress(int(indices[-1]) + 1)
     values = {name: np.concatenate([f[name] for f in found], axis=-1) for name in found[0]}
     sign = 1 if task.higher_is_better else -1
+    kinds = dict(weight_layers(model))
     abilities = {n.partition("/")[2]: v for n, v in values.items() if n.startswith("ability/")}
     return Analysis(
         metric=task.primary_metric,
@@ -146,11 +149,10 @@ def analyze(
         layers=[
             LayerChange(
                 name,
-                kind,
+                kinds[name],
                 *(Estimate.of(values[f"{what}/{name}"]) for what in ("cka", "cca", "moved")),
             )
-            for name, kind in weight_layers(model)
-            if f"cka/{name}" in values
+            for name in (key.removeprefix("cka/") for key in values if key.startswith("cka/"))
         ],
         abilities={name: Estimate.of(v) for name, v in abilities.items()},
         lost={
@@ -160,6 +162,24 @@ def analyze(
         },
         paths=values["path"].T.tolist(),
     )
+
+
+def _with_queries(
+    experiment: Experiment, queries: int | None, split: str
+) -> tuple[TaskDistribution, dict[str, Any]]:
+    """The tasks to look at, and the settings in which they differ from the run's."""
+    if "queries" in experiment.task.settings:
+        changes = {"queries": queries or _QUERIES}
+        try:
+            task = experiment.build_task(**changes)
+            task.check(split)
+            return task, changes
+        except ValueError:
+            if queries is not None:
+                raise
+    task = experiment.build_task()
+    task.check(split)
+    return task, {}
 
 
 class _Looker:
@@ -235,14 +255,14 @@ class _Looker:
             of_layer[module] = owner
         change = dict.fromkeys(layers, torch.zeros(next(iter(start.fast.values())).shape[0]))
         size = dict(change)
+        for name, p in start.slow.items():
+            layer = of_layer[name.rpartition(".")[0]]
+            size[layer] = size[layer] + p.square().sum()
         for name, p in start.fast.items():
             layer = of_layer[name.rpartition(".")[0]]
             change[layer] = change[layer] + (end.fast[name] - p).flatten(1).square().sum(1)
             size[layer] = size[layer] + p.flatten(1).square().sum(1)
-        return {
-            f"moved/{name}": torch.where(size[name] > 0, change[name] / size[name], 0.0).sqrt()
-            for name in layers
-        }
+        return {f"moved/{name}": (change[name] / size[name]).sqrt() for name in layers}
 
     def _abilities(self, batch: TaskBatch) -> dict[str, Tensor]:
         def curve(adaptation: Adaptation, *steps: int) -> Tensor:
@@ -257,7 +277,11 @@ class _Looker:
             none = full = curve(self._adaptation, 0)[0]
         values[f"ability/{NONE}"], values[f"ability/{ALL}"] = none, full
         for name, fast in self._parts.items():
-            if fast and set(fast) != set(self._adaptation.fast):
+            if not fast:
+                values[f"ability/{name}"] = none
+            elif set(fast) == set(self._adaptation.fast):
+                values[f"ability/{name}"] = full
+            else:
                 part = dataclasses.replace(self._adaptation, fast=fast)
                 values[f"ability/{name}"] = curve(part, self._steps)[0]
         return values
@@ -282,23 +306,19 @@ def finding(analysis: Analysis) -> str:
         return estimate.text(percent) + (" %" if percent else "")
 
     abilities = analysis.abilities
-    gain = analysis.lost[NONE].mean
-    kept = {name: 1 - lost.mean / gain for name, lost in analysis.lost.items()} if gain > 0 else {}
+    gain, uncertain = analysis.lost[NONE]
+    helps = gain > (math.inf if uncertain is None else uncertain)
+    kept = {name: 1 - lost.mean / gain for name, lost in analysis.lost.items()} if helps else {}
     sentences = [
         f"Adaptation in {analysis.steps} step{'' if analysis.steps == 1 else 's'} takes the "
         f"{analysis.metric} from {shown(abilities[NONE])} to {shown(abilities[ALL])}."
     ]
-    if body:
-        cka = float(np.nanmean([layer.cka.mean for layer in body]))
-        moved = float(np.nanmean([layer.moved.mean for layer in body]))
+    cka, moved = (_mean(values) for values in ([x.cka for x in body], [x.moved for x in body]))
+    if math.isfinite(cka):
+        alike = "before and after are alike" if cka > _ALIKE else "change"
         sentences.append(
-            f"The body's representations before and after are alike (mean CKA {cka:.2f}; head "
-            f"{head.cka.mean:.2f}), its parameters move by {100 * moved:.1f} % "
-            f"(head {100 * head.moved.mean:.1f} %)."
-            if cka > 0.9
-            else f"The body's representations change (mean CKA before and after {cka:.2f}; head "
-            f"{head.cka.mean:.2f}), its parameters move by {100 * moved:.1f} % "
-            f"(head {100 * head.moved.mean:.1f} %)."
+            f"The body's representations {alike} (mean CKA {cka:.2f}; head {head.cka.mean:.2f}), "
+            f"its parameters move by {100 * moved:.1f} % (head {100 * head.moved.mean:.1f} %)."
         )
     for name, verb in ((HEAD, "keeps"), (BODY, "keeps"), (CENTROID, "reaches")):
         if name in kept:
@@ -306,7 +326,7 @@ def finding(analysis: Analysis) -> str:
                 f"{name.capitalize()}: {shown(abilities[name])}, which {verb} "
                 f"{100 * max(0.0, kept[name]):.0f} % of the gain."
             )
-    sentences.append(_verdict(kept, [layer.cka.mean for layer in body]))
+    sentences.append(_verdict(kept, alike=cka > _ALIKE))
     sentences.append(
         f"On the straight way from θ to θ'_i the query loss never rises on "
         f"{100 * analysis.monotone_share:.0f} % of the tasks"
@@ -315,17 +335,22 @@ def finding(analysis: Analysis) -> str:
     return " ".join(sentences)
 
 
-def _verdict(kept: dict[str, float], body_cka: list[float]) -> str:
+def _mean(estimates: list[Estimate]) -> float:
+    """Over layers for which there is a value."""
+    known = [estimate.mean for estimate in estimates if math.isfinite(estimate.mean)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _verdict(kept: dict[str, float], alike: bool) -> str:
     """From what is kept of the gain without adapting the body, or without the head."""
     reuse = max(kept.get(HEAD, 0.0), kept.get(CENTROID, 0.0))
     rapid = kept.get(BODY, 0.0)
-    alike = bool(body_cka) and float(np.nanmean(body_cka)) > 0.9
     if not kept:
-        return "Adaptation does not help here, so there is nothing to explain."
+        return "Adaptation does not help for certain, so there is nothing to explain."
     if reuse >= 0.9 and (alike or rapid < 0.9):
         return "This is feature reuse: what the body has learned serves new tasks as it is."
     if rapid >= 0.9 and reuse < 0.9:
         return "This is rapid learning: the body itself changes for every task."
     if reuse >= 0.9:
-        return "Head or body alone would do: the features serve as they are, and can change too."
+        return "Head or body alone does it: the features serve as they are, and can change too."
     return "It is both: neither the head alone nor the body alone explains the gain."

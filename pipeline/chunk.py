@@ -291,6 +291,7 @@ class ChunkComputer:
         elif job.judged == "nearest centroid":
             scores = self._nearest_centroids(task, theta, batch)
             metrics = self._unadapted(task, batch, scores, job.steps)
+            del metrics["loss"]  # scores are cosines: their cross-entropy says nothing
         else:
             metrics = adaptation_curve(
                 objective,

@@ -78,7 +78,7 @@ def train(
         run_dir = new_run_dir(loaded)
 
     watcher = ConsoleWatcher()
-    stop = StopRequest(watcher, "stopping after this iteration (again to stop at once)")
+    stop = StopRequest(watcher, "stopping and saving (again to stop at once)")
     with resumable(watcher, f"maml train {experiment} --resume {typed(run_dir)}"):
         curves = meta_train(
             loaded,

@@ -56,11 +56,6 @@ class StopRequest:
         self.requested = False
         self._watcher = watcher
         self._message = message
-        self._install()
-        # Ray puts a handler of its own in place when it starts.
-        watcher.on_started = self._install
-
-    def _install(self) -> None:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
 

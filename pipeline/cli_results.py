@@ -10,6 +10,7 @@ import typer
 
 from pipeline.cli_errors import reporting_errors
 
+_FORMATS = (".png", ".svg", ".pdf")
 RunDir = Annotated[Path, typer.Argument(help="folder of a run", show_default=False)]
 Tasks = Annotated[int | None, typer.Option(min=2, help="number of tasks")]
 Steps = Annotated[str | None, typer.Option(help="gradient steps to report, such as 0,1,3,10")]
@@ -83,6 +84,8 @@ def compare(
     if len(run_dirs) < 2:
         raise ValueError("compare needs two runs or more: maml compare RUN RUN")
     _check_split(split)
+    if plot.suffix not in _FORMATS or not plot.absolute().parent.is_dir():
+        raise ValueError(f"--plot: must be a file in a folder that exists, {', '.join(_FORMATS)}")
     if not as_json:
         err.print(f"meta-test of {len(run_dirs)} runs ...", markup=False)
     found = compare_runs(
@@ -112,8 +115,9 @@ def analyze(
         int | None, typer.Option(min=1, help="gradient steps; by default those it is selected by")
     ] = None,
     queries: Annotated[
-        int, typer.Option(min=0, help="query examples (per class); 0: as the run has them")
-    ] = 15,
+        int | None,
+        typer.Option(min=1, help="query examples (per class); by default 15, if there are as many"),
+    ] = None,
     split: Split = "test",
     checkpoint: Checkpoint = "final",
     as_json: Json = False,
@@ -138,9 +142,7 @@ def analyze(
     theta = parameters_of(loaded, run_dir, _which(checkpoint))
     if not as_json:
         err.print(f"analysis of {run_dir} ...", markup=False, soft_wrap=True)
-    found = analyze_run(
-        loaded, theta, split=split, num_tasks=tasks, steps=steps, queries=queries or None
-    )
+    found = analyze_run(loaded, theta, split=split, num_tasks=tasks, steps=steps, queries=queries)
     folder = run_dir / "analysis"
     files = write_analysis(loaded, found, folder)
     if as_json:

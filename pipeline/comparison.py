@@ -89,9 +89,14 @@ def compare_runs(
     report = steps or tuple(sorted({step for e in experiments for step in e.report_steps}))
     count = num_tasks or min(e.evaluation.tasks for e in experiments)
     found: dict[str, list[dict[str, npt.NDArray[Any]]]] = {variant: [] for variant in variants}
-    for experiment, run_dir in zip(experiments, run_dirs, strict=True):
-        theta = parameters_of(experiment, run_dir, checkpoint)
+    thetas = [
+        parameters_of(experiment, run_dir, checkpoint)
+        for experiment, run_dir in zip(experiments, run_dirs, strict=True)
+    ]
+    for experiment in experiments:
         check_tasks(experiment, (split,))
+    _refuse_other_data(names, experiments)
+    for experiment, theta in zip(experiments, thetas, strict=True):
         workers = InProcess(experiment, compile=False, warm_up=False)
         try:
             for variant in variants:
@@ -170,3 +175,13 @@ def _refuse_other_tasks(names: Sequence[str], experiments: Sequence[Experiment])
             )
     if errors:
         raise ConfigError("the runs", errors)
+
+
+def _refuse_other_data(names: Sequence[str], experiments: Sequence[Experiment]) -> None:
+    """The same settings may name other data. Raises ConfigError."""
+    hashes = [e.build_task().protocol().get("content_hash") for e in experiments]
+    if any(each != hashes[0] for each in hashes):
+        roots = ", ".join(f"{e.data.root} in {n}" for e, n in zip(experiments, names, strict=True))
+        raise ConfigError(
+            "the runs", [f"data.root: {roots}; the image stores there are not the same"]
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,6 @@ class LiveLine:
         self.training = False
         """Whether the work is under way: a Ctrl-C then saves its state."""
         self.has_started = False
-        self.on_started: Callable[[], None] = lambda: None
         self.began = 0.0
         self._live_seconds, self._plain_seconds = live_seconds, plain_seconds
         self._progress: Progress | None = None
@@ -51,7 +50,6 @@ class LiveLine:
         """The work begins."""
         self.began = self._shown = time.monotonic()
         self.training = self.has_started = True
-        self.on_started()
         if out.is_terminal:
             self._progress = Progress(
                 BarColumn(bar_width=24), TextColumn("{task.description}"), console=out

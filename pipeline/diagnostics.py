@@ -117,7 +117,7 @@ def _hurt(
 ) -> Tensor:
     ends = (0, adaptation.steps)
     loss = adaptation_curve(objective, adaptation, meta, batch, alpha, steps=ends)["loss"]
-    return (loss[1:] > loss[:1]).to(loss.dtype)
+    return (~(loss[1:] <= loss[:1])).to(loss.dtype)  # NaN hurts
 
 
 def _joined(per_task: Params) -> Tensor:

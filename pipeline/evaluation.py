@@ -141,7 +141,7 @@ def curve_of(
     """Means over the tasks, with their confidence intervals."""
     changes = experiment.evaluation.variants[variant] if variant else {}
     estimates = {name: mean_and_ci95(values) for name, values in by_task.items()}
-    num_tasks = by_task["loss"].shape[1]
+    num_tasks = next(iter(by_task.values())).shape[1]
     return Curve(
         who,
         variant,
@@ -246,8 +246,6 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
     task = experiment.build_task()
     for split in splits:
         task.check(split)
-    if experiment.pretraining is not None and experiment.pretraining.objective == "pooled":
-        task.pooled(experiment.seed, np.arange(1))
     if ORACLE in experiment.evaluation.baselines:
         one = task.sample(EVALUATION_SEED, splits[-1], np.arange(1))
         if task.oracle(one) is None:

@@ -88,7 +88,15 @@ def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 
 # What may change when a run is continued: none of it changes what has been computed so far.
-_RESUMABLE = ("outer.iterations", "cluster.", "evaluation.", "tracking.", "checkpoint.", "data.")
+_RESUMABLE = (
+    "outer.iterations",
+    "cluster.",
+    "evaluation.",
+    "diagnostics.",
+    "tracking.",
+    "checkpoint.",
+    "data.",
+)
 
 
 def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:

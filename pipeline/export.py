@@ -26,7 +26,8 @@ from pipeline.runs import find_run, store_of_folder
 REQUIREMENTS = ("torch", "numpy", "pydantic", "PyYAML", "safetensors")
 """What the exported code imports; MLflow adds itself."""
 _ROOT = Path(__file__).resolve().parent.parent
-_NAME = re.compile(r"[A-Za-z0-9][\w .-]*")
+_NAME = re.compile(r"[^/:]+")
+_ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]+", re.IGNORECASE)  # as MLflow has it
 
 
 class Exported(NamedTuple):
@@ -56,9 +57,12 @@ def export_run(
     """
     if alias is not None and register is None:
         raise ValueError("--alias: names a version of a registered model; give --register NAME")
-    for option, name in (("--register", register), ("--alias", alias)):
-        if name is not None and not _NAME.fullmatch(name):
-            raise ValueError(f"{option}: {name!r} must begin with a letter or digit")
+    if register is not None and not _NAME.fullmatch(register):
+        raise ValueError(f"--register: {register!r} is empty or has a / or : in it")
+    if alias is not None and not _ALIAS.fullmatch(alias):
+        raise ValueError(
+            f"--alias: {alias!r} must be letters, digits, _ and -; latest, v1, v2, ... are taken"
+        )
     own = [kind for kind in (experiment.task.kind, experiment.model.kind) if ":" in kind]
     if own and not code:
         raise ValueError(

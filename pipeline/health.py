@@ -31,7 +31,9 @@ def diagnosis_jobs(experiment: Experiment, iteration: int, num_parameters: int) 
     ]
 
 
-def health(layout: Layout, theta: FlatVector, results: Sequence[ChunkResult]) -> dict[str, float]:
+def health(
+    experiment: Experiment, layout: Layout, theta: FlatVector, results: Sequence[ChunkResult]
+) -> dict[str, float]:
     """The metrics of a diagnosis, by their names in MLflow: means over its tasks."""
     metrics: dict[str, float] = {}
     for name in results[0].metrics:
@@ -48,11 +50,13 @@ def health(layout: Layout, theta: FlatVector, results: Sequence[ChunkResult]) ->
         norms = float(np.linalg.norm(second)), float(np.linalg.norm(first))
         metrics["order_cosine"] = _ratio(float(second @ first), norms[0] * norms[1])
         metrics["order_norm_ratio"] = _ratio(*norms)
-    metrics |= dict(learned_rates(layout, theta))
+    metrics |= dict(learned_rates(experiment, layout, theta))
     return {PREFIX + name: value for name, value in metrics.items()}
 
 
-def learned_rates(layout: Layout, theta: FlatVector) -> Iterator[tuple[str, float]]:
+def learned_rates(
+    experiment: Experiment, layout: Layout, theta: FlatVector
+) -> Iterator[tuple[str, float]]:
     """Learned inner rates by layer, and by step where each step has its own; means per layer
     where every parameter has its own, with the share that has become negative."""
     rates = {
@@ -60,12 +64,11 @@ def learned_rates(layout: Layout, theta: FlatVector) -> Iterator[tuple[str, floa
         for name, value in layout.split(torch.from_numpy(np.array(theta))).items()
         if name.startswith(RATE)
     }
-    shapes = layout.shapes_by_name
     for name, value in rates.items():
-        if value.shape == shapes[name]:
-            yield f"inner_lr/{name}", float(value.mean())
-        else:
+        if experiment.inner.rates == "per-layer-and-step":
             yield from ((f"inner_lr/{name}_step{s}", float(rate)) for s, rate in enumerate(value))
+        else:
+            yield f"inner_lr/{name}", float(value.mean())
     if rates:
         negative = sum(int((value < 0).sum()) for value in rates.values())
         yield "inner_lr_negative_share", negative / sum(value.size for value in rates.values())
@@ -100,12 +103,12 @@ def warnings_of(experiment: Experiment, metrics: dict[str, float]) -> dict[str, 
     share = metrics[f"{PREFIX}hurt_share"]
     if share > _MOSTLY:
         curvature = by_step(metrics, "curvature")
-        steep = (
-            f" (largest curvature along it {curvature.max():.3g}: a step above "
-            f"{2 / curvature.max():.2g} goes up)"
-            if len(curvature) and curvature.max() > 0
-            else ""
-        )
+        steep = ""
+        if experiment.inner.optimizer == "sgd" and curvature.max() > 0:
+            steep = (
+                f" (largest curvature along it {curvature.max():.3g}: a step above "
+                f"{2 / curvature.max():.2g} goes up)"
+            )
         found["hurts"] = (
             f"adaptation hurts on {100 * share:.0f} % of the tasks diagnosed: try a smaller "
             f"inner.lr{steep}, or fewer inner.steps"

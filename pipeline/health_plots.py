@@ -19,8 +19,8 @@ _MOST_LABELS = 8
 def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) -> list[Path]:
     """Draw what the diagnoses of a run have found; returns the files.
 
-    `records` are metrics by name, with their "iteration"; `alpha` is the inner rate where it is
-    fixed.
+    `records` are metrics by name, with their "iteration"; `alpha` is the inner rate, where it is
+    fixed and of plain gradient descent.
     """
     if not records:
         return []

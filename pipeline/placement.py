@@ -36,7 +36,7 @@ def decide_compile(experiment: Experiment) -> bool:
     wanted = experiment.compute.compile
     if wanted != "auto":
         return wanted == "always"
-    computer = ChunkComputer(_on_driver(experiment), compile=False)
+    computer = ChunkComputer(on_driver(experiment), compile=False)
     return computer.worth_compiling(experiment.outer.iterations * computer.num_chunks)
 
 
@@ -47,10 +47,10 @@ def decide_workers(experiment: Experiment) -> Placement:
         return Placement(0, "Ray Train has workers of its own")
     if cluster.workers != "auto":
         return Placement(cluster.workers, "as configured")
-    computer = ChunkComputer(_on_driver(experiment), compile=False)
+    computer = ChunkComputer(on_driver(experiment), compile=False)
     chunks = computer.num_chunks
     if cluster_address(experiment) is not None or cluster.gpus_per_worker:
-        fitting = _fitting_in_cluster(experiment)
+        fitting = fitting_in_cluster(experiment)
         return Placement(
             max(1, min(chunks, fitting)),
             f"the cluster has room for {fitting}, a meta-batch has {chunks} chunks",
@@ -73,7 +73,7 @@ def decide_workers(experiment: Experiment) -> Placement:
     return Placement(0, f"{measured}: not worth starting Ray")
 
 
-def _on_driver(experiment: Experiment) -> Experiment:
+def on_driver(experiment: Experiment) -> Experiment:
     """For a head node without GPU, whose actors will have one."""
     if not experiment.cluster.gpus_per_worker:
         return experiment
@@ -94,7 +94,8 @@ def _chunk_seconds(computer: ChunkComputer, threads: int) -> float:
         torch.set_num_threads(before)
 
 
-def _fitting_in_cluster(experiment: Experiment) -> int:
+def fitting_in_cluster(experiment: Experiment) -> int:
+    """How many actors Ray has room for."""
     import ray
 
     started = connect(experiment, 1)

@@ -15,7 +15,9 @@ are discarded. Workers may join late and come back after a restart: nothing depe
 from __future__ import annotations
 
 import os
+import signal
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -310,10 +312,25 @@ def connect(experiment: Experiment, size: int) -> bool:
         return False
     address = cluster_address(experiment)
     quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Ray would take SIGTERM for itself, and end a run without a checkpoint.
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _start_or_join(experiment, size, address, quiet)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    return True
+
+
+def _start_or_join(
+    experiment: Experiment, size: int, address: str | None, quiet: dict[str, Any]
+) -> None:
+    import ray
+
     if address is not None:
         # A running cluster has its own resources; naming any here would be an error.
         ray.init(address=address, **quiet)
-        return True
+        return
     needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
     cores = os.cpu_count() or 1
     ray.init(
@@ -323,7 +340,6 @@ def connect(experiment: Experiment, size: int) -> bool:
         _system_config={"max_direct_call_object_size": _INLINE_BYTES},
         **quiet,
     )
-    return True
 
 
 def _first_line(error: Exception) -> str:

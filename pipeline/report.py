@@ -52,8 +52,9 @@ def write_plots(
         path = folder / "training.png"
         plot_training(history, path, metric=task.loss_name, title=experiment.name)
         written.append(path)
-    alpha = experiment.inner.lr if experiment.inner.rates == "fixed" else None
-    written += plot_health(read_diagnoses(run_dir), folder, alpha)
+    inner = experiment.inner
+    plain = inner.rates == "fixed" and inner.optimizer == "sgd"
+    written += plot_health(read_diagnoses(run_dir), folder, inner.lr if plain else None)
     if isinstance(task, Sinusoid):
         path = folder / "fits.png"
         steps = (0, 1, experiment.report_steps[-1])

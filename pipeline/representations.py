@@ -87,6 +87,8 @@ def mean_cca(x: Tensor, y: Tensor) -> Tensor:
 
     NaN where there are fewer than three examples for each of them, or none.
     """
+    if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
+        return x.new_tensor(math.nan)
     one, other = _main_directions(x), _main_directions(y)
     width = min(one.shape[1], other.shape[1])
     if not width or one.shape[0] < _EXAMPLES_PER_DIRECTION * max(one.shape[1], other.shape[1]):

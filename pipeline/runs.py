@@ -1,7 +1,7 @@
 """Runs and searches as MLflow has them: listed, found by what people call them, compared.
 
-Only reads. A search is a run with nested runs, its trials: they carry its id in the tag
-`mlflow.parentRunId`.
+Only reads, but for `log_to_run`. A search is a run with nested runs, its trials: they carry its id
+in the tag `mlflow.parentRunId`.
 """
 
 from __future__ import annotations

@@ -209,8 +209,14 @@ class Pretraining(Section):
         128, ge=1, description="examples per update; of multi-task, tasks with all their examples"
     )
     tasks: int = Field(100, ge=1, description="training tasks of multi-task")
+    part_size: int = Field(
+        64,
+        ge=1,
+        description="of these, what is computed at once: what batch normalisation sees together, "
+        "and the unit of distribution",
+    )
     report_every: int = Field(
-        100, ge=1, description="iterations between records; workers wait for each other then"
+        100, ge=1, description="iterations between records, which are also checkpoints"
     )
 
 

@@ -8,6 +8,7 @@
     RUN_DIR/theta.safetensors    the final parameters
     RUN_DIR/results.json         the meta-test, every number with its protocol
     RUN_DIR/plots/               PNG
+    RUN_DIR/analysis/            what `maml analyze` found
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from torch import Tensor
 
 from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta, write_atomically
@@ -30,12 +32,14 @@ from pipeline.config import Experiment
 from pipeline.evaluation import Curve, check_tasks
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
-from pipeline.placement import Placement, decide_compile, decide_workers
+from pipeline.placement import Placement, decide_compile, decide_workers, on_driver
 from pipeline.ray_workers import RayWorkers
 from pipeline.report import summary, write_plots
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
 from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
 from tasks.data_root import absolute_root
+
+_PRETRAINING = "pretraining."  # names of tensors in a checkpoint
 
 
 class RunFolderError(Exception):
@@ -96,6 +100,8 @@ class Session:
         self.update = OuterUpdate(theta, experiment.outer)
         self.iteration = 0
         """Completed meta-updates."""
+        self.pretraining: dict[str, Tensor] = {}
+        """State of pretraining, for checkpoints; θ is made of it at the end."""
         self.bad_updates = 0
         self.best: dict[str, Any] | None = None
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
@@ -177,7 +183,10 @@ class Session:
         self._store.save(
             TrainingState(
                 iteration=self.iteration,
-                tensors=self.update.tensors(),
+                tensors={
+                    **self.update.tensors(),
+                    **{f"{_PRETRAINING}{name}": v for name, v in self.pretraining.items()},
+                },
                 scheduler=self.update.scheduler_state(),
                 best=self.best,
                 bad_updates=self.bad_updates,
@@ -217,8 +226,15 @@ class Session:
             self.tracker.log_artifact(plot, "plots")
 
     def _restore(self, state: TrainingState) -> None:
+        own, wide = {}, {}
+        for name, value in state.tensors.items():
+            if name.startswith(_PRETRAINING):
+                wide[name.removeprefix(_PRETRAINING)] = value
+            else:
+                own[name] = value
+        self.pretraining = wide
         try:
-            self.update.restore(state.tensors, state.scheduler)
+            self.update.restore(own, state.scheduler)
         except (ValueError, KeyError, RuntimeError) as error:
             raise RunFolderError(f"{self._store.folder}: {error}") from error
         self.iteration, self.bad_updates, self.best = state.iteration, state.bad_updates, state.best
@@ -348,11 +364,13 @@ def check_writable(folder: Path) -> None:
 
 def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
     experiment, watcher = session.experiment, session.watcher
-    if experiment.cluster.workers == "auto":
+    if experiment.cluster.workers == "auto" and experiment.pretraining is None:
         number = f"{placement.workers} actors" if placement.workers else "in process"
         watcher.notice(f"workers: {number} ({placement.reason})")
     if placement.workers == 0:
-        return InProcess(experiment, session.compile, warm_up=experiment.pretraining is None)
+        if experiment.pretraining is None:
+            return InProcess(experiment, session.compile)
+        return InProcess(on_driver(experiment), compile=False, warm_up=False)
     if placement.workers > session.num_chunks:
         watcher.notice(
             f"{placement.workers} workers share {session.num_chunks} chunks per meta-batch: some "

@@ -19,8 +19,9 @@ from pipeline.chunk import GradientJob
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve, adaptation_curve_of, meta_test
 from pipeline.health import diagnosis_jobs, health, warnings_of
-from pipeline.pretraining import pretrain
+from pipeline.pretraining import check_pretraining
 from pipeline.session import Interrupted, Session, TrainingFailed, Watcher, open_session
+from pipeline.train_workers import pretrain
 from pipeline.workers import Round
 
 
@@ -36,6 +37,7 @@ def train(
 
     Raises TrainingFailed, Interrupted, and what `open_session` raises.
     """
+    check_pretraining(experiment)
     with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
         if experiment.pretraining is None:
             meta_train(session, should_stop)
@@ -155,5 +157,5 @@ def diagnose(session: Session) -> None:
     """Look at how the meta-gradient comes about, and warn where that is unhealthy."""
     jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
     results = session.workers.run(session.theta, jobs).results
-    metrics = health(session.update.layout, session.theta, results)
+    metrics = health(session.experiment, session.update.layout, session.theta, results)
     session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))

@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tasks.random import integers, task_keys
+
 SPLITS = ("train", "validation", "test")
+_WHICH_EXAMPLE = 2**15  # a random stream that no task uses
 
 
 class Examples(NamedTuple):
@@ -117,9 +120,12 @@ class Regression(TaskDistribution):
     loss_name: ClassVar[str] = "MSE"
 
     def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
-        """One example of each of the training tasks with these indices."""
+        """One example, any, of each of the training tasks with these indices."""
         query = self.sample(seed, "train", indices).query
-        return Examples(query.x[:, 0], query.y[:, 0])
+        keys = task_keys(seed, "train", indices)
+        which = as_tensor(integers(keys, _WHICH_EXAMPLE, 1, query.x.shape[1])[:, 0])
+        tasks = torch.arange(len(which))
+        return Examples(query.x[tasks, which], query.y[tasks, which])
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         return F.mse_loss(prediction, target)

@@ -49,7 +49,9 @@ def test_what_does_not_adapt_does_not_change(glyphs: dict[str, Any]) -> None:
     assert head.moved.mean > 0
     assert head.cka.mean < 1
     # Only the head adapts anyway.
-    assert set(found.abilities) == {NONE, ALL, CENTROID}
+    assert found.abilities[HEAD] == found.abilities[ALL]
+    assert found.abilities[BODY] == found.abilities[NONE]
+    assert set(found.abilities) == {NONE, ALL, HEAD, BODY, CENTROID}
 
 
 def test_abilities_are_those_of_evaluations(glyphs: dict[str, Any], tmp_path: Path) -> None:
@@ -58,7 +60,7 @@ def test_abilities_are_those_of_evaluations(glyphs: dict[str, Any], tmp_path: Pa
     from pipeline.evaluation import parameters_of
 
     theta = parameters_of(experiment, tmp_path / "run")
-    found = analyze(experiment, theta, num_tasks=12, queries=None)
+    found = analyze(experiment, theta, num_tasks=12, queries=2)
     (curve, _) = evaluate_run(
         experiment, tmp_path / "run", split="test", num_tasks=12, steps=(0, 2)
     )
@@ -82,6 +84,10 @@ def test_more_queries_for_the_representations(glyphs: dict[str, Any]) -> None:
     experiment = experiment_of(glyphs)
     found = analyze(experiment, initial_parameters(experiment), num_tasks=2, queries=10)
     assert found.changes == {"queries": 10}
+    default = analyze(experiment, initial_parameters(experiment), num_tasks=2)
+    assert default.changes == {"queries": 15}
+    many = experiment_of(glyphs, task={"shots": 10})
+    assert analyze(many, initial_parameters(many), num_tasks=2).changes == {}
     with pytest.raises(ValueError, match=r"shots: .* need 41 images"):
         analyze(experiment, initial_parameters(experiment), num_tasks=2, queries=40)
 
@@ -91,7 +97,7 @@ def test_every_algorithm_can_be_analysed(glyphs: dict[str, Any]) -> None:
         experiment = experiment_of({**glyphs, "algorithm": algorithm})
         found = analyze(experiment, initial_parameters(experiment), num_tasks=3, queries=3)
         assert ALL in found.abilities
-        finding(found)
+        assert finding(found).startswith("Adaptation in ")
 
 
 def test_regression_has_no_centroids(quick: dict[str, Any]) -> None:
@@ -145,6 +151,26 @@ def test_the_finding_follows_from_the_numbers() -> None:
     assert "nothing to explain" in finding(made_up(none=0.5, all=0.5, head=0.5, body=0.5))
     hilly = replace(reuse, paths=[[1.0, *[5.0] * 9, 0.5, *[0.5] * 5]] * 4)
     assert "never rises on 0 % of the tasks." in finding(hilly)
+
+
+def test_what_adapts_alone_explains_the_gain() -> None:
+    """As in ANIL and BOIL, where one part is all that adapts."""
+    head = made_up(none=0.2, all=0.9, head=0.9, body=0.2, centroid=0.4)
+    assert "feature reuse" in finding(head)
+    body = replace(
+        made_up(none=0.2, all=0.9, head=0.2, body=0.9, centroid=0.5),
+        layers=[replace(head.layers[0], cka=Estimate(0.3, 0.01)), head.layers[1]],
+    )
+    assert "rapid learning" in finding(body)
+    within_chance = made_up(none=0.5, all=0.505, head=0.505, body=0.5)
+    assert "nothing to explain" in finding(within_chance)
+
+
+def test_a_task_that_diverges_is_left_out(glyphs: dict[str, Any]) -> None:
+    experiment = experiment_of(glyphs, inner={"lr": 1e30, "steps": 3})
+    found = analyze(experiment, initial_parameters(experiment), num_tasks=3)
+    finding(found)
+    layer_rows(found)
 
 
 def test_the_tables_and_the_page(quick: dict[str, Any], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from pipeline.algorithms import PRESETS
 from pipeline.checkpoint import CheckpointStore, load_theta
 from tests.warm import warm
 
@@ -222,6 +223,10 @@ def test_config_commands(tmp_path: Path) -> None:
     assert schema["type"] == "object"
     listed = maml("config", "list", cwd=tmp_path).stdout
     assert "sinusoid-paper" in listed
+    family = maml("config", "algorithms", cwd=tmp_path).stdout
+    for name, preset in PRESETS.items():
+        assert re.search(rf"^{re.escape(name)} ", family, flags=re.M)
+        assert all(path in family for path in preset)
 
 
 @pytest.mark.parametrize(
@@ -230,6 +235,9 @@ def test_config_commands(tmp_path: Path) -> None:
         [],
         ["train"],
         ["evaluate"],
+        ["compare"],
+        ["analyze"],
+        ["export"],
         ["ui"],
         ["config"],
         ["config", "show"],

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from pipeline.comparison import compare_runs, difference
 from pipeline.experiments import ConfigError
@@ -75,6 +76,34 @@ def test_other_tasks_are_refused_by_name(runs: Path) -> None:
     assert found.curves[0].protocol["shots"] == found.curves[1].protocol["shots"] == 7
 
 
+def test_other_data_are_refused(tmp_path: Path) -> None:
+    """Two stores of one name, in two folders."""
+    settings: dict[str, Any] = {
+        "name": "own",
+        "task": {"kind": "image-folder", "store": "own", "ways": 2, "shots": 1, "queries": 1},
+        "model": {"kind": "mlp", "hidden": [4]},
+        "outer": {"iterations": 1, "tasks_per_batch": 2},
+        "compute": {"compile": "never", "device": "cpu", "threads": 1},
+        "cluster": {"workers": 0},
+        "evaluation": {"tasks": 2, "validation_tasks": 2},
+        "tracking": {"enabled": False},
+    }
+    for name, shade in (("one", 10), ("other", 200)):
+        for number in range(9):
+            folder = tmp_path / name / "images" / f"class-{number}"
+            folder.mkdir(parents=True)
+            for drawing in range(3):
+                pixels = np.full((6, 6), shade + 5 * number + drawing, np.uint8)
+                Image.fromarray(pixels).save(folder / f"{drawing}.png")
+        source, root = str(tmp_path / name / "images"), str(tmp_path / name / "data")
+        given = ("data", "prepare", "images", "--source", source, "--name", "own")
+        done = maml(*given, "--split", "3/3/3", "--root", root, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        train(experiment_of({**settings, "data": {"root": root}}), tmp_path / f"run-{name}")
+    with pytest.raises(ConfigError, match=r"data\.root: .* are not the same"):
+        compare_runs([tmp_path / "run-one", tmp_path / "run-other"])
+
+
 def test_the_command(runs: Path, tmp_path: Path) -> None:
     arguments = [str(runs / name) for name in ("one", "other")]
     done = maml("compare", *arguments, cwd=tmp_path)
@@ -89,6 +118,9 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     alone = maml("compare", arguments[0], cwd=tmp_path)
     assert alone.returncode == 2
     assert "two runs or more" in alone.stderr
+    plot = maml("compare", *arguments, "--plot", "x.txt", cwd=tmp_path)
+    assert plot.returncode == 2
+    assert "--plot" in plot.stderr
     nowhere = maml("compare", arguments[0], "nowhere", cwd=tmp_path)
     assert nowhere.returncode == 2
     assert "is not the folder of a run" in nowhere.stderr

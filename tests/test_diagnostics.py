@@ -152,7 +152,7 @@ def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
     assert result.gradient is not None
     np.testing.assert_allclose(result.gradient[0], gradients["second"].numpy())
     np.testing.assert_allclose(result.gradient[1], gradients["first"].numpy())
-    metrics = health(Layout.of(theta), flat, [result])
+    metrics = health(experiment, Layout.of(theta), flat, [result])
     one, other = gradients["second"], gradients["first"]
     cosine = float(one @ other / one.norm() / other.norm())
     assert metrics["diagnostics/order_cosine"] == pytest.approx(cosine)
@@ -192,15 +192,20 @@ def test_training_is_not_touched_and_workers_do_not_matter(
 def test_learned_rates_are_recorded_and_drawn(
     quick: dict[str, Any], tmp_path: Path, rates: str
 ) -> None:
-    experiment = experiment_of(quick, inner={"rates": rates}, diagnostics={"every": 3})
+    # The last layer has as many biases as there are steps: shapes tell nothing.
+    experiment = experiment_of(
+        {**quick, "task": {"kind": "tests.helpers:OwnClasses"}},
+        inner={"rates": rates},
+        diagnostics={"every": 3},
+    )
     train(experiment, tmp_path / "run")
     last = read_diagnoses(tmp_path / "run")[-1]
-    learned = load_theta(tmp_path / "run" / "theta.safetensors")["inner_lr.1.weight"]
+    learned = load_theta(tmp_path / "run" / "theta.safetensors")["inner_lr.3.bias"]
     if rates == "per-layer-and-step":
-        recorded = [last[f"diagnostics/inner_lr/1.weight_step{s}"] for s in range(2)]
+        recorded = [last[f"diagnostics/inner_lr/3.bias_step{s}"] for s in range(2)]
         assert recorded == pytest.approx(learned.tolist())
     else:
-        assert last["diagnostics/inner_lr/1.weight"] == pytest.approx(float(learned.mean()))
+        assert last["diagnostics/inner_lr/3.bias"] == pytest.approx(float(learned.mean()))
     assert last["diagnostics/inner_lr_negative_share"] == 0
     assert (tmp_path / "run" / "plots" / "health_inner_lr.png").exists()
 
@@ -272,6 +277,12 @@ def test_many_steps_are_drawn_with_a_legend_one_can_read(tmp_path: Path) -> None
         "health_hurt",
     }
     assert plot_health([], tmp_path, alpha=None) == []
+
+
+def test_a_loss_that_is_no_number_any_more_hurts() -> None:
+    model, batch = sinusoids()
+    found = diagnosed(model, Sinusoid(), batch, alpha=1e200)
+    assert found.metrics["hurt"].all()
 
 
 def test_bad_settings(quick: dict[str, Any]) -> None:

@@ -285,6 +285,10 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     alone = maml("export", str(run), "--alias", "champion", cwd=tmp_path)
     assert alone.returncode == 2
     assert "--register" in alone.stderr
+    for alias in ("latest", "v1", "my champion"):
+        taken = maml("export", str(run), "--register", "x", "--alias", alias, cwd=tmp_path)
+        assert taken.returncode == 2
+        assert "--alias" in taken.stderr
     nowhere = maml("export", str(tmp_path), cwd=tmp_path)
     assert nowhere.returncode == 2
     assert list(tmp_path.iterdir()) == []

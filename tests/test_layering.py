@@ -59,6 +59,7 @@ FLOORS = [
     "report",
     "session",
     "pretraining",
+    "train_workers",
     "training",
     "search_trial",
     "search_plots",

@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from pipeline import training
 from pipeline.checkpoint import load_theta
 from pipeline.chunk import initial_parameters
 from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, load
 from pipeline.pretraining import Pretrainer, narrowed, wide_model
 from pipeline.session import Interrupted, TrainingFailed
+from pipeline.train_workers import number_of_workers
 from pipeline.training import train
+from tasks.random import integers, task_keys
 from tests.conftest import experiment_of
 from tests.helpers import Recorder
 
 
 @pytest.fixture
-def pooled(quick: dict[str, Any]) -> dict[str, Any]:
+def pooled(quick: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A quick pretraining on the curves of all tasks."""
     return {
         **quick,
-        "pretraining": {"batch_size": 7, "report_every": 2},
+        "data": {"root": str(tmp_path / "data")},
+        "pretraining": {"batch_size": 7, "part_size": 3, "report_every": 2},
         "compute": {**quick["compute"], "dtype": "float64"},
     }
 
@@ -52,7 +58,7 @@ def test_an_update_is_that_of_obvious_code(pooled: dict[str, Any]) -> None:
     optimizer = torch.optim.Adam(model.parameters(), lr=experiment.outer.lr)
     for iteration in range(4):
         x, y = experiment.build_task().pooled(0, np.arange(7 * iteration, 7 * iteration + 7))
-        loss = ((model(x.double()) - y.double()) ** 2).mean()
+        loss = ((model(x.double()) - y.double()) ** 2).mean()  # parts of 3, 3 and 1
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -61,35 +67,59 @@ def test_an_update_is_that_of_obvious_code(pooled: dict[str, Any]) -> None:
         torch.testing.assert_close(trainer.theta[name], p.detach())
 
 
-def test_shares_of_any_size_add_up(pooled: dict[str, Any]) -> None:
-    """The mean over workers of their gradients is the gradient of the whole batch."""
-    experiment = experiment_of(pooled)
+NORMALISED = {"kind": "mlp", "hidden": [8], "normalisation": "batch"}
 
-    def gradients(rank: int, size: int) -> dict[str, torch.Tensor]:
+
+@pytest.mark.parametrize("objective", ["pooled", "multi-task"])
+def test_parts_add_up_whoever_computes_them(pooled: dict[str, Any], objective: str) -> None:
+    """The mean over workers of their gradients is that of one worker, also where normalisation
+    makes it matter which examples are seen together; metrics add up."""
+    experiment = experiment_of(
+        {**pooled, "model": NORMALISED}, pretraining={"objective": objective, "tasks": 4}
+    )
+
+    def computed(rank: int, size: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
         trainer = Pretrainer(experiment, torch.device("cpu"))
-        loss, _ = trainer._loss(trainer.model, rank, size)
-        loss.backward()
-        return {n: p.grad.clone() for n, p in trainer.model.named_parameters()}
+        metrics = trainer._accumulate(trainer.model, rank, size)
+        return {n: p.grad.clone() for n, p in trainer.model.named_parameters()}, metrics
 
-    whole = gradients(0, 1)
-    shares = [gradients(rank, 3) for rank in range(3)]  # of 3, 2 and 2 examples
-    for name, value in whole.items():
-        torch.testing.assert_close(sum(s[name] for s in shares) / 3, value)
+    whole, metrics = computed(0, 1)
+    for size in (2, 3):  # of parts of 3, 3 and 1 examples
+        shares = [computed(rank, size) for rank in range(size)]
+        for name, value in whole.items():
+            torch.testing.assert_close(sum(s[0][name] for s in shares) / size, value)
+        torch.testing.assert_close(sum(s[1]["loss"] for s in shares), metrics["loss"])
 
 
 def test_each_head_sees_its_own_task(pooled: dict[str, Any]) -> None:
+    """Against obvious code, with heads of three outputs."""
     experiment = experiment_of(
-        pooled, pretraining={"objective": "multi-task", "tasks": 4, "batch_size": 2}
+        {**pooled, "task": {"kind": "glyphs", "ways": 3, "shots": 1, "queries": 2}},
+        pretraining={"objective": "multi-task", "tasks": 4, "batch_size": 5, "part_size": 5},
+        data={"root": pooled["data"]["root"]},
     )
-    assert wide_model(experiment)[-1].out_features == 4
+    assert wide_model(experiment)[-1].out_features == 12
     trainer = Pretrainer(experiment, torch.device("cpu"))
-    loss, _ = trainer._loss(trainer.model, 0, 1)
-    loss.backward()
-    head = trainer.model[-1].weight.grad
-    assert ((head != 0).any(1)).sum() in (1, 2)  # of two draws out of four
+    loss, metrics = trainer.loss_of(np.arange(5, 10), trainer.model)
+    task, body = experiment.build_task(), trainer.model[:-1]
+    head = trainer.model[-1]
+    which = integers(task_keys(0, "train", np.arange(5, 10)), 2**16, 1, 4)[:, 0]
+    assert len(set(which.tolist())) > 1
+    batch = task.sample(0, "train", which).to("cpu", torch.float64)
+    features = body(torch.cat([*batch.support.x, *batch.query.x])).split([3] * 5 + [6] * 5)
+    losses = []
+    for i, number in enumerate(which):
+        rows = slice(3 * number, 3 * number + 3)
+        own = torch.cat([features[i], features[5 + i]])
+        scores = own @ head.weight[rows].T + head.bias[rows]
+        labels = torch.cat([batch.support.y[i], batch.query.y[i]])
+        losses.append(nn.functional.cross_entropy(scores, labels))
+    torch.testing.assert_close(loss, torch.stack(losses).mean())
+    assert 0 <= metrics["accuracy"] <= 1
     theta = narrowed(experiment, trainer.theta)
-    torch.testing.assert_close(theta["3.weight"], trainer.theta["3.weight"].mean(0, keepdim=True))
-    torch.testing.assert_close(theta["1.weight"], trainer.theta["1.weight"])
+    last = [name for name in theta if name.endswith("weight")][-1]
+    blocks = trainer.theta[last].view(4, 3, -1)
+    torch.testing.assert_close(theta[last], blocks.mean(0))
 
 
 def test_classes_of_the_training_split_alone(characters: dict[str, Any]) -> None:
@@ -131,6 +161,7 @@ def test_the_body_is_kept_and_the_head_is_new(characters: dict[str, Any], tmp_pa
     assert all(torch.equal(theta[name], fresh[name]) for name in head)
     assert not torch.equal(theta["1.weight"], fresh["1.weight"])
     assert [curve.who for curve in curves] == ["trained", "random init", "nearest centroid"]
+    assert "loss" not in curves[-1].mean
     centroid = curves[-1].mean["accuracy"]
     assert centroid[0] == centroid[1] > 1 / 3
     again = evaluate_run(experiment, tmp_path / "run", split="test", num_tasks=6, steps=(0, 2))
@@ -138,49 +169,89 @@ def test_the_body_is_kept_and_the_head_is_new(characters: dict[str, Any], tmp_pa
     assert again[0].protocol["algorithm"] == "pretrained, pooled"
 
 
+def cut(at: int) -> tuple[Recorder, Any]:
+    """Asks for an end after iteration `at`."""
+    seen: list[int] = []
+    return Recorder(lambda iteration, recorder: seen.append(iteration)), lambda: at in seen
+
+
+def same(one: Path, other: Path, exactly: bool = True) -> bool:
+    """Whether two runs ended with the same θ, or up to the order of additions."""
+    left, right = (load_theta(folder / "theta.safetensors") for folder in (one, other))
+    close = torch.equal if exactly else torch.allclose
+    return all(close(left[name], right[name]) for name in left)
+
+
+def recorded(run: Path) -> list[int]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["iteration"] for line in lines if "train/loss" in line]
+
+
 def test_an_interrupted_run_ends_with_the_same_bits(pooled: dict[str, Any], tmp_path: Path) -> None:
     train(experiment_of(pooled), tmp_path / "calm")
-    stop: list[int] = []
-    recorder = Recorder(lambda iteration, recorder: stop.append(iteration))
-    with pytest.raises(Interrupted):
-        train(
-            experiment_of(pooled),
-            tmp_path / "cut",
-            watcher=recorder,
-            should_stop=lambda: 4 in stop,
-        )
+    recorder, should_stop = cut(at=4)
+    with pytest.raises(Interrupted, match="after iteration 4"):
+        train(experiment_of(pooled), tmp_path / "cut", watcher=recorder, should_stop=should_stop)
     train(experiment_of(pooled), tmp_path / "cut", resume=True)
-    calm, cut = (load_theta(tmp_path / name / "theta.safetensors") for name in ("calm", "cut"))
-    assert all(torch.equal(calm[name], cut[name]) for name in calm)
-    lines = [
-        json.loads(line)
-        for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-        if "train/loss" in line
-    ]
-    assert [line["iteration"] for line in lines] == [2, 4, 6]
+    assert same(tmp_path / "calm", tmp_path / "cut")
+    assert recorded(tmp_path / "cut") == [2, 4, 6]
+    # Longer is as if it had been longer from the start.
+    longer = experiment_of(pooled, outer={"iterations": 8})
+    train(longer, tmp_path / "cut", resume=True)
+    train(longer, tmp_path / "long")
+    assert same(tmp_path / "long", tmp_path / "cut")
+
+
+def test_what_is_trained_is_never_lost_at_the_end(
+    pooled: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ended between the last update and the validation, or shortened to where it was stopped: θ is
+    the pretrained one all the same."""
+    train(experiment_of(pooled), tmp_path / "calm")
+
+    def stop(session: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "validate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment_of(pooled), tmp_path / "late")
+    monkeypatch.undo()
+    train(experiment_of(pooled), tmp_path / "late", resume=True)
+    assert same(tmp_path / "calm", tmp_path / "late")
+    recorder, should_stop = cut(at=4)
+    with pytest.raises(Interrupted):
+        train(experiment_of(pooled), tmp_path / "short", watcher=recorder, should_stop=should_stop)
+    four = experiment_of(pooled, outer={"iterations": 4})
+    train(four, tmp_path / "short", resume=True)
+    train(four, tmp_path / "four")
+    assert same(tmp_path / "four", tmp_path / "short")
 
 
 @pytest.mark.timeout(300)
-def test_ray_train_survives_a_worker_and_changes_nothing(
+def test_ray_train_survives_a_worker_and_goes_on_where_it_was(
     pooled: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
-    """One of two workers dies after the first checkpoint; θ is that of one process, up to the order
-    of additions."""
-    train(experiment_of(pooled), tmp_path / "calm")
-    dying = {"kind": "tests.helpers:DyingSinusoid", "shots": 5, "queries": 5}
-    recorder = Recorder()
-    train(
-        experiment_of(
-            {**pooled, "task": {**dying, "at": 30, "once": str(tmp_path / "died")}},
-            cluster={"workers": 2},
-        ),
-        tmp_path / "hit",
-        watcher=recorder,
-    )
+    """Two workers, one of which dies after the second report; stopped at the third and continued in
+    this process: θ is that of one process alone."""
+    normalised = {**pooled, "model": NORMALISED, "outer": {**pooled["outer"], "iterations": 10}}
+    train(experiment_of(normalised), tmp_path / "calm")
+    dying = {"kind": "tests.helpers:DyingSinusoid", "shots": 5, "queries": 5, "at": 30}
+    settings = {**normalised, "task": {**dying, "once": str(tmp_path / "died")}}
+    recorder, should_stop = cut(at=6)
+    with pytest.raises(Interrupted, match=r"after iteration [68]"):
+        train(
+            experiment_of(settings, cluster={"workers": 2}),
+            tmp_path / "hit",
+            watcher=recorder,
+            should_stop=should_stop,
+        )
     assert (tmp_path / "died").exists()
-    calm, hit = (load_theta(tmp_path / name / "theta.safetensors") for name in ("calm", "hit"))
-    for name, value in calm.items():
-        torch.testing.assert_close(hit[name], value)
+    (said,) = recorder.notices  # its last copy may not have been complete
+    assert re.fullmatch("a worker was lost; all go on from iteration [24]", said)
+    assert list((tmp_path / "hit").glob("pretraining-*")) == []
+    train(experiment_of(settings), tmp_path / "hit", resume=True)
+    assert recorded(tmp_path / "hit") == [2, 4, 6, 8, 10]
+    assert same(tmp_path / "calm", tmp_path / "hit", exactly=False)
 
 
 @pytest.mark.timeout(300)
@@ -190,6 +261,16 @@ def test_a_worker_that_always_dies_ends_the_run(
     failing = {"kind": "tests.helpers:FailingSinusoid", "shots": 5, "queries": 5}
     with pytest.raises(TrainingFailed, match="these data are broken"):
         train(experiment_of({**pooled, "task": failing}, cluster={"workers": 1}), tmp_path / "run")
+
+
+def test_workers_that_do_not_fit_are_refused(
+    pooled: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    experiment = experiment_of(pooled, cluster={"workers": 2, "gpus_per_worker": 1})
+    with pytest.raises(ValueError, match=r"cluster\.workers: 2 need 2 GPU; there are .* 0 GPU"):
+        train(experiment, tmp_path / "run")
+    # No more workers than parts.
+    assert number_of_workers(experiment_of(pooled, cluster={"workers": 9})) == 3
 
 
 @pytest.mark.parametrize(

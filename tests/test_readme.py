@@ -58,8 +58,14 @@ def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
     """In one folder, top to bottom, as a newcomer would; training cut short."""
     write_example(tmp_path)
     run_dir, search_dir, name, before = "", "", "", ""
+    runs: dict[str, str] = {}
     for arguments in commands():
         names = {"RUN_DIR": run_dir, "NAME": name, "OTHER_RUN": before}
+        if arguments[0] == "compare":  # only runs on the same tasks can be
+            names = {
+                "RUN_DIR": runs["omniglot-5w1s"],
+                "PRETRAINED_RUN_DIR": runs["omniglot-5w1s-pretrained"],
+            }
         arguments = [names.get(a, a) for a in arguments]
         arguments = [a.replace("SEARCH_DIR", search_dir) for a in arguments]
         if arguments[:3] == ["data", "prepare", "omniglot"]:
@@ -84,6 +90,8 @@ def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
             arguments = [*arguments, *SHORT, "cluster.workers=0"]
         if arguments[0] == "evaluate":
             arguments = ["4" if a == "600" else a for a in arguments]
+        if arguments[0] == "analyze":
+            arguments += ["--tasks", "2"]
         done = run(arguments, tmp_path)
         if arguments[0] == "search":
             found = re.search(r"search folder +(\S+)", done.stdout)
@@ -93,6 +101,7 @@ def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
             found = re.search(r"run folder +(\S+)", done.stdout)
             assert found is not None
             before, run_dir, name = Path(run_dir).name, found.group(1), arguments[1]
+            runs[name] = run_dir
 
 
 def write_example(folder: Path) -> None:

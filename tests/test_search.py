@@ -11,8 +11,9 @@ import pandas
 import pytest
 import torch
 
+from pipeline.algorithms import PRESETS, name_of
 from pipeline.checkpoint import CheckpointStore
-from pipeline.experiments import from_dict, load, with_settings
+from pipeline.experiments import from_dict, load, load_run, with_settings
 from pipeline.search import search
 from pipeline.search_report import compare_orders
 from pipeline.search_trial import COMPLETE, FAILED, STOPPED, Criterion, TrialResult
@@ -93,6 +94,20 @@ def test_a_grid_equals_an_exhaustive_evaluation(
     assert best.search is None
     assert best.inner.lr == OPTIMUM
     assert best.cluster == experiment.cluster
+
+
+def test_algorithms_can_be_searched(quick: dict[str, Any], tmp_path: Path, ray_local: None) -> None:
+    """Each trial is the algorithm whole: nothing of another one's settings stays."""
+    section = {"space": {"algorithm": {"grid": list(PRESETS)}}, "scheduler": "none", "samples": 1}
+    experiment = from_dict({**quick, "search": section})
+    found = search(experiment, tmp_path / "search")
+    assert {t.settings["algorithm"]: t.outcome for t in found.trials} == dict.fromkeys(
+        PRESETS, COMPLETE
+    )
+    for trial in found.trials:
+        run = load_run(tmp_path / "search" / "trials" / trial.trial_id)
+        assert name_of(run) == run.algorithm == trial.settings["algorithm"]
+        assert run.inner == from_dict({**quick, "algorithm": run.algorithm}).inner
 
 
 def test_tpe_finds_the_best_rate(

@@ -1,0 +1,193 @@
+"""What the algorithms of the family reach, and what an iteration of each costs.
+
+    python benchmarks/algorithms.py train             every run that is not there yet (hours)
+    python benchmarks/algorithms.py train 5w1s/maml   some of them; interrupted ones go on
+    python benchmarks/algorithms.py table             accuracies of the runs that are there
+    python benchmarks/algorithms.py speed             time per iteration, algorithms in turns
+
+Every run is `maml train` with a shipped experiment and the overrides below, in its own folder of
+`runs/algorithms`; give the image stores with --data. The table says iterations and minutes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.comparison import compare_runs
+from pipeline.experiments import load
+from pipeline.parameters import Layout
+
+FOLDER = Path("runs/algorithms")
+_REPTILE = (
+    # Trained on ten shots in batches, as published; tested on one.
+    "algorithm=reptile",
+    "task.shots=10",
+    "inner.steps=5",
+    "outer.tasks_per_batch=5",
+    "outer.tasks_per_chunk=5",
+    "outer.iterations=16000",
+    "evaluation.steps=[0,5,50]",
+    "evaluation.variants={1-shot: {shots: 1}}",
+)
+RUNS: dict[str, tuple[str, ...]] = {
+    "5w1s/maml": ("omniglot-5w1s-short",),
+    "5w1s/maml++": ("omniglot-5w1s-short", "algorithm=maml++"),
+    "5w1s/anil": ("omniglot-5w1s-short", "algorithm=anil"),
+    "5w1s/fomaml": ("omniglot-5w1s-short", "algorithm=fomaml"),
+    "5w1s/boil": ("omniglot-5w1s-short", "algorithm=boil"),
+    "5w1s/meta-sgd": ("omniglot-5w1s-short", "algorithm=meta-sgd"),
+    "5w1s/reptile": ("omniglot-5w1s-short", *_REPTILE),
+    "5w1s/pretrained": ("omniglot-5w1s-pretrained", "cluster.workers=0", "compute.threads=1"),
+    "20w1s/maml": ("omniglot-20w1s-short",),
+    "20w1s/maml++": ("omniglot-20w1s-short", "algorithm=maml++"),
+    "sinusoid/maml": ("sinusoid-paper", "inner.lr=0.01", "outer.iterations=20000"),
+    "sinusoid/meta-sgd": (
+        "sinusoid-paper",
+        "algorithm=meta-sgd",
+        "inner.lr=0.01",
+        "outer.iterations=20000",
+    ),
+}
+SPEED = ("maml", "fomaml", "anil", "maml++", "meta-sgd", "boil")
+_TURNS, _CALLS = 9, 6
+
+
+def train(names: list[str], data: str) -> None:
+    """One run after the other; a finished one is left alone, an interrupted one goes on."""
+    for name in names:
+        experiment, *overrides = RUNS[name]
+        folder = (FOLDER / name).absolute()
+        if (folder / "results.json").exists():
+            continue
+        places = [f"data.root={data}", f"run_dir={folder}", "tracking.enabled=false"]
+        resume = ["--resume", str(folder)] if (folder / "checkpoints").exists() else []
+        given = [] if resume else [*overrides, *places]
+        print(f"{name}: maml train {' '.join([experiment, *overrides])}", flush=True)
+        command = [sys.executable, "-m", "pipeline.cli", "train", experiment, *given, *resume]
+        subprocess.run(command, check=True)
+
+
+def table(names: list[str]) -> list[str]:
+    """Metric at the step that checkpoints are chosen by, and against MAML on the same tasks."""
+    lines = [
+        "| run | after n steps | trained | random init | minus MAML, same tasks | iterations | "
+        "minutes of updates |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        folder = FOLDER / name
+        if not (folder / "results.json").exists():
+            continue
+        experiment = load(str(folder / "config.yaml"))
+        curves = json.loads((folder / "results.json").read_text())
+        metric = "accuracy" if "accuracy" in curves[0]["mean"] else "loss"
+        step = experiment.selection_step
+        steps = curves[0]["steps"]
+        step = step if step in steps else steps[-1]
+        cells = {}
+        for curve in curves:
+            if curve["variant"] not in ("", "K=10", "1-shot"):
+                continue
+            position = curve["steps"].index(step)
+            scale, unit = (100, " %") if metric == "accuracy" else (1, "")
+            mean, half = (scale * curve[key][metric][position] for key in ("mean", "ci95"))
+            cells[curve["who"]] = f"{mean:.2f} ± {half:.2f}{unit}"
+        base = FOLDER / name.split("/")[0] / "maml"
+        lines.append(
+            f"| {name} | {step} | {cells['trained']} | {cells.get('random init', '')} | "
+            f"{against(base, folder, step)} | {experiment.outer.iterations:,} | "
+            f"{minutes(folder, experiment.outer.tasks_per_batch):.0f} |"
+        )
+    return lines
+
+
+def against(base: Path, folder: Path, step: int) -> str:
+    """The paired difference to MAML, where the tasks are the same."""
+    if folder == base or not (base / "results.json").exists():
+        return ""
+    try:
+        found = compare_runs([base, folder], steps=(step,))
+    except Exception:  # other tasks
+        return ""
+    paired = next((c for c in found if c.variant in ("", "K=10")), found[0])
+    scale, unit = (100, " %") if paired.metric == "accuracy" else (1, "")
+    (difference,) = paired.differences
+    return (
+        f"{scale * difference.mean[0]:+.2f} ± {scale * difference.ci95[0]:.2f}{unit} "
+        f"(p = {difference.p[0]:.2g})"
+    )
+
+
+def minutes(folder: Path, per_batch: int) -> float:
+    """Of meta-updates, from the run's own records; validation and starting aside."""
+    total, last = 0.0, 0
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        if "tasks_per_second" in record:
+            total += (record["iteration"] - last) * per_batch / record["tasks_per_second"]
+            last = record["iteration"]
+    return total / 60
+
+
+def speed(data: str) -> list[str]:
+    """Compiled meta-gradients of one meta-batch, algorithms in turns in this process."""
+    torch.set_num_threads(1)
+    calls = {}
+    for algorithm in SPEED:
+        overrides = [f"algorithm={algorithm}", f"data.root={data}"]
+        # Annealed order is timed where it is second, its query losses where only the last counts.
+        experiment = load("omniglot-5w1s-short", overrides)
+        computer = ChunkComputer(experiment, compile=True)
+        theta = initial_parameters(experiment)
+        flat = Layout.of(theta).join(theta)
+        function, batch, knobs = computer.program(GradientJob(experiment.outer.iterations - 1, 0))
+        began = time.perf_counter()
+        function(flat, batch, knobs)
+        print(f"{algorithm}: first call {time.perf_counter() - began:.0f} s", flush=True)
+        calls[algorithm] = lambda f=function, a=(flat, batch, knobs): f(*a)
+    times: dict[str, list[float]] = {algorithm: [] for algorithm in calls}
+    for _ in range(_TURNS):
+        for algorithm, call in calls.items():
+            began = time.perf_counter()
+            for _ in range(_CALLS):
+                call()
+            times[algorithm].append((time.perf_counter() - began) / _CALLS)
+    maml = times["maml"]
+    lines = [
+        "| algorithm | ms per meta-batch (median) | MAML / algorithm, in the same turn |",
+        "|---|---|---|",
+    ]
+    for algorithm, values in times.items():
+        ratio = statistics.median(m / v for m, v in zip(maml, values, strict=True))
+        lines.append(f"| {algorithm} | {1e3 * statistics.median(values):.0f} | {ratio:.2f}x |")
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("what", choices=["train", "table", "speed"])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
+    parser.add_argument("--data", default=str(Path("data").absolute()), help="of the image stores")
+    arguments = parser.parse_args()
+    names = arguments.names or list(RUNS)
+    if unknown := [name for name in names if name not in RUNS]:
+        parser.error(f"no run is called {', '.join(unknown)}; there are {', '.join(RUNS)}")
+    if arguments.what == "train":
+        train(names, arguments.data)
+    else:
+        print("\n".join(table(names) if arguments.what == "table" else speed(arguments.data)))
+
+
+if __name__ == "__main__":
+    main()
