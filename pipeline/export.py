@@ -75,6 +75,7 @@ def export_run(
     import mlflow
     from mlflow.exceptions import MlflowException
 
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     mlflow.set_tracking_uri(store)
     try:
         # What MLflow has to say there, the caller says more clearly.
@@ -100,6 +101,8 @@ def export_run(
             mlflow.MlflowClient().set_registered_model_alias(register, alias, str(number))
     except MlflowException as error:
         raise TrackingError(f"MLflow at {store} did not take the model: {error}") from error
+    finally:
+        mlflow.set_tracking_uri(before)  # it is this process's, and its children's
     return Exported(info.model_uri, store, None if number is None else str(number))
 
 

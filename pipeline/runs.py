@@ -61,6 +61,8 @@ class Run:
     tags: dict[str, str]
     trials: tuple[Run, ...] = ()
     """Of a search; the best first, those without a validation last."""
+    ranked_by: str = ""
+    """The metric that the search of a trial names; '': none."""
 
     @property
     def short_id(self) -> str:
@@ -95,13 +97,16 @@ class Run:
 
     @property
     def validation(self) -> Validation | None:
-        """None: not validated yet, or not a training run of ours."""
+        """By what its search ranks it, else by accuracy or loss. None: not validated yet, or not a
+        training run of ours."""
         steps = [self.settings.get(key) for key in ("evaluation.selection_step", "inner.steps")]
-        step = next((int(step) for step in steps if step is not None and step.isdecimal()), None)
-        for metric in ("accuracy", "loss"):
-            value = estimate(self.metrics, f"validation/{metric}_step{step}")
-            if step is not None and value is not None:
-                return Validation(metric, step, value)
+        step = next((step for step in steps if step is not None and step.isdecimal()), "")
+        wanted, _, chosen = self.ranked_by.partition("_step")
+        for metric in filter(None, (wanted, "accuracy", "loss")):
+            at = chosen if metric == wanted and chosen else step
+            value = estimate(self.metrics, f"validation/{metric}_step{at}")
+            if value is not None:
+                return Validation(metric, int(at), value)
         return None
 
     def to_json(self) -> dict[str, Any]:
@@ -253,12 +258,15 @@ def estimate(metrics: dict[str, float], name: str) -> Estimate | None:
 
 
 def _with_trials(run: Run, trials: Sequence[Run]) -> Run:
+    wanted, mode = (run.settings.get(f"search.{key}", "None") for key in ("metric", "mode"))
+    trials = [replace(t, ranked_by="" if wanted == "None" else wanted) for t in trials]
+
     def rank(trial: Run) -> tuple[bool, float]:
         validation = trial.validation
         if validation is None or not math.isfinite(validation.value.mean):
             return True, 0.0
-        mean = validation.value.mean
-        return False, -mean if validation.metric == "accuracy" else mean
+        largest = validation.metric == "accuracy" if mode == "None" else mode == "max"
+        return False, -validation.value.mean if largest else validation.value.mean
 
     return replace(run, trials=tuple(sorted(trials, key=rank)))
 

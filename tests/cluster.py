@@ -6,7 +6,6 @@ import contextlib
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.ports import free_port
 from tests.test_cli import clean_environment
 
 TOKEN = "0123456789abcdef0123456789abcdef"
@@ -136,16 +136,6 @@ def running_cluster() -> Iterator[Cluster]:
         if before is None and current.exists() and str(cluster.gcs_port) in current.read_text():
             current.unlink()
         shutil.rmtree(home, ignore_errors=True)
-
-
-def free_port() -> int:
-    """A port that nobody has, above those that Ray gives to its workers (10002 to 19999)."""
-    while True:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
-        if port > 19999:
-            return port
 
 
 def _command(pid: str) -> str:

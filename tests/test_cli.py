@@ -26,7 +26,9 @@ def maml(*arguments: str, cwd: Path, **environment: str) -> subprocess.Completed
 
 
 def clean_environment() -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    # Starting Ray sets the latter for the process and its children.
+    set_by_libraries = ("MLFLOW_TRACKING_URI", "RAY_AUTH_MODE")
+    env = {k: v for k, v in os.environ.items() if k not in set_by_libraries}
     return {**env, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
 
 

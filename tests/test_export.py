@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from pipeline.runs import find_run
 from pipeline.training import train
 from pipeline.workers import InProcess
 from tests.conftest import experiment_of
+from tests.ports import free_port
 from tests.test_cli import clean_environment, maml
 
 WAYS = 3
@@ -176,10 +176,44 @@ def test_the_code_imports_nothing_that_is_not_required() -> None:
     assert all("+" not in line for line in requirements())
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+@pytest.mark.timeout(400)
+def test_in_an_environment_of_its_own_requirements(run: Path, served: str, tmp_path: Path) -> None:
+    """A new virtual environment with what the model asks for, and nothing of this one."""
+    model = mlflow_model(run)
+    environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    python = str(tmp_path / "venv" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "-q", "-r", str(model / "requirements.txt")]
+    installed = subprocess.run(install, capture_output=True, text=True, env=environment)
+    if "No matching distribution" in installed.stderr or "connection" in installed.stderr:
+        pytest.skip(f"cannot install packages here: {installed.stderr[-300:]}")
+    assert installed.returncode == 0, installed.stderr
+    batch = sampled(load_run(run), 1)
+    inputs = {
+        "support_x": batch.support.x[0].numpy(),
+        "support_y": batch.support.y[0].numpy(),
+        "query_x": batch.query.x[0].numpy(),
+    }
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    script = (
+        "import sys, json, mlflow, numpy\n"
+        f"model = mlflow.pyfunc.load_model({str(model)!r})\n"
+        f"inputs = dict(numpy.load({str(tmp_path / 'inputs.npz')!r}))\n"
+        "print(json.dumps([model.predict(inputs)['predictions'].tolist(), 'ray' in sys.modules]))"
+    )
+    done = subprocess.run(
+        [python, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    predictions, has_ray = json.loads(done.stdout)
+    assert predictions == Adapter.load(run).predict(**inputs).predictions.tolist()
+    assert not has_ray
+
+
+def mlflow_model(run: Path) -> Path:
+    """The folder of the model that was exported from a run."""
+    (found,) = (run.parent / "mlartifacts").rglob("MLmodel")
+    return found.parent
 
 
 @pytest.fixture(scope="module")
@@ -258,8 +292,12 @@ def test_as_mlflow_loads_it(run: Path, served: str) -> None:
 
     found = find_run(str(run), None)
     uri = f"sqlite:///{run.parent}/mlflow.db"
+    assert not mlflow.is_tracking_uri_set(), "exporting leaves no trace in the process"
     mlflow.set_tracking_uri(uri)
-    model = mlflow.pyfunc.load_model("models:/few-shot@champion")
+    try:
+        model = mlflow.pyfunc.load_model("models:/few-shot@champion")
+    finally:
+        mlflow.set_tracking_uri(None)
     batch = sampled(load_run(run), 1)
     inputs = {
         "support_x": batch.support.x[0].numpy(),

@@ -24,9 +24,10 @@ from pipeline.checkpoint import CheckpointStore
 from pipeline.job_package import JobError
 from pipeline.jobs import Head, default_address, default_name, job_environment, what_to_know
 from pipeline.training import train
-from tests.cluster import TOKEN, Cluster, free_port, running_cluster
+from tests.cluster import TOKEN, Cluster, running_cluster
 from tests.conftest import experiment_of
 from tests.helpers import final_theta
+from tests.ports import free_port
 from tests.test_cli import clean_environment, maml
 from tests.test_readme import SHORT, commands
 from tests.test_store_cache import write_tiny

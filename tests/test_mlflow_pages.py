@@ -9,17 +9,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from pipeline.runs import find_run
-from pipeline.tracking import Tracker
+from pipeline.search import search
 from pipeline.training import train
 from tests.conftest import experiment_of
+from tests.ports import free_port
 from tests.test_cli import clean_environment
 from tests.test_runs import SETTINGS
-from tests.test_tracking import free_port
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.common.exceptions import WebDriverException  # noqa: E402
@@ -27,43 +27,39 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
 
 NESTED = "//*[@role='gridcell'][.//a[.='sweep']]//button"
-TRIALS = ("trial-1", "trial-2")
 PATIENCE = 30.0  # seconds until something is on the page
 
 
+class Project(NamedTuple):
+    """A folder with a search of two trials and a run of its own."""
+
+    folder: Path
+    trials: tuple[str, ...]
+    """Their names, which are their folders."""
+
+
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a search of two trials, each of them a real training."""
+def project(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Project:
     folder = tmp_path_factory.mktemp("project")
     runs = folder / "runs"
-    search = Tracker.open(
-        uri=f"sqlite:///{runs}/mlflow.db",
-        experiment="maml",
-        run_name="sweep",
-        run_dir=runs / "sweep",
-        params={"name": "quick"},
-        tags={"kind": "search"},
-    )
-    parent = search.wait_for_run_id(60)
-    for number, name in enumerate(TRIALS):
-        tags = {"mlflow.parentRunId": str(parent)}
-        trial = experiment_of(
-            SETTINGS,
-            inner={"lr": 0.01 * (number + 1)},
-            outer={"iterations": 12},
-            tracking={"tags": tags},
-        )
-        train(trial, runs / name)
-    assert search.close("FINISHED") is None
-    return folder
+    section = {
+        "space": {"inner.lr": {"grid": [0.01, 0.02]}},
+        "scheduler": "none",
+        "algorithm": "grid",
+    }
+    settings = {**SETTINGS, "tracking": {"uri": f"sqlite:///{runs}/mlflow.db"}}
+    experiment = experiment_of({**settings, "search": section}, outer={"iterations": 12})
+    found = search(experiment, runs / "sweep")
+    train(experiment_of(settings), runs / "alone")
+    return Project(folder, tuple(trial.trial_id for trial in found.trials))
 
 
 @pytest.fixture(scope="module")
-def pages(project: Path) -> Iterator[str]:
+def pages(project: Project) -> Iterator[str]:
     """The address that `maml ui` prints."""
     server = subprocess.Popen(
         [sys.executable, "-m", "pipeline.cli", "ui", "--port", str(free_port())],
-        cwd=project,
+        cwd=project.folder,
         env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -125,10 +121,14 @@ class Page:
         return self.wait(what, lambda b: b.find_element(By.XPATH, xpath))
 
 
+def page_of(run_dir: Path) -> str:
+    """The path of a run's page."""
+    return "/runs/" + find_run(str(run_dir), None).run_id
+
+
 @pytest.fixture(scope="module")
-def trial(project: Path) -> str:
-    """The path of a trial's page."""
-    return "/runs/" + find_run(str(project / "runs" / TRIALS[0]), None).run_id
+def trial(project: Project) -> str:
+    return page_of(project.folder / "runs" / "sweep" / "trials" / project.trials[0])
 
 
 @pytest.fixture
@@ -136,20 +136,27 @@ def page(browser: Any, pages: str, tmp_path: Path) -> Page:
     return Page(browser, pages, tmp_path)
 
 
-def test_the_list_of_runs_shows_a_search_and_its_trials(page: Page) -> None:
+def test_the_list_of_runs_shows_a_search_and_its_trials(page: Page, project: Project) -> None:
     page.open()
     page.link("sweep")
-    assert not page.browser.find_elements(By.LINK_TEXT, TRIALS[0]), "folded into the search"
+    page.link("alone")
+    assert not page.browser.find_elements(By.LINK_TEXT, project.trials[0]), "folded into the search"
     page.element("nested runs", NESTED).click()
-    for name in TRIALS:
+    for name in project.trials:
         page.link(name)
-    body = page.browser.find_element(By.TAG_NAME, "body").text
-    assert "3 matching runs" in body
-    assert body.count("quick") == len(TRIALS), "what a trial was made from"
+    assert "4 matching runs" in page.browser.find_element(By.TAG_NAME, "body").text
 
 
-def test_the_page_of_a_run_tells_what_it_was_and_what_came_of_it(page: Page, trial: str) -> None:
-    page.open(trial)
+def test_the_page_of_a_search_has_its_answer(page: Page, project: Project) -> None:
+    found = find_run("sweep", f"sqlite:///{project.folder}/runs/mlflow.db")
+    page.open(f"/runs/{found.run_id}")
+    page.element("the answer", "//*[contains(text(), 'Best: inner.lr=')]")
+
+
+def test_the_page_of_a_run_tells_what_it_was_and_what_came_of_it(
+    page: Page, project: Project
+) -> None:
+    page.open(page_of(project.folder / "runs" / "alone"))
     page.element("summary", "//*[contains(text(), 'sinusoid tasks, mlp with 25 parameters')]")
     header = page.element("meta-test", "//table[.//*[text()='trained']]//tr[1]")
     cells = [cell.get_attribute("textContent") for cell in header.find_elements(By.XPATH, "./*")]
@@ -167,7 +174,7 @@ def test_a_metric_is_drawn_as_a_line(page: Page, trial: str) -> None:
 
 
 def test_a_plot_is_displayed(page: Page, trial: str) -> None:
-    page.open(f"{trial}/artifacts/plots/adaptation_loss.png")
+    page.open(f"{trial}/artifacts/plots/training.png")
     width = "return Math.max(0, ...Array.from(document.images, image => image.naturalWidth))"
     page.wait("plot", lambda b: b.execute_script(width) >= 800)
-    assert page.element("file name", "//*[text()='plots/adaptation_loss.png']")
+    assert page.element("file name", "//*[text()='plots/training.png']")

@@ -125,6 +125,24 @@ def test_what_a_run_says_of_itself(uri: str, project: Path) -> None:
     assert (trial.validation.metric, trial.validation.step) == ("accuracy", 3), "selection_step"
 
 
+def test_trials_are_ranked_by_what_their_search_asks_for(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    parent = record(
+        tmp_path / "sweep",
+        uri,
+        params={"name": "glyphs", "search.metric": "loss_step9"},
+        tags={"kind": "search"},
+    )
+    for name, loss in (("a", 0.5), ("b", 0.1), ("c", 0.3)):
+        values = {"validation/accuracy_step1": loss, "validation/loss_step9": loss}
+        settings = {"inner.steps": 1}
+        record(tmp_path / name, uri, params=settings, metrics=values, parent_run_id=parent)
+    (search,) = list_runs(uri)
+    assert [trial.name for trial in search.trials] == ["b", "c", "a"]
+    assert search.trials[0].validation is not None
+    assert search.trials[0].validation[:2] == ("loss", 9)
+
+
 def test_filter(uri: str) -> None:
     def names(text: str) -> list[str]:
         return [run.name for run in list_runs(uri, text=text)]

@@ -27,6 +27,7 @@ from pipeline.tracking import (
     resend,
     resolve_uri,
 )
+from tests.ports import free_port
 
 mlflow = pytest.importorskip("mlflow")
 from mlflow import MlflowClient  # noqa: E402
@@ -184,12 +185,6 @@ def test_processes_that_create_the_store_at_once(tmp_path: Path) -> None:
     assert sorted(run.info.run_name for run in runs) == ["run0", "run1"]
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
     assert all(len(history(uri, run.info.run_id, "loss")) == 50 for run in runs)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait_for(condition) -> None:
