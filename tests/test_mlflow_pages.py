@@ -147,12 +147,6 @@ def test_the_list_of_runs_shows_a_search_and_its_trials(page: Page, project: Pro
     assert "4 matching runs" in page.browser.find_element(By.TAG_NAME, "body").text
 
 
-def test_the_page_of_a_search_has_its_answer(page: Page, project: Project) -> None:
-    found = find_run("sweep", f"sqlite:///{project.folder}/runs/mlflow.db")
-    page.open(f"/runs/{found.run_id}")
-    page.element("the answer", "//*[contains(text(), 'Best: inner.lr=')]")
-
-
 def test_the_page_of_a_run_tells_what_it_was_and_what_came_of_it(
     page: Page, project: Project
 ) -> None:
