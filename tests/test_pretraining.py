@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import training
+from pipeline import train_workers, training
 from pipeline.checkpoint import load_theta
 from pipeline.chunk import initial_parameters
 from pipeline.evaluation import evaluate_run
@@ -256,8 +256,9 @@ def test_ray_train_survives_a_worker_and_goes_on_where_it_was(
 
 @pytest.mark.timeout(300)
 def test_a_worker_that_always_dies_ends_the_run(
-    pooled: dict[str, Any], tmp_path: Path, ray_local: None
+    pooled: dict[str, Any], tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(train_workers, "_MAX_FAILURES", 1)  # each takes 15 seconds
     failing = {"kind": "tests.helpers:FailingSinusoid", "shots": 5, "queries": 5}
     with pytest.raises(TrainingFailed, match="these data are broken"):
         train(experiment_of({**pooled, "task": failing}, cluster={"workers": 1}), tmp_path / "run")
