@@ -14,12 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
+from trained import minutes, train
 
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.comparison import compare_runs
@@ -59,21 +58,6 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 SPEED = ("maml", "fomaml", "anil", "maml++", "meta-sgd", "boil")
 _TURNS, _CALLS = 9, 6
-
-
-def train(names: list[str], data: str) -> None:
-    """One run after the other; a finished one is left alone, an interrupted one goes on."""
-    for name in names:
-        experiment, *overrides = RUNS[name]
-        folder = (FOLDER / name).absolute()
-        if (folder / "results.json").exists():
-            continue
-        places = [f"data.root={data}", f"run_dir={folder}", "tracking.enabled=false"]
-        resume = ["--resume", str(folder)] if (folder / "checkpoints").exists() else []
-        given = [] if resume else [*overrides, *places]
-        print(f"{name}: maml train {' '.join([experiment, *overrides])}", flush=True)
-        command = [sys.executable, "-m", "pipeline.cli", "train", experiment, *given, *resume]
-        subprocess.run(command, check=True)
 
 
 def table(names: list[str]) -> list[str]:
@@ -127,17 +111,6 @@ def against(base: Path, folder: Path, step: int) -> str:
     )
 
 
-def minutes(folder: Path, per_batch: int) -> float:
-    """Of meta-updates, from the run's own records; validation and starting aside."""
-    total, last = 0.0, 0
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        record = json.loads(line)
-        if "tasks_per_second" in record:
-            total += (record["iteration"] - last) * per_batch / record["tasks_per_second"]
-            last = record["iteration"]
-    return total / 60
-
-
 def speed(data: str) -> list[str]:
     """Compiled meta-gradients of one meta-batch, algorithms in turns in this process."""
     torch.set_num_threads(1)
@@ -184,7 +157,7 @@ def main() -> None:
     if unknown := [name for name in names if name not in RUNS]:
         parser.error(f"no run is called {', '.join(unknown)}; there are {', '.join(RUNS)}")
     if arguments.what == "train":
-        train(names, arguments.data)
+        train(RUNS, FOLDER, names, [f"data.root={arguments.data}"])
     else:
         print("\n".join(table(names) if arguments.what == "table" else speed(arguments.data)))
 

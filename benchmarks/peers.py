@@ -382,10 +382,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="default: all cores")
     parser.add_argument("--chunk", type=int, default=8, help="of images, for ours; 0: whole")
     parser.add_argument("--tasks", type=int, help="in the meta-batch, instead of the case's")
-    parser.add_argument("--no-compile", action="store_true", help="leave out `ours`")
     arguments = parser.parse_args()
     able = {"ours", "ours eager", "loop"} if arguments.order == "first" else {*PEERS}
-    able -= {"ours"} if arguments.no_compile else set()
     arguments.peers = [name for name in PEERS if name in able.intersection(arguments.peers)]
     torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = False, True
     with tempfile.TemporaryDirectory() as cache:

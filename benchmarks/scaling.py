@@ -27,6 +27,7 @@ import pstats
 import statistics
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -235,7 +236,9 @@ def simulated(arguments: argparse.Namespace, data: str, folder: Path) -> list[Ro
     """All rows; an iteration uses as many actors of the group as it has chunks."""
     rows = []
     for size in arguments.sizes:
-        with Nodes(size, arguments.actors[-1], data, arguments.actors_per_process) as workers:
+        with simulated_nodes(
+            size, arguments.actors[-1], data, arguments.actors_per_process
+        ) as workers:
             for wait in arguments.waits:
                 workers.set_wait(wait)
                 for actors in arguments.actors:
@@ -246,43 +249,35 @@ def simulated(arguments: argparse.Namespace, data: str, folder: Path) -> list[Ro
     return rows
 
 
-class Nodes:
+@contextlib.contextmanager
+def simulated_nodes(
+    size: str, actors: int, data: str, per_process: int
+) -> Iterator[WaitingWorkers]:
     """Ray nodes with waiting actors, all on this machine; the driver's node has none."""
+    import ray
+    from ray.cluster_utils import Cluster
 
-    def __init__(self, size: str, actors: int, data: str, per_process: int):
-        self._size, self._actors, self._data = size, actors, data
-        self._per_process = min(per_process, actors)
-
-    def __enter__(self) -> WaitingWorkers:
-        import ray
-        from ray.cluster_utils import Cluster
-
-        large = self._size == "large"
-        store = {"include_dashboard": False, "object_store_memory": (4000 if large else 300) << 20}
-        self._cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
+    large = size == "large"
+    store = {"include_dashboard": False, "object_store_memory": (4000 if large else 300) << 20}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})
+    try:
         store["object_store_memory"] = (800 if large else 100) << 20
-        per_node = min(ACTORS_PER_NODE, self._actors)
-        for _ in range(-(-self._actors // per_node)):
-            self._cluster.add_node(num_cpus=per_node, **store)
-        self._cluster.wait_for_nodes()
-        ray.init(address=self._cluster.address, log_to_driver=False, logging_level="ERROR")
-        experiment = experiment_of(self._size, self._actors, self._data)
+        per_node = min(ACTORS_PER_NODE, actors)
+        nodes = -(-actors // per_node)
+        for _ in range(nodes):
+            cluster.add_node(num_cpus=per_node, **store)
+        cluster.wait_for_nodes()
+        ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
         began = time.perf_counter()
-        workers = WaitingWorkers(experiment, self._actors, self._per_process)
-        free = _memory("MemAvailable")
-        print(
-            f"\n{self._actors} actors in {len(workers.processes)} processes on "
-            f"{-(-self._actors // per_node)} nodes, ready after "
-            f"{time.perf_counter() - began:.0f} s; {free / 2**30:.1f} GiB of memory left\n",
-            flush=True,
-        )
-        return workers
-
-    def __exit__(self, *error: object) -> None:
-        import ray
-
+        experiment = experiment_of(size, actors, data)
+        workers = WaitingWorkers(experiment, actors, min(per_process, actors))
+        print(f"\n{actors} actors in {len(workers.processes)} processes on {nodes} nodes, ", end="")
+        print(f"ready after {time.perf_counter() - began:.0f} s; ", end="")
+        print(f"{_free_memory() / 2**30:.1f} GiB of memory left\n", flush=True)
+        yield workers
+    finally:
         ray.shutdown()
-        self._cluster.shutdown()
+        cluster.shutdown()
 
 
 def machine(data: str, folder: Path) -> list[str]:
@@ -314,7 +309,7 @@ def machine(data: str, folder: Path) -> list[str]:
 
 def profile(actors: int, wait: float, size: str, data: str, folder: Path, per_process: int) -> None:
     """Print the driver's most expensive functions."""
-    with Nodes(size, actors, data, per_process) as workers:
+    with simulated_nodes(size, actors, data, per_process) as workers:
         workers.set_wait(wait)
         session = open_session(experiment_of(size, actors, data), folder / "profile", workers)
         iterate(session, 2, 5)
@@ -356,9 +351,9 @@ def _loopback_bytes() -> int:
     return next(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
 
 
-def _memory(name: str) -> int:
+def _free_memory() -> int:
     lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def main() -> None:

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from pipeline.parameters import Params
 from pipeline.update_rules import SGD, Rule
-from tasks.base import Examples
 
 Rates = Literal["fixed", "per-layer-and-step", "per-parameter"]
 RATE = "inner_lr."
@@ -43,6 +42,8 @@ class Adaptation:
     rule: Rule = SGD
     batch_size: int | None = None
     """Support examples per step, in turns; None: all of them."""
+    later_factor: float = 1.0
+    """On the rates of steps beyond the trained ones."""
 
     @classmethod
     def of(
@@ -56,6 +57,7 @@ class Adaptation:
         rates: Rates = "fixed",
         rule: Rule | None = None,
         batch_size: int | None = None,
+        later_factor: float = 1.0,
     ) -> Adaptation:
         """Choices for a model, parameters named by groups or patterns (see `matching`).
 
@@ -74,7 +76,7 @@ class Adaptation:
             )
         if rates == "per-layer-and-step":
             stepwise |= {RATE + name for name in fast}
-        return cls(steps, fast, stepwise, rates, rule or SGD, batch_size)
+        return cls(steps, fast, stepwise, rates, rule or SGD, batch_size, later_factor)
 
     @property
     def learns_rates(self) -> bool:
@@ -112,18 +114,14 @@ class Adaptation:
 
     def rates_at(self, meta: Params, alpha: Tensor, step: int) -> Params:
         """The rate of every adapted parameter in a step."""
-        if not self.learns_rates:
-            return dict.fromkeys(self.fast, alpha)
-        return {name: self._at(RATE + name, meta[RATE + name], step) for name in self.fast}
-
-    def batch(self, support: Examples, step: int) -> Examples:
-        """The support examples of a step, [B, n, ...] -> [B, batch_size, ...]."""
-        available = support.x.shape[1]
-        if self.batch_size is None or self.batch_size >= available:
-            return support
-        first = step * self.batch_size
-        which = [(first + i) % available for i in range(self.batch_size)]
-        return Examples(support.x[:, which], support.y[:, which])
+        if self.learns_rates:
+            rates = {name: self._at(RATE + name, meta[RATE + name], step) for name in self.fast}
+        else:
+            rates = dict.fromkeys(self.fast, alpha)
+        # A policy trained without steps takes its first one as one that was trained with it does.
+        if step < max(self.steps, 1) or self.later_factor == 1:
+            return rates
+        return {name: self.later_factor * rate for name, rate in rates.items()}
 
     def _at(self, name: str, value: Tensor, step: int) -> Tensor:
         return value[min(step, self.steps - 1)] if name in self.per_step else value

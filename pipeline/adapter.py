@@ -20,14 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.chunk import adaptation_of
+from pipeline.chunk import adaptation_of, meta_parameters_of
 from pipeline.components import build_model
 from pipeline.config import Experiment
 from pipeline.experiments import from_dict, load_run
-from pipeline.meta_gradient import trajectory
+from pipeline.learning_curve import trajectory
 from pipeline.meta_loss import Objective
-from pipeline.parameters import Params
-from tasks.base import Classification, Examples
+from pipeline.parameters import Layout, Params
+from tasks.base import Classification, Examples, supervised
 
 RECIPE, PARAMETERS = "recipe.json", "theta.safetensors"
 
@@ -62,7 +62,7 @@ class Recipe:
     @classmethod
     def of(cls, experiment: Experiment) -> Recipe:
         """The recipe of an experiment; reads its data only for the size of images."""
-        task = experiment.build_task()
+        task = supervised(experiment.build_task(), "an exported model")
         return cls(
             experiment.changed(search=None),
             tuple(task.input_shape),
@@ -107,14 +107,13 @@ class Adapter:
             recipe.output_size,
             experiment.seed,
         ).to(self._dtype)
-        task = experiment.build_task()
+        task = supervised(experiment.build_task(), "an exported model")
         self.classifies = isinstance(task, Classification)
         self._adaptation = adaptation_of(experiment, model)
         self._objective = Objective(model, task)
         self._theta = {name: value.to(self._dtype) for name, value in theta.items()}
-        params = {name: p.detach() for name, p in model.named_parameters()}
-        wanted = self._adaptation.meta_parameters(params, experiment.inner.lr)
-        if {n: p.shape for n, p in wanted.items()} != {n: p.shape for n, p in theta.items()}:
+        wanted = Layout.of(meta_parameters_of(experiment, model))
+        if Layout.of(theta).shapes_by_name != wanted.shapes_by_name:
             raise ValueError(f"{PARAMETERS} does not fit the model of the recipe")
         self._alpha = torch.tensor(experiment.inner.lr, dtype=self._dtype)
 
@@ -163,6 +162,7 @@ class Adapter:
             one_task,
             self._alpha,
             self.recipe.steps if steps is None else steps,
+            1,
         ):
             params = {**slow, **{name: value[0] for name, value in fast.items()}}
             losses.append(float(self._objective.loss(params, Examples(support, targets))))

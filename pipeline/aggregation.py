@@ -64,7 +64,8 @@ def _bad_tasks(results: Sequence[ChunkResult]) -> tuple[int, ...]:
     for result in results:
         assert result.gradient is not None
         if not np.isfinite(result.gradient).all():
-            losses = np.stack([result.metrics["query_loss"], result.metrics["support_loss"]])
+            names = {"query_loss", "support_loss"} & set(result.metrics)
+            losses = np.stack([result.metrics[name] for name in names])
             culprits = np.flatnonzero(~np.isfinite(losses).all(0))
             # Finite losses with a gradient that is not: the chunk is all that is known.
             suspects = culprits if len(culprits) else np.arange(result.num_tasks)

@@ -14,7 +14,6 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,27 +23,30 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from pipeline.adaptation import Adaptation, matching
-from pipeline.chunk import EVALUATION_SEED, adaptation_of, model_of
+from pipeline.chunk import adaptation_of, model_of
 from pipeline.config import Experiment
+from pipeline.domain import EVALUATION_SEED
 from pipeline.estimates import Estimate
-from pipeline.meta_gradient import Adapted, adaptation_curve, trajectory
+from pipeline.learning_curve import Adapted, trajectory
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
 from pipeline.representations import (
     Outputs,
+    head_inputs,
     layer_outputs,
     linear_cka,
     mean_cca,
     nearest_centroid,
     weight_layers,
 )
-from tasks.base import Classification, TaskBatch, TaskDistribution
+from tasks.base import Classification, Examples, Supervised, TaskBatch, supervised
 
 FRACTIONS = tuple(round(0.1 * i, 1) for i in range(16))
 """Of the way from θ (0) to θ'_i (1), and beyond."""
 _TASKS_AT_ONCE = 8
 _QUERIES = 15  # per class
 _ALIKE = 0.9  # CKA of representations that count as the same
+_ENOUGH = 0.9  # share of the gain that explains it
 NONE, ALL, HEAD, BODY, CENTROID = (
     "no adaptation",
     "as trained",
@@ -166,18 +168,18 @@ def analyze(
 
 def _with_queries(
     experiment: Experiment, queries: int | None, split: str
-) -> tuple[TaskDistribution, dict[str, Any]]:
+) -> tuple[Supervised, dict[str, Any]]:
     """The tasks to look at, and the settings in which they differ from the run's."""
     if "queries" in experiment.task.settings:
         changes = {"queries": queries or _QUERIES}
         try:
-            task = experiment.build_task(**changes)
+            task = supervised(experiment.build_task(**changes), "analysis")
             task.check(split)
             return task, changes
         except ValueError:
             if queries is not None:
                 raise
-    task = experiment.build_task()
+    task = supervised(experiment.build_task(), "analysis")
     task.check(split)
     return task, {}
 
@@ -208,34 +210,31 @@ class _Looker:
     @torch.no_grad()
     def look(self, batch: TaskBatch) -> dict[str, npt.NDArray[Any]]:
         """Values per task [B] by name; 'path' [len(FRACTIONS), B]."""
-        adapted = list(
-            trajectory(
-                self._objective,
-                self._adaptation,
-                self._meta,
-                batch.support,
-                self._alpha,
-                self._steps,
-            )
+        start, end = self._ends(self._adaptation, batch)
+        values = (
+            self._likeness(start, end, batch)
+            | self._moved(start, end)
+            | self._abilities(start, end, batch)
+            | {"path": self._path(start, end, batch)}
         )
-        start, end = adapted[0], adapted[-1]
+        return {name: value.double().numpy() for name, value in values.items()}
+
+    def _ends(self, adaptation: Adaptation, batch: TaskBatch) -> tuple[Adapted, Adapted]:
+        """Before and after adaptation."""
+        objective, meta, alpha = self._objective, self._meta, self._alpha
+        tasks, support = len(batch.query.x), batch.support
+        walk = list(trajectory(objective, adaptation, meta, support, alpha, self._steps, tasks))
+        return walk[0], walk[-1]
+
+    def _likeness(self, start: Adapted, end: Adapted, batch: TaskBatch) -> dict[str, Tensor]:
+        """CKA and CCA of every layer's outputs before and after adaptation."""
         before, after = (self._outputs(at, batch.query.x) for at in (start, end))
-        values: dict[str, Tensor] = {}
+        values = {}
         for name in before:
             pairs = list(zip(before[name], after[name], strict=True))
             values[f"cka/{name}"] = torch.stack([linear_cka(x, y) for x, y in pairs])
             values[f"cca/{name}"] = torch.stack([mean_cca(x, y) for x, y in pairs])
-        values |= self._moved(start, end)
-        values |= self._abilities(batch)
-        if self._classes and len(before) > 1:
-            features = list(before)[-2]  # what the head sees
-            support = self._outputs(start, batch.support.x)[features].flatten(2)
-            judge = partial(nearest_centroid, classes=self._classes)
-            scores = vmap(judge)(support, batch.support.y, before[features].flatten(2))
-            right = scores.argmax(-1) == batch.query.y
-            values[f"ability/{CENTROID}"] = right.double().mean(-1)
-        values["path"] = self._path(start, end, batch)
-        return {name: value.double().numpy() for name, value in values.items()}
+        return values
 
     def _outputs(self, at: Adapted, x: Tensor) -> Outputs:
         """Of every layer, [B, n, ..., channels]."""
@@ -264,27 +263,36 @@ class _Looker:
             size[layer] = size[layer] + p.flatten(1).square().sum(1)
         return {f"moved/{name}": (change[name] / size[name]).sqrt() for name in layers}
 
-    def _abilities(self, batch: TaskBatch) -> dict[str, Tensor]:
-        def curve(adaptation: Adaptation, *steps: int) -> Tensor:
-            return adaptation_curve(
-                self._objective, adaptation, self._meta, batch, self._alpha, steps=steps
-            )[self._metric]
-
-        values = {}
-        if self._steps:
-            none, full = curve(self._adaptation, 0, self._steps)
-        else:
-            none = full = curve(self._adaptation, 0)[0]
-        values[f"ability/{NONE}"], values[f"ability/{ALL}"] = none, full
+    def _abilities(self, start: Adapted, end: Adapted, batch: TaskBatch) -> dict[str, Tensor]:
+        values = {NONE: self._judged(start, batch), ALL: self._judged(end, batch)}
         for name, fast in self._parts.items():
-            if not fast:
-                values[f"ability/{name}"] = none
-            elif set(fast) == set(self._adaptation.fast):
-                values[f"ability/{name}"] = full
-            else:
+            values[name] = values[NONE]
+            if fast:
                 part = dataclasses.replace(self._adaptation, fast=fast)
-                values[f"ability/{name}"] = curve(part, self._steps)[0]
-        return values
+                values[name] = self._judged(self._ends(part, batch)[1], batch)
+        if self._classes:
+            values[CENTROID] = self._centroid_accuracy(start, batch)
+        return {f"ability/{name}": value for name, value in values.items()}
+
+    def _judged(self, at: Adapted, batch: TaskBatch) -> Tensor:
+        """The metric on the query set, [B]."""
+
+        def one(fast: Params, query: Examples) -> Tensor:
+            loss, metrics = self._objective.loss_and_metrics({**at.slow, **fast}, query)
+            return {"loss": loss, **metrics}[self._metric]
+
+        return vmap(one)(at.fast, batch.query)
+
+    def _centroid_accuracy(self, at: Adapted, batch: TaskBatch) -> Tensor:
+        """Of the nearest centroid of the features that the head sees, [B]."""
+
+        def one(fast: Params, support: Examples, query: Examples) -> Tensor:
+            params = {**at.slow, **fast}
+            features = [head_inputs(self._model, params, x) for x in (support.x, query.x)]
+            scores = nearest_centroid(features[0], support.y, features[1], self._classes)
+            return (scores.argmax(-1) == query.y).double().mean()
+
+        return vmap(one)(at.fast, batch.support, batch.query)
 
     def _path(self, start: Adapted, end: Adapted, batch: TaskBatch) -> Tensor:
         def loss(fast: Params, query: Any) -> Tensor:
@@ -300,57 +308,87 @@ class _Looker:
 def finding(analysis: Analysis) -> str:
     """Feature reuse or rapid learning, in words, from the numbers."""
     percent = analysis.metric == "accuracy"
-    body, head = analysis.layers[:-1], analysis.layers[-1]
 
     def shown(estimate: Estimate) -> str:
         return estimate.text(percent) + (" %" if percent else "")
 
-    abilities = analysis.abilities
-    gain, uncertain = analysis.lost[NONE]
-    helps = gain > (math.inf if uncertain is None else uncertain)
-    kept = {name: 1 - lost.mean / gain for name, lost in analysis.lost.items()} if helps else {}
+    abilities, kept = analysis.abilities, _kept(analysis)
     sentences = [
         f"Adaptation in {analysis.steps} step{'' if analysis.steps == 1 else 's'} takes the "
         f"{analysis.metric} from {shown(abilities[NONE])} to {shown(abilities[ALL])}."
     ]
-    cka, moved = (_mean(values) for values in ([x.cka for x in body], [x.moved for x in body]))
-    if math.isfinite(cka):
-        alike = "before and after are alike" if cka > _ALIKE else "change"
-        sentences.append(
-            f"The body's representations {alike} (mean CKA {cka:.2f}; head {head.cka.mean:.2f}), "
-            f"its parameters move by {100 * moved:.1f} % (head {100 * head.moved.mean:.1f} %)."
-        )
     for name, verb in ((HEAD, "keeps"), (BODY, "keeps"), (CENTROID, "reaches")):
         if name in kept:
             sentences.append(
                 f"{name.capitalize()}: {shown(abilities[name])}, which {verb} "
                 f"{100 * max(0.0, kept[name]):.0f} % of the gain."
             )
-    sentences.append(_verdict(kept, alike=cka > _ALIKE))
+    sentences += [_changes(analysis.layers), _verdict(analysis.layers, kept)]
     sentences.append(
         f"On the straight way from θ to θ'_i the query loss never rises on "
         f"{100 * analysis.monotone_share:.0f} % of the tasks"
         + (": they lie in one valley." if analysis.monotone_share > 0.9 else ".")
     )
-    return " ".join(sentences)
+    return " ".join(filter(None, sentences))
 
 
-def _mean(estimates: list[Estimate]) -> float:
-    """Over layers for which there is a value."""
-    known = [estimate.mean for estimate in estimates if math.isfinite(estimate.mean)]
-    return sum(known) / len(known) if known else math.nan
+def _kept(analysis: Analysis) -> dict[str, float]:
+    """What share of the gain is left when less adapts; empty where no gain is certain."""
+    gain, uncertain = analysis.lost[NONE]
+    if not gain > (math.inf if uncertain is None else uncertain):
+        return {}
+    return {name: 1 - lost.mean / gain for name, lost in analysis.lost.items()}
 
 
-def _verdict(kept: dict[str, float], alike: bool) -> str:
-    """From what is kept of the gain without adapting the body, or without the head."""
-    reuse = max(kept.get(HEAD, 0.0), kept.get(CENTROID, 0.0))
-    rapid = kept.get(BODY, 0.0)
+def _least_alike(body: list[LayerChange]) -> float:
+    """The CKA of the layer that changes most; NaN where there is none."""
+    known = [layer.cka.mean for layer in body if math.isfinite(layer.cka.mean)]
+    return min(known, default=math.nan)
+
+
+def _changes(layers: list[LayerChange]) -> str:
+    """What adaptation changes, as far as it can be seen from outside."""
+    *body, head = layers
+    cka = _least_alike(body)
+    if not math.isfinite(cka):
+        return ""
+    seen = "look alike before and after" if cka > _ALIKE else "change"
+    moved = max((layer.moved for layer in body), key=lambda moved: moved.mean)
+    return (
+        f"The body's representations {seen} (the lowest CKA of a layer is {cka:.2f}), its layers' "
+        f"parameters move by up to {moved.text(percent=True)} %; the head's move by "
+        f"{head.moved.text(percent=True)} %, the CKA of its outputs is {head.cka.text()}."
+    )
+
+
+def _verdict(layers: list[LayerChange], kept: dict[str, float]) -> str:
+    """From what is kept of the gain without adapting the body, or without the head.
+
+    The likeness of representations decides nothing: CKA weighs directions by their variance, and
+    the head may well read one that has little. It says by how much of a change the gain came about.
+    """
+    body = layers[:-1]
     if not kept:
         return "Adaptation does not help for certain, so there is nothing to explain."
-    if reuse >= 0.9 and (alike or rapid < 0.9):
-        return "This is feature reuse: what the body has learned serves new tasks as it is."
-    if rapid >= 0.9 and reuse < 0.9:
-        return "This is rapid learning: the body itself changes for every task."
-    if reuse >= 0.9:
-        return "Head or body alone does it: the features serve as they are, and can change too."
-    return "It is both: neither the head alone nor the body alone explains the gain."
+    if not any(layer.moved.mean for layer in body):
+        return "Only the head adapts, so this is feature reuse by construction."
+    alike = _least_alike(body) > _ALIKE
+    by_head, by_centroid = kept[HEAD], kept.get(CENTROID, 0.0)
+    by_body = kept[BODY] >= _ENOUGH
+    if by_head >= _ENOUGH or (by_centroid >= _ENOUGH and not by_body):
+        though = "" if alike else ", although adaptation changes it"
+        return f"This is feature reuse: the body serves new tasks as it is{though}."
+    if not by_body:
+        return "It is both: neither the head alone nor the body alone explains the gain."
+    if by_centroid >= _ENOUGH:
+        return (
+            "The features could be reused as they are, as the nearest centroid shows; but that is "
+            "not how adaptation works here: the change of the body carries the gain."
+        )
+    if alike:
+        reused = max(0.0, by_head, by_centroid)
+        return (
+            "This is rapid learning by small changes of the body: alike as its representations "
+            f"look, those before adaptation keep {100 * reused:.0f} % of the gain."
+        )
+    return "This is rapid learning: the body itself changes for every task."

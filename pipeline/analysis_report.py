@@ -14,13 +14,22 @@ import math
 from pathlib import Path
 
 import numpy as np
-from matplotlib.ticker import PercentFormatter
+from matplotlib.axes import Axes
 
 from pipeline.analysis import FRACTIONS, Analysis, finding
 from pipeline.checkpoint import write_atomically
 from pipeline.config import Experiment
-from pipeline.estimates import Estimate
-from pipeline.figures import COLORS, GREY, legend, new_figure, save
+from pipeline.estimates import Estimate, mean_and_ci95
+from pipeline.figures import (
+    COLORS,
+    GREY,
+    is_logarithmic,
+    label_metric,
+    legend,
+    new_figure,
+    new_panels,
+    save,
+)
 
 _PATHS_SHOWN = 8
 
@@ -57,10 +66,8 @@ def write_analysis(experiment: Experiment, analysis: Analysis, folder: Path) -> 
 def protocol_text(analysis: Analysis) -> str:
     """What the numbers are about."""
     changes = "".join(f", {key} {value}" for key, value in analysis.changes.items())
-    return (
-        f"{analysis.num_tasks} {analysis.split} tasks, {analysis.steps} adaptation steps{changes}; "
-        "± CI95 over tasks"
-    )
+    steps = f"{analysis.steps} adaptation step{'' if analysis.steps == 1 else 's'}"
+    return f"{analysis.num_tasks} {analysis.split} tasks, {steps}{changes}; ± CI95 over tasks"
 
 
 def layer_rows(analysis: Analysis) -> list[list[str]]:
@@ -92,38 +99,71 @@ def ability_rows(analysis: Analysis) -> list[list[str]]:
 
 
 def _plot_layers(analysis: Analysis, path: Path) -> None:
-    """CKA, CCA and relative change of the parameters, side by side for every layer."""
-    figure, axes = new_figure(7.6, 4.2)
-    series = {
-        "CKA, before / after": [layer.cka for layer in analysis.layers],
-        "CCA, before / after": [layer.cca for layer in analysis.layers],
-        "parameters moved, |θ' - θ| / |θ|": [layer.moved for layer in analysis.layers],
-    }
-    shown = {
+    """Likeness of representations above, change of the parameters below, for every layer."""
+    figure, grid = new_panels(7.6, 5.6, rows=2, sharex=True)
+    likeness, moved = grid[:, 0]
+    _bars(
+        likeness,
+        {
+            "CKA": [layer.cka for layer in analysis.layers],
+            "CCA": [layer.cca for layer in analysis.layers],
+        },
+    )
+    likeness.set_ylim(0, 1.05)
+    likeness.set_ylabel("likeness, before / after")
+    likeness.set_title("What adaptation changes")
+    legend(likeness)
+    _moves(moved, [layer.moved for layer in analysis.layers])
+    names = [f"{n}\n{layer.kind}" for n, layer in enumerate(analysis.layers, 1)]
+    names[-1] += "\n(head)"
+    moved.set_xticks(range(len(names)), names)
+    moved.set_xlabel("layer")
+    save(figure, path, f"Moved: |θ' - θ| / |θ| of a layer's parameters. {protocol_text(analysis)}")
+
+
+def _bars(axes: Axes, series: dict[str, list[Estimate]]) -> None:
+    """Side by side for every layer; without those of which nothing is known."""
+    known = {
         name: estimates
         for name, estimates in series.items()
         if any(math.isfinite(e.mean) for e in estimates)
     }
-    x = np.arange(len(analysis.layers))
-    width = 0.8 / len(shown)
-    for number, (name, estimates) in enumerate(shown.items()):
+    width = 0.6 / max(1, len(known))
+    for number, (name, estimates) in enumerate(known.items()):
         axes.bar(
-            x + width * (number - (len(shown) - 1) / 2),
+            np.arange(len(estimates)) + width * (number - (len(known) - 1) / 2),
             [e.mean for e in estimates],
             width,
-            yerr=[0.0 if e.ci95 is None else e.ci95 for e in estimates],
+            yerr=_half_widths(estimates),
             color=COLORS[number],
             label=name,
             error_kw={"elinewidth": 1},
         )
-    names = [f"{n}\n{layer.kind}" for n, layer in enumerate(analysis.layers, 1)]
-    names[-1] += "\n(head)"
-    axes.set_xticks(x, names)
-    axes.set_xlabel("layer")
-    axes.set_title("What adaptation changes")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-    legend(axes)
-    save(figure, path, protocol_text(analysis))
+
+
+def _moves(axes: Axes, moved: list[Estimate]) -> None:
+    """|θ' - θ| / |θ| in percent; what does not move has no place on a logarithmic axis."""
+    still = [layer for layer, estimate in enumerate(moved) if estimate.mean == 0]
+    moving = [layer for layer in range(len(moved)) if layer not in still]
+    axes.errorbar(
+        moving,
+        [100 * moved[layer].mean for layer in moving],
+        yerr=[100 * half for half in _half_widths([moved[layer] for layer in moving])],
+        linestyle="none",
+        marker="o",
+        color=COLORS[2],
+        elinewidth=1,
+    )
+    for layer in still:
+        at = axes.get_xaxis_transform()
+        axes.text(layer, 0.04, "does not adapt", transform=at, color=GREY, ha="center")
+    label_metric(axes, "moved in %", is_logarithmic("moved", [[e.mean for e in moved]]))
+    if axes.get_yscale() == "linear":
+        axes.set_ylim(bottom=0)
+
+
+def _half_widths(estimates: list[Estimate]) -> list[float]:
+    return [0.0 if e.ci95 is None else e.ci95 for e in estimates]
 
 
 def _plot_paths(analysis: Analysis, path: Path) -> None:
@@ -133,8 +173,12 @@ def _plot_paths(analysis: Analysis, path: Path) -> None:
     for task, line in enumerate(losses[:_PATHS_SHOWN]):
         label = f"{min(_PATHS_SHOWN, len(losses))} of the tasks" if task == 0 else None
         axes.plot(FRACTIONS, line, color=COLORS[5], linewidth=1, alpha=0.8, label=label)
-    mean = f"mean of {len(losses)} tasks"
-    axes.plot(FRACTIONS, losses.mean(0), color=COLORS[0], linewidth=2.5, label=mean)
+    mean, half = mean_and_ci95(losses.T)
+    name = f"mean of {len(losses)} tasks"
+    axes.plot(FRACTIONS, mean, color=COLORS[0], linewidth=2.5, label=name)
+    axes.fill_between(
+        FRACTIONS, mean - half, mean + half, color=COLORS[0], alpha=0.2, linewidth=0, label="CI95"
+    )
     axes.axvline(0, color=GREY, linestyle=":", linewidth=1)
     axes.axvline(1, color=GREY, linestyle=":", linewidth=1)
     ticks = [0, 0.5, 1, 1.5]

@@ -7,36 +7,35 @@ Both worker groups, in process and Ray, call `ChunkComputer.run` and nothing els
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.func import vmap
 
 from pipeline.adaptation import Adaptation
 from pipeline.algorithms import Phase, phase_at, phases, query_weights_at
 from pipeline.compilation import worth_compiling
 from pipeline.components import build_model
 from pipeline.config import Experiment
+from pipeline.control import ControlDomain
 from pipeline.diagnostics import diagnose
-from pipeline.meta_gradient import ChunkFunction, Knobs, adaptation_curve
-from pipeline.meta_loss import Objective
+from pipeline.domain import Domain, Judged, Taken
+from pipeline.experience import Collected
+from pipeline.meta_gradient import ChunkFunction, Knobs, num_tasks
+from pipeline.meta_loss import Batch
 from pipeline.parameters import Layout, Params
 from pipeline.programs import program_of
-from pipeline.representations import head_inputs, nearest_centroid
-from pipeline.task_supply import TaskSupply
+from pipeline.supervised import SupervisedDomain
+from pipeline.task_supply import Cut
 from pipeline.update_rules import build_rule
-from tasks.base import Examples, TaskBatch, TaskDistribution
+from tasks.base import supervised
+from tasks.control.mdp import MDPs
 
 FlatVector = npt.NDArray[np.floating[Any]]
-Judged = Literal["model", "oracle", "nearest centroid"]
-EVALUATION_SEED = 0
-"""Validation and test tasks are the same for every run, whatever its seed: curves can be paired."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,29 @@ class EvaluationJob:
     that needs no adaptation."""
 
 
-Job = GradientJob | EvaluationJob | DiagnosisJob
+@dataclass(frozen=True)
+class FisherJob:
+    """Multiply a direction [D] by the Fisher matrix at θ, on the trajectories of a chunk."""
+
+    iteration: int
+    chunk: int
+    direction: FlatVector
+
+
+@dataclass(frozen=True)
+class CandidateJob:
+    """Judge another θ [D] on the trajectories that θ collected for a chunk; with a weight for the
+    inner KL, also its gradient."""
+
+    iteration: int
+    chunk: int
+    candidate: FlatVector
+    inner_kl_weight: float | None = None
+
+
+Job = GradientJob | EvaluationJob | DiagnosisJob | FisherJob | CandidateJob
+FOLLOW_UPS = (FisherJob, CandidateJob)
+"""Jobs about trajectories that a gradient job collected."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +103,10 @@ class ChunkResult:
     job: Job
     num_tasks: int
     gradient: FlatVector | None
-    """Sum of the tasks' meta-gradients, [D]; for a diagnosis of second and first order, [2, D];
-    None for an evaluation."""
+    """Sum over the tasks of their meta-gradients or Fisher products, [D]; for a diagnosis of
+    second and first order, [2, D]; None for an evaluation."""
     metrics: dict[str, npt.NDArray[Any]]
-    """Per task: [B] for a gradient job, [steps, B] otherwise."""
+    """Per task: [steps, B] for an evaluation or a diagnosis, else [B]."""
     seconds_sampling: float
     seconds_computing: float
 
@@ -126,24 +147,40 @@ def adaptation_of(experiment: Experiment, model: torch.nn.Module) -> Adaptation:
             rates=inner.rates,
             rule=build_rule(inner.optimizer, inner.momentum, inner.beta1),
             batch_size=inner.batch_size,
+            later_factor=inner.later_lr_factor,
         )
     except ValueError as error:
         raise ValueError(f"inner.{error}") from error
 
 
 def initial_parameters(experiment: Experiment, seed: int | None = None) -> Params:
-    """The meta-parameters at initialisation, on the CPU, in the compute precision: the model's
-    named parameters, and what else the algorithm learns."""
+    """The meta-parameters at initialisation, on the CPU, in the compute precision."""
+    return meta_parameters_of(experiment, model_of(experiment, seed))
+
+
+def meta_parameters_of(experiment: Experiment, model: torch.nn.Module) -> Params:
+    """The model's named parameters, and what else the algorithm learns."""
     dtype = getattr(torch, experiment.compute.dtype)
-    model = model_of(experiment, seed)
     params = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
     return adaptation_of(experiment, model).meta_parameters(params, experiment.inner.lr)
+
+
+def flat_vector(theta: Params) -> FlatVector:
+    """Parameters as workers take them."""
+    flat: FlatVector = Layout.of(theta).join(theta).numpy()
+    return flat
 
 
 def tasks_per_chunk(experiment: Experiment, num_parameters: int) -> int:
     """Tasks in a chunk; the last chunk of a meta-batch may have fewer."""
     outer = experiment.outer
     return outer.tasks_per_chunk or default_tasks_per_chunk(num_parameters, outer.tasks_per_batch)
+
+
+def in_chunks(experiment: Experiment, num_parameters: int, num_tasks: int) -> list[tuple[int, int]]:
+    """First task and number of tasks of every chunk, where tasks are looked at, not trained on."""
+    size = tasks_per_chunk(experiment, num_parameters)
+    return [(first, min(size, num_tasks - first)) for first in range(0, num_tasks, size)]
 
 
 def compute_device(experiment: Experiment) -> torch.device:
@@ -163,27 +200,24 @@ class ChunkComputer:
         self._experiment = experiment
         self._device = compute_device(experiment)
         self._dtype: torch.dtype = getattr(torch, experiment.compute.dtype)
-        model = model_of(experiment)
-        self._task = experiment.build_task()
+        model = model_of(experiment).to(self._device, self._dtype)
         self._adaptation = adaptation_of(experiment, model)
         theta = initial_parameters(experiment)
         self._layout = Layout.of(theta)
         self._initial_theta = self._layout.join(theta).to(self._device, self._dtype)
-        outer, chunk = experiment.outer, tasks_per_chunk(experiment, self._layout.size)
-        self._tasks = TaskSupply(
-            self._task,
-            experiment.seed,
-            outer.tasks_per_batch,
-            chunk,
-            outer.iterations,
-            lambda batch: batch.to(self._device, self._dtype),
-        )
-        self._objective = Objective(model.to(self._device, self._dtype), self._task)
         self._alpha = torch.tensor(experiment.inner.lr, dtype=self._dtype, device=self._device)
         self._compile = compile
         self._functions: dict[Phase, ChunkFunction] = {}
-        self._model = model
-        self._changed_tasks: dict[str, tuple[TaskDistribution, Objective]] = {}
+        task = experiment.build_task()
+        per_chunk = tasks_per_chunk(experiment, self._layout.size)
+        self._cut = Cut(experiment.outer.tasks_per_batch, per_chunk)
+        known = (model, self._adaptation, self._alpha, self._cut)
+        self._domain: Domain
+        if isinstance(task, MDPs):
+            self._domain = ControlDomain(experiment, task, *known, compile)
+        else:
+            task = supervised(task, "meta-learning")
+            self._domain = SupervisedDomain(experiment, task, *known)
 
     def run(self, theta: FlatVector, job: Job) -> ChunkResult:
         """Compute a job at θ, a flat vector [D] that is only read."""
@@ -193,12 +227,14 @@ class ChunkComputer:
             return self._run_gradient(flat, job)
         if isinstance(job, DiagnosisJob):
             return self._run_diagnosis(flat, job)
-        return self._run_evaluation(flat, job)
+        if isinstance(job, EvaluationJob):
+            return self._run_evaluation(flat, job)
+        return self._run_control(flat, job)
 
     @property
     def num_chunks(self) -> int:
         """Chunks of a meta-batch."""
-        return self._tasks.num_chunks
+        return self._cut.num_chunks
 
     def warm_up(self) -> None:
         """Compute chunks of every kind that occurs once, so that compilation is behind us.
@@ -207,8 +243,10 @@ class ChunkComputer:
         """
         for phase in phases(self._experiment):
             self._compute(phase, GradientJob(0, 0))
-            if not self._tasks.even:
+            if not self._cut.even:
                 self._compute(phase, GradientJob(0, self.num_chunks - 1))
+        if isinstance(self._domain, ControlDomain):
+            self._domain.warm_up(self._layout.split(self._initial_theta))
 
     def metric_names(self) -> list[str]:
         """What an evaluation reports, found out on a task."""
@@ -225,46 +263,52 @@ class ChunkComputer:
         function, batch, knobs = self.program(GradientJob(0, 0))
         return worth_compiling(function, (self._initial_theta, batch, knobs), calls)
 
-    def program(self, job: GradientJob) -> tuple[ChunkFunction, TaskBatch, Knobs]:
+    def program(self, job: GradientJob) -> tuple[ChunkFunction, Batch, Knobs]:
         """The function that computes a chunk, and its arguments beside θ: for those who measure."""
         phase = phase_at(self._experiment, job.iteration)
         return (
             self._function(phase),
-            self._tasks.take(job.iteration, job.chunk),
+            self._take(self._initial_theta, job).batch,
             self._knobs(phase, job.iteration),
         )
 
+    def acted_out(self, theta: FlatVector, split: str, count: int, steps: int) -> Collected:
+        """The first tasks of a split as θ acts in them, for those who look."""
+        assert isinstance(self._domain, ControlDomain)
+        return self._domain.act(self._split(theta), split, np.arange(count), steps)
+
     def prepare_ahead(self) -> bool:
         """Sample for the next iteration, if anything is left to sample (see `TaskSupply`)."""
-        return self._tasks.prepare_ahead()
+        return self._domain.prepare_ahead()
 
     def _run_gradient(self, theta: Tensor, job: GradientJob) -> ChunkResult:
         began = time.perf_counter()
-        batch = self._tasks.take(job.iteration, job.chunk)
+        batch, facts = self._take(theta, job)
         started = time.perf_counter()
         phase = phase_at(self._experiment, job.iteration)
         knobs = self._knobs(phase, job.iteration)
         gradient, metrics = self._function(phase)(theta, batch, knobs)
         host_gradient = gradient.cpu().numpy()
-        host_metrics = {name: value.cpu().numpy() for name, value in metrics.items()}
+        host_metrics = _on_host({**metrics, **facts})
         ended = time.perf_counter()
-        num_tasks = batch.query.x.shape[0]
         return ChunkResult(
-            job, num_tasks, host_gradient, host_metrics, started - began, ended - started
+            job, num_tasks(batch), host_gradient, host_metrics, started - began, ended - started
         )
+
+    def _take(self, theta: Tensor, job: GradientJob) -> Taken:
+        return self._domain.take(self._layout.split(theta), job.iteration, job.chunk)
 
     def _compute(self, phase: Phase, job: GradientJob) -> None:
         knobs = self._knobs(phase, job.iteration)
-        self._function(phase)(
-            self._initial_theta, self._tasks.take(job.iteration, job.chunk), knobs
-        )
+        batch = self._take(self._initial_theta, job).batch
+        self._function(phase)(self._initial_theta, batch, knobs)
 
     def _function(self, phase: Phase) -> ChunkFunction:
         if phase not in self._functions:
             self._functions[phase] = program_of(
                 self._experiment,
                 phase,
-                self._objective,
+                self._domain.objective,
                 self._adaptation,
                 self._layout,
                 self._device,
@@ -281,41 +325,28 @@ class ChunkComputer:
 
     def _run_evaluation(self, theta: Tensor, job: EvaluationJob) -> ChunkResult:
         started = time.perf_counter()
-        task, objective = self._changed(job.changes)
-        indices = np.arange(job.first, job.first + job.count)
-        sampled_tasks = task.sample(EVALUATION_SEED, job.split, indices)
-        batch = sampled_tasks.to(self._device, self._dtype)
-        sampled = time.perf_counter()
-        if job.judged == "oracle":
-            metrics = self._unadapted(task, batch, self._ask_oracle(task, batch), job.steps)
-        elif job.judged == "nearest centroid":
-            scores = self._nearest_centroids(task, theta, batch)
-            metrics = self._unadapted(task, batch, scores, job.steps)
-            del metrics["loss"]  # scores are cosines: their cross-entropy says nothing
-        else:
-            metrics = adaptation_curve(
-                objective,
-                self._adaptation,
-                self._layout.split(theta),
-                batch,
-                self._alpha,
-                steps=job.steps,
-            )
-        host = {name: value.cpu().numpy() for name, value in metrics.items()}
+        metrics = self._domain.examine(
+            self._layout.split(theta),
+            job.split,
+            np.arange(job.first, job.first + job.count),
+            job.steps,
+            job.changes,
+            job.judged,
+        )
         return ChunkResult(
-            job, job.count, None, host, sampled - started, time.perf_counter() - sampled
+            job, job.count, None, _on_host(metrics), 0.0, time.perf_counter() - started
         )
 
     def _run_diagnosis(self, theta: Tensor, job: DiagnosisJob) -> ChunkResult:
         started = time.perf_counter()
         indices = np.arange(job.first, job.first + job.count)
-        tasks = self._task.sample(EVALUATION_SEED, "validation", indices)
         phase = phase_at(self._experiment, job.iteration)
+        assert isinstance(self._domain, SupervisedDomain)
         found = diagnose(
-            self._objective,
+            self._domain.objective,
             self._adaptation,
             self._layout.split(theta),
-            tasks.to(self._device, self._dtype),
+            self._domain.held_out("validation", indices),
             self._knobs(phase, job.iteration),
             order="second" if phase.second_order else "first",
             estimator=self._experiment.outer.estimator,
@@ -327,48 +358,37 @@ class ChunkComputer:
             job,
             job.count,
             None if both is None else both.cpu().numpy(),
-            {name: value.cpu().numpy() for name, value in found.metrics.items()},
+            _on_host(found.metrics),
             0.0,
             time.perf_counter() - started,
         )
 
-    def _ask_oracle(self, task: TaskDistribution, batch: TaskBatch) -> Tensor:
-        prediction = task.oracle(batch)
-        if prediction is None:
-            raise ValueError(
-                f"evaluation.baselines: {self._experiment.task.kind} tasks have no oracle"
-            )
-        return prediction
+    def _run_control(self, theta: Tensor, job: FisherJob | CandidateJob) -> ChunkResult:
+        domain = self._domain
+        assert isinstance(domain, ControlDomain)
+        started = time.perf_counter()
+        where = (self._layout.split(theta), job.iteration, job.chunk)
+        gradient: Params | None = None
+        if isinstance(job, FisherJob):
+            gradient, metrics = domain.fisher(*where, self._split(job.direction)), {}
+        elif job.inner_kl_weight is None:
+            metrics = domain.judge(*where, self._split(job.candidate))._asdict()
+        else:
+            step = domain.proximal(*where, self._split(job.candidate), job.inner_kl_weight)
+            gradient = step.gradient
+            metrics = {**step.candidate._asdict(), "inner_kl": step.inner_kl}
+        return ChunkResult(
+            job,
+            len(self._cut.members(job.chunk)),
+            None if gradient is None else self._layout.join(gradient).cpu().numpy(),
+            _on_host(metrics),
+            0.0,
+            time.perf_counter() - started,
+        )
 
-    def _nearest_centroids(self, task: TaskDistribution, theta: Tensor, batch: TaskBatch) -> Tensor:
-        """Scores of every task's queries from the features that the head sees, [B, m, N]."""
-        meta = self._layout.split(theta)
-        params = {**self._adaptation.slow(meta, 0), **self._adaptation.start(meta)}
+    def _split(self, flat: FlatVector) -> Params:
+        return self._layout.split(torch.from_numpy(np.array(flat)).to(self._alpha))
 
-        def one(support: Examples, query: Examples) -> Tensor:
-            of_support, of_query = (
-                head_inputs(self._model, params, part.x) for part in (support, query)
-            )
-            return nearest_centroid(of_support, support.y, of_query, task.output_size)
 
-        return vmap(one)(batch.support, batch.query)
-
-    def _unadapted(
-        self, task: TaskDistribution, batch: TaskBatch, predictions: Tensor, steps: tuple[int, ...]
-    ) -> dict[str, Tensor]:
-        """Metrics of predictions that no step of adaptation changes, [len(steps), B]."""
-
-        def one(prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-            return {"loss": task.loss(prediction, target), **task.metrics(prediction, target)}
-
-        metrics = vmap(one)(predictions, batch.query.y)
-        return {name: value.expand(len(steps), -1) for name, value in metrics.items()}
-
-    def _changed(self, changes: dict[str, Any]) -> tuple[TaskDistribution, Objective]:
-        if not changes:
-            return self._task, self._objective
-        key = json.dumps(changes, sort_keys=True)
-        if key not in self._changed_tasks:
-            task = self._experiment.build_task(**changes)
-            self._changed_tasks[key] = task, Objective(self._model, task)
-        return self._changed_tasks[key]
+def _on_host(metrics: dict[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+    return {name: value.cpu().numpy() for name, value in metrics.items()}

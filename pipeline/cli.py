@@ -68,6 +68,8 @@ def train(
     """
     from pipeline.console import ConsoleWatcher, curves_table, out
     from pipeline.experiments import load, load_to_resume, new_run_dir
+    from pipeline.health import verdict
+    from pipeline.report import read_diagnoses
     from pipeline.training import train as meta_train
 
     if resume is not None:
@@ -89,6 +91,9 @@ def train(
         )
     out.print(curves_table(loaded.build_task(), curves))
     watcher.say(f"run folder   {run_dir}")
+    if diagnoses := read_diagnoses(run_dir):
+        plots = typed(run_dir / "plots" / "health_*.png")
+        watcher.say(f"health       {verdict(loaded, diagnoses)}; {plots}")
     watcher.say(f"meta-test    maml evaluate {typed(run_dir)}")
     if loaded.tracking.enabled:
         watcher.say(f"MLflow       {ui_command(loaded, run_dir)}")

@@ -76,9 +76,10 @@ def resumable(watcher: Any, command: str) -> Iterator[None]:
         watcher.stop()
         if not watcher.has_started:
             raise
-        from pipeline.session import Interrupted, TrainingFailed
+        from pipeline.session import Diverged, Interrupted, TrainingFailed
 
-        watcher.say(f"to continue: {command}")
+        if not isinstance(error, Diverged):
+            watcher.say(f"to continue: {command}")
         if show_tracebacks() or isinstance(error, Interrupted | TrainingFailed | KeyboardInterrupt):
             raise
         # What would be bad input before the start is a failure now.
@@ -109,7 +110,8 @@ def _described(error: Exception) -> tuple[str, int]:
     from pipeline.job_package import JobError
     from pipeline.jobs import HeadLost
     from pipeline.mlflow_sender import TrackingError
-    from pipeline.session import Interrupted, RunFolderError, TrainingFailed
+    from pipeline.run_folder import RunFolderError
+    from pipeline.session import Interrupted, TrainingFailed
     from pipeline.workers import WorkersLost
     from tasks.image_store import StoreError
 

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli_errors import reporting_errors
+from pipeline.cli_errors import reporting_errors, typed
 
 _FORMATS = (".png", ".svg", ".pdf")
 RunDir = Annotated[Path, typer.Argument(help="folder of a run", show_default=False)]
 Tasks = Annotated[int | None, typer.Option(min=2, help="number of tasks")]
 Steps = Annotated[str | None, typer.Option(help="gradient steps to report, such as 0,1,3,10")]
-Split = Annotated[str, typer.Option(help="train, validation or test")]
+Split = Annotated[Literal["train", "validation", "test"], typer.Option(help="which tasks")]
 Checkpoint = Annotated[
-    str, typer.Option(help="final parameters, or those of the best validation: final, best")
+    Literal["final", "best"],
+    typer.Option(help="the final parameters, or those of the best validation"),
 ]
 Settings = Annotated[
     list[str] | None,
@@ -32,16 +33,19 @@ def evaluate(
     steps: Steps = None,
     split: Split = "test",
     checkpoint: Checkpoint = "final",
+    video: Annotated[
+        Path | None,
+        typer.Option(help="folder for animations of a policy that acts", show_default=False),
+    ] = None,
     as_json: Json = False,
     overrides: Settings = None,
 ) -> None:
     """Meta-test a finished run on tasks that it was not trained on."""
     from pipeline.console import curves_table, err, out
-    from pipeline.evaluation import evaluate_run
+    from pipeline.evaluation import evaluate_run, parameters_of
     from pipeline.experiments import load_run
+    from pipeline.report import write_video
 
-    _check_split(split)
-    which = _which(checkpoint)
     loaded = load_run(run_dir, overrides or [])
     if not as_json:
         err.print(f"meta-test of {run_dir} ...", markup=False, soft_wrap=True)
@@ -51,12 +55,15 @@ def evaluate(
         split=split,
         num_tasks=tasks,
         steps=_parsed_steps(steps),
-        checkpoint=which,
+        checkpoint=checkpoint,
     )
     if as_json:
         print(json.dumps([curve.to_json() for curve in curves], indent=1))
     else:
         out.print(curves_table(loaded.build_task(), curves))
+    if video is not None:
+        for path in write_video(loaded, parameters_of(loaded, run_dir, checkpoint), video):
+            err.print(f"video        {path}", markup=False, soft_wrap=True)
 
 
 @reporting_errors
@@ -68,7 +75,13 @@ def compare(
     steps: Steps = None,
     split: Split = "test",
     checkpoint: Checkpoint = "final",
-    plot: Annotated[Path, typer.Option(help="where the figure goes")] = Path("comparison.png"),
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            help="where the figure goes; by default comparison.png in the folder of runs",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     overrides: Settings = None,
 ) -> None:
@@ -77,13 +90,15 @@ def compare(
     `maml runs compare` shows what is recorded in MLflow instead, settings included.
     """
     from pipeline.comparison import compare_runs
-    from pipeline.console import curves_table, differences_table, err, out
-    from pipeline.experiments import load_run
+    from pipeline.console import curves_table, differences_table, err, out, recipes_table
+    from pipeline.experiments import load_run, runs_folder
     from pipeline.report import plot_comparison
 
     if len(run_dirs) < 2:
         raise ValueError("compare needs two runs or more: maml compare RUN RUN")
-    _check_split(split)
+    if plot is None:
+        plot = runs_folder() / "comparison.png"
+        plot.parent.mkdir(parents=True, exist_ok=True)
     if plot.suffix not in _FORMATS or not plot.absolute().parent.is_dir():
         raise ValueError(f"--plot: must be a file in a folder that exists, {', '.join(_FORMATS)}")
     if not as_json:
@@ -93,7 +108,7 @@ def compare(
         split=split,
         num_tasks=tasks,
         steps=_parsed_steps(steps),
-        checkpoint=_which(checkpoint),
+        checkpoint=checkpoint,
         overrides=overrides or [],
     )
     task = load_run(run_dirs[0], overrides or []).build_task()
@@ -101,10 +116,12 @@ def compare(
     if as_json:
         print(json.dumps([each.to_json() for each in found], indent=1))
         return
+    if recipes := recipes_table(found):
+        out.print(recipes)
     for each in found:
         out.print(curves_table(task, each.curves))
         out.print(differences_table(task, each))
-    out.print(f"plot  {plot}", markup=False, soft_wrap=True)
+    out.print(f"plot  {typed(plot)}", markup=False, soft_wrap=True)
 
 
 @reporting_errors
@@ -137,12 +154,20 @@ def analyze(
     from pipeline.mlflow_sender import TrackingError
     from pipeline.runs import log_to_run
 
-    _check_split(split)
     loaded = load_run(run_dir, overrides or [])
-    theta = parameters_of(loaded, run_dir, _which(checkpoint))
+    theta = parameters_of(loaded, run_dir, checkpoint)
     if not as_json:
         err.print(f"analysis of {run_dir} ...", markup=False, soft_wrap=True)
-    found = analyze_run(loaded, theta, split=split, num_tasks=tasks, steps=steps, queries=queries)
+    with err.status(f"0 of {tasks} tasks") as status:
+        found = analyze_run(
+            loaded,
+            theta,
+            split=split,
+            num_tasks=tasks,
+            steps=steps,
+            queries=queries,
+            on_progress=lambda done: status.update(f"{done} of {tasks} tasks"),
+        )
     folder = run_dir / "analysis"
     files = write_analysis(loaded, found, folder)
     if as_json:
@@ -178,12 +203,12 @@ def export(
     """Log a trained model to MLflow: it takes a support set and queries, adapts, and answers."""
     from pipeline.console import out
     from pipeline.experiments import load_run
-    from pipeline.export import export_run
+    from pipeline.export import HOST, PORT, export_run
 
     exported = export_run(
         load_run(run_dir),
         run_dir,
-        checkpoint=_which(checkpoint),
+        checkpoint=checkpoint,
         register=register,
         alias=alias,
         code=tuple(code or ()),
@@ -200,21 +225,10 @@ def export(
     say(f"store      {exported.store}")
     say(
         f"serve      MLFLOW_TRACKING_URI={exported.store} mlflow models serve -m {uri} "
-        "--env-manager local --host 127.0.0.1 --port 5001"
+        f"--env-manager local --host {HOST} --port {PORT}"
     )
-
-
-def _check_split(split: str) -> None:
-    from tasks.base import SPLITS
-
-    if split not in SPLITS:
-        raise ValueError(f"--split: must be one of {', '.join(SPLITS)}, got {split!r}")
-
-
-def _which(checkpoint: str) -> Any:
-    if checkpoint not in ("final", "best"):
-        raise ValueError(f"--checkpoint: must be final or best, got {checkpoint!r}")
-    return checkpoint
+    say(f"ask        {exported.request}")
+    say('answer     {"predictions": {"predictions": ..., "scores": ..., "support_loss": ...}}')
 
 
 def _parsed_steps(text: str | None) -> tuple[int, ...] | None:

@@ -95,14 +95,14 @@ def _print_runs(runs: list[Any], text: str) -> None:
     from pipeline.console import out
 
     rows = list(_rows(runs, text))
-    table = _table("run", "name", "experiment", "status", "started", "took", "validation (steps)")
+    table = _table("run", "name", "algorithm", "status", "started", "took", "validation (steps)")
     for row in rows:
         table.add_row(*row)
     if out.is_terminal and _natural_width(table) > out.width:
         table = _table("run", "name", "started", "validation (steps)")
-        for number, name, experiment, status, started, took, validation in rows:
+        for number, name, algorithm, status, started, took, validation in rows:
             table.add_row(
-                f"{number}\n{status}", f"{name}\n{experiment}", f"{started}\n{took}", validation
+                f"{number}\n{status}", f"{name}\n{algorithm}", f"{started}\n{took}", validation
             )
     _print_wide(table)
 
@@ -129,7 +129,17 @@ def _row(run: Any, name: str, validation: str) -> list[str]:
     return [
         run.short_id,
         name,
-        ", ".join(filter(None, (run.experiment, run.algorithm, run.order))),
+        # A name that was not chosen begins with the experiment's.
+        ", ".join(
+            filter(
+                None,
+                (
+                    "" if run.name.startswith(run.experiment) else run.experiment,
+                    run.algorithm,
+                    run.order,
+                ),
+            )
+        ),
         f"[{_COLORS.get(run.status, 'default')}]{run.status}[/]",
         _day_and_time(run.started),
         duration(run.seconds),
@@ -143,7 +153,7 @@ def _table(*columns: str) -> Any:
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
-        folds = column in ("name", "experiment")
+        folds = column in ("name", "algorithm")
         table.add_column(
             column,
             overflow="fold",
@@ -169,6 +179,8 @@ def _comparison_table(comparison: Any) -> Any:
         table.add_row("[dim]all settings are the same[/]")
     table.add_section()
     for name, values in comparison.metrics.items():
+        if "oracle" in name and not any(value and value.mean for value in values):
+            continue  # one that makes no mistake: the same zeros after every step
         label = _plain(name.replace("/", " ").replace("_step", ", step "))
         table.add_row(label, *(_estimate(value, "accuracy" in name) for value in values))
     if not comparison.metrics:

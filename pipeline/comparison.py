@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.chunk import flat_vector
 from pipeline.config import Experiment
 from pipeline.estimates import mean_and_ci95
 from pipeline.evaluation import (
     Curve,
+    Exam,
     Which,
     check_tasks,
     curve_of,
@@ -26,7 +29,7 @@ from pipeline.evaluation import (
     task_by_task,
 )
 from pipeline.experiments import ConfigError, load_run
-from pipeline.parameters import Layout
+from pipeline.parameters import Params
 from pipeline.workers import InProcess
 
 
@@ -88,7 +91,7 @@ def compare_runs(
     ] or [""]
     report = steps or tuple(sorted({step for e in experiments for step in e.report_steps}))
     count = num_tasks or min(e.evaluation.tasks for e in experiments)
-    found: dict[str, list[dict[str, npt.NDArray[Any]]]] = {variant: [] for variant in variants}
+    exams = [Exam(split, count, report, variant) for variant in variants]
     thetas = [
         parameters_of(experiment, run_dir, checkpoint)
         for experiment, run_dir in zip(experiments, run_dirs, strict=True)
@@ -96,43 +99,37 @@ def compare_runs(
     for experiment in experiments:
         check_tasks(experiment, (split,))
     _refuse_other_data(names, experiments)
-    for experiment, theta in zip(experiments, thetas, strict=True):
-        workers = InProcess(experiment, compile=False, warm_up=False)
-        try:
-            for variant in variants:
-                flat = Layout.of(theta).join(theta).numpy()
-                by_task = task_by_task(
-                    workers,
-                    experiment,
-                    flat,
-                    split=split,
-                    num_tasks=count,
-                    steps=report,
-                    variant=variant,
-                )
-                found[variant].append(by_task)
-        finally:
-            workers.close()
+    measured = [_measured(e, theta, exams) for e, theta in zip(experiments, thetas, strict=True)]
     metric = experiments[0].build_task().primary_metric
-    return [
-        PairedComparison(
-            variant,
-            metric,
-            report,
-            [
-                curve_of(experiment, by_task, split=split, steps=report, who=name, variant=variant)
-                for experiment, by_task, name in zip(
-                    experiments, found[variant], names, strict=True
-                )
-            ],
-            [
-                difference(names[j], found[variant][j][metric], names[i], found[variant][i][metric])
-                for i in range(len(names))
-                for j in range(i + 1, len(names))
-            ],
-        )
-        for variant in variants
-    ]
+    found = []
+    for exam, by_run in zip(exams, zip(*measured, strict=True), strict=True):
+        curves = [
+            curve_of(experiment, by_task, exam, name)
+            for experiment, by_task, name in zip(experiments, by_run, names, strict=True)
+        ]
+        values = [by_task[metric] for by_task in by_run]
+        differences = [
+            difference(names[j], values[j], names[i], values[i])
+            for i, j in combinations(range(len(names)), 2)
+        ]
+        found.append(PairedComparison(exam.variant, metric, report, curves, differences))
+    return found
+
+
+def recipes(found: Sequence[PairedComparison]) -> dict[str, list[str]]:
+    """How the runs were trained and adapt to the test tasks, where they differ: one value a run."""
+    protocols = [curve.protocol for curve in found[0].curves]
+    values = {key: [str(p.get(key)) for p in protocols] for key in protocols[0]}
+    return {key.replace("_", " "): each for key, each in values.items() if len(set(each)) > 1}
+
+
+def _measured(
+    experiment: Experiment, theta: Params, exams: Sequence[Exam]
+) -> list[dict[str, npt.NDArray[Any]]]:
+    """Metrics of single tasks, exam by exam."""
+    flat = flat_vector(theta)
+    with InProcess(experiment, compile=False, warm_up=False) as workers:
+        return [task_by_task(workers, experiment, flat, exam) for exam in exams]
 
 
 def difference(

@@ -19,11 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch.compile_utils import fx_graph_cse
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -102,6 +98,9 @@ def _compile(
         results.append(spec)
         return out
 
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
     # Without a shape environment the compiler would not use its cache on disk.
     mode = FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv(), static_shapes=True)
     # A cached result of a view is no view, which forward differentiation insists on.
@@ -129,7 +128,10 @@ def trace(function: Callable[..., Any], examples: list[Tensor]) -> fx.GraphModul
     elementary operations (differentiation rules decompose some of them, some not) and rid of
     operations that only change how a shape is written.
     """
-    from torch._inductor.decomposition import select_decomp_table  # takes a second to import
+    # These take seconds to import, which processes that do not compile need not wait for.
+    from torch._functorch.compile_utils import fx_graph_cse
+    from torch._inductor.decomposition import select_decomp_table
+    from torch.fx.experimental.proxy_tensor import make_fx
 
     # Elimination must see no writes in place: two buffers to be filled are not one.
     pure = functionalize(function, remove="mutations")

@@ -26,11 +26,19 @@ _KINDS = {
         "glyphs": "tasks.glyphs:Glyphs",
         "omniglot": "tasks.omniglot:Omniglot",
         "image-folder": "tasks.image_folder:ImageFolder",
+        "navigation": "tasks.control.navigation:Navigation",
+        "cheetah-direction": "tasks.control.mujoco:CheetahDirection",
+        "cheetah-velocity": "tasks.control.mujoco:CheetahVelocity",
+        "ant-direction": "tasks.control.mujoco:AntDirection",
+        "ant-velocity": "tasks.control.mujoco:AntVelocity",
+        "gymnasium": "tasks.control.gym:Gymnasium",
     },
     "model": {
         "linear": "pipeline.models:linear",
         "mlp": "pipeline.models:mlp",
         "conv4": "pipeline.models:conv4",
+        "gaussian-policy": "pipeline.policies:gaussian_policy",
+        "categorical-policy": "pipeline.policies:categorical_policy",
     },
 }
 # Parameters that the pipeline fills in, so that they are no settings.

@@ -25,6 +25,7 @@ from pipeline.sections import (
     Inner,
     Outer,
     Pretraining,
+    Reinforcement,
     Tracking,
 )
 from tasks.base import TaskDistribution
@@ -47,6 +48,9 @@ class Experiment(Section):
     model: Component
     inner: Inner = Inner()
     outer: Outer
+    reinforcement: Reinforcement | None = Field(
+        None, description="of tasks to act in; filled in for them"
+    )
     compute: Compute = Compute()
     cluster: Cluster = Cluster()
     evaluation: Evaluation = Evaluation()
@@ -91,6 +95,40 @@ class Experiment(Section):
             }
             if found := [what for what, is_so in wrong.items() if is_so]:
                 raise ValueError("; ".join(found))
+        if self.reinforcement is not None:
+            wrong = {
+                "outer.estimator: reptile is for supervised tasks": outer.estimator == "reptile",
+                "outer.query_losses: trajectories of the query come from the last step alone": (
+                    outer.query_losses != "last"
+                ),
+                "inner.batch_size: each step has trajectories of its own": inner.batch_size,
+                "pretraining: is for supervised tasks; inner.steps=0 trains one policy for all "
+                "tasks": self.pretraining is not None,
+                "diagnostics.every: reinforcement learning records its own with every update": (
+                    self.diagnostics.every
+                ),
+                "inner.order: annealed is for supervised tasks": inner.order == "annealed",
+                "inner.per_step: trajectories would not be those of the policy that a step looks "
+                "at": inner.per_step,
+                "inner.rates: without inner.steps there are none to learn": (
+                    inner.rates != "fixed" and not inner.steps
+                ),
+                "inner.checkpoint: is for supervised tasks": inner.checkpoint,
+            }
+            if self.reinforcement.update == "trpo":
+                wrong |= {
+                    f"outer.{name}: reinforcement.update=trpo has its own way to move, within "
+                    "reinforcement.max_kl": getattr(outer, name) != Outer.model_fields[name].default
+                    for name in ("lr", "optimizer", "weight_decay", "clip_norm", "clip_value")
+                } | {
+                    "outer.scheduler: reinforcement.update=trpo has no rate": (
+                        outer.scheduler is not None
+                    )
+                }
+            if found := [what for what, is_so in wrong.items() if is_so]:
+                raise ValueError("; ".join(found))
+        elif not inner.steps:
+            raise ValueError("inner.steps: must be at least 1, got 0")
         if inner.rates != "fixed" and outer.weight_decay:
             raise ValueError("outer.weight_decay: would pull the learned inner.rates to zero")
         return self
@@ -174,7 +212,7 @@ class Experiment(Section):
     def plain(self) -> dict[str, Any]:
         """The resolved configuration as plain values; loading them gives the same experiment."""
         dump = self.model_dump(mode="json")
-        for section in ("search", "pretraining"):
+        for section in ("search", "pretraining", "reinforcement"):
             if dump[section] is None:
                 del dump[section]
         return dump

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +13,11 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
+from rich.text import Text
 
-from pipeline.comparison import PairedComparison
+from pipeline.comparison import PairedComparison, recipes
 from pipeline.estimates import interval
-from pipeline.evaluation import Curve, cell, metric_label
+from pipeline.evaluation import BASELINES, Curve, cell, metric_label
 from pipeline.session import Session, Watcher
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ class LiveLine:
         self._progress: Progress | None = None
         self._line: TaskID | None = None
         self._shown = 0.0
+        self._last = ""
 
     def begin(self) -> None:
         """The work begins."""
@@ -67,8 +71,9 @@ class LiveLine:
         self._shown = time.monotonic()
         if self._progress is not None and self._line is not None:
             self._progress.update(self._line, completed=fraction, description=line)
-        else:
+        elif line != self._last:
             self.say(line)
+            self._last = line
 
     def say(self, line: str) -> None:
         """A line that stays."""
@@ -94,7 +99,8 @@ class ConsoleWatcher(LiveLine, Watcher):
         self._total = 0
         self._first = 0
         self._per_iteration, self._unit = 0, "tasks/s"
-        self._metric_name, self._percent = "loss", False
+        self._metric, self._metric_name, self._percent = "loss", "loss", False
+        self._shown_metrics: dict[str, str] = {}
 
     def starting(self, experiment: Experiment, run_dir: Path) -> None:
         out.print(f"{experiment.name} -> {run_dir}", style="bold", markup=False, soft_wrap=True)
@@ -120,7 +126,14 @@ class ConsoleWatcher(LiveLine, Watcher):
         if session.iteration:
             out.print(f"continuing after iteration {session.iteration:,}")
         task = experiment.build_task()
-        self._metric_name, self._percent = metric_label(task, task.primary_metric)
+        self._metric = task.primary_metric
+        self._metric_name, self._percent = metric_label(task, self._metric)
+        self._shown_metrics = dict(_SHOWN)
+        if experiment.reinforcement is not None:
+            steps = experiment.inner.steps
+            self._shown_metrics = {f"train/return_step{steps}": "return after adaptation"}
+            if steps:
+                self._shown_metrics = {"train/return_step0": "return", **self._shown_metrics}
         self._total, self._first = experiment.outer.iterations, session.iteration
         if pretraining is None:
             self._per_iteration, self._unit = experiment.outer.tasks_per_batch, "tasks/s"
@@ -135,15 +148,18 @@ class ConsoleWatcher(LiveLine, Watcher):
         self.show(
             iteration / self._total,
             f"iteration {iteration:,}/{self._total:,}  "
-            + "".join(f"{_SHOWN[k]} {v:.4g}  " for k, v in metrics.items() if k in _SHOWN)
+            + "".join(
+                f"{name} {metrics[key]:.4g}  "
+                for key, name in self._shown_metrics.items()
+                if key in metrics
+            )
             + f"{per_second * self._per_iteration:,.0f} {self._unit}  "
             f"ETA {duration((self._total - iteration) / per_second)}",
         )
 
     def validated(self, iteration: int, curve: Curve, best: bool) -> None:
-        metric = "accuracy" if "accuracy" in curve.mean else "loss"
         values = "  ".join(
-            f"{step}: {cell(curve, metric, position, self._percent)}"
+            f"{step}: {cell(curve, self._metric, position, self._percent)}"
             for position, step in enumerate(curve.steps)
         )
         mark = "  best so far" if best else ""
@@ -159,47 +175,88 @@ def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
     metric = task.primary_metric
     label, percent = metric_label(task, metric)
     protocol = curves[0].protocol
-    table = Table(
-        title=f"{label}{' in %' if percent else ''} after n gradient steps on "
-        f"{protocol['tasks']} {protocol['split']} tasks, ± CI95",
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        collapse_padding=True,
+    title = (
+        f"{label}{' in %' if percent else ''} after n gradient steps on "
+        f"{protocol['tasks']} {protocol['split']} tasks, ± CI95"
     )
-    rows = [[cell(c, metric, p, percent) for p in range(len(c.steps))] for c in curves]
-    table.add_column("", overflow="fold")
-    for step, column in zip(curves[0].steps, zip(*rows, strict=True), strict=True):
-        # Where space is short, names are folded, not numbers cut.
-        width = max(len(text) for text in column)
-        table.add_column(f"n = {step}", justify="right", no_wrap=True, min_width=width)
-    for curve, row in zip(curves, rows, strict=True):
-        table.add_row(curve.title, *row, style=None if curve.who == "trained" else "dim")
-    return table
+    rows = [
+        (
+            curve.title,
+            [cell(curve, metric, position, percent) for position in range(len(curve.steps))],
+            "dim" if curve.who in BASELINES else None,
+        )
+        for curve in curves
+    ]
+    return _table_by_step(title, curves[0].steps, rows)
+
+
+def recipes_table(found: Sequence[PairedComparison]) -> Table | None:
+    """What is different in how the runs learn, one column per run; None: nothing is."""
+    different = recipes(found)
+    if not different:
+        return None
+    names = [curve.who for curve in found[0].curves]
+    room = (out.width - max(map(len, different))) // len(names) - 2
+    header = ["", *(_folded(name, room) for name in names)]
+    return plain_table([header, *([name, *values] for name, values in different.items())])
 
 
 def differences_table(task: Any, comparison: PairedComparison) -> Table:
     """One row per pair of runs, one column per gradient step: difference ± CI95, and p-value."""
     label, percent = metric_label(task, comparison.metric)
+    variant = f"{comparison.variant}: " if comparison.variant else ""
+    title = f"{variant}difference in {label}{' in %' if percent else ''}, task by task, ± CI95"
+    rows = [
+        (
+            f"{found.one}\nminus {found.other}",
+            [
+                f"{interval(mean, half, percent, signed=True)}\n{_p_text(p)}"
+                for mean, half, p in zip(found.mean, found.ci95, found.p, strict=True)
+            ],
+            None,
+        )
+        for found in comparison.differences
+    ]
+    return _table_by_step(title, comparison.steps, rows)
+
+
+def _table_by_step(
+    title: str, steps: Sequence[int], rows: Sequence[tuple[str, Sequence[str], str | None]]
+) -> Table:
+    """A row per name, with its cells and style; a column per gradient step.
+
+    Where space is short, names are folded, not numbers cut.
+    """
     table = Table(
-        title=f"difference in {label}{' in %' if percent else ''}, task by task, ± CI95 (p)",
+        title=Text(title, style="bold", no_wrap=True, overflow="ignore"),
         title_justify="left",
-        title_style="bold",
         box=SIMPLE_HEAD,
         pad_edge=False,
         collapse_padding=True,
     )
     table.add_column("", overflow="fold")
-    for step in comparison.steps:
-        table.add_column(f"n = {step}", justify="right")
-    for found in comparison.differences:
-        cells = [
-            f"{interval(mean, half, percent, signed=True)} ({_p_text(p)})"
-            for mean, half, p in zip(found.mean, found.ci95, found.p, strict=True)
-        ]
-        table.add_row(f"{found.one} - {found.other}", *cells)
+    room = out.width - 2  # the edges
+    columns = zip(*(cells for _, cells, _ in rows), strict=True)
+    for step, column in zip(steps, columns, strict=True):
+        width = max(len(line) for text in column for line in text.splitlines())
+        width = max(width, len(f"n = {step}"))
+        table.add_column(f"n = {step}", justify="right", no_wrap=True, min_width=width)
+        room -= width + 2
+    for name, cells, style in rows:
+        table.add_row(_folded(name, room), *cells, style=style)
     return table
+
+
+class _AtHyphens(textwrap.TextWrapper):
+    """Breaks after any hyphen: the names of runs have digits around theirs."""
+
+    wordsep_re = re.compile(r"(\s+|[^\s-]+-)")
+
+
+def _folded(name: str, width: int) -> str:
+    """A name in lines of at most `width` characters."""
+    wrapper = _AtHyphens(width=max(width, 1))
+    return "\n".join(part for line in name.splitlines() for part in wrapper.wrap(line))
 
 
 def _p_text(p: float) -> str:

@@ -17,7 +17,7 @@ a second time, without compilation, on tasks of its own: training is not touched
 from __future__ import annotations
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +31,12 @@ from pipeline.meta_gradient import (
     Order,
     Stages,
     Visit,
-    adaptation_curve,
     differentiates,
-    meta_gradient,
+    walk_back,
     walk_forward,
 )
-from pipeline.meta_loss import Objective
+from pipeline.meta_loss import Batch, TaskLoss
 from pipeline.parameters import Params
-from tasks.base import TaskBatch
 
 
 class Diagnosis(NamedTuple):
@@ -54,10 +52,10 @@ class Diagnosis(NamedTuple):
 
 @torch.no_grad()
 def diagnose(
-    objective: Objective,
+    objective: TaskLoss,
     adaptation: Adaptation,
     meta: Params,
-    batch: TaskBatch,
+    batch: Batch,
     knobs: Knobs,
     *,
     order: Order,
@@ -65,8 +63,11 @@ def diagnose(
 ) -> Diagnosis:
     """Diagnose a chunk; `order` is the one that training uses, which gradient_norm is about."""
     forward = differentiates(objective, adaptation, meta, batch)
-    second = Stages.of(objective, adaptation, order="second", forward=forward)
-    visits = walk_forward(second, adaptation, meta, batch.support, knobs.alpha)
+    by_order: dict[Order, Stages] = {
+        each: Stages.of(objective, adaptation, order=each, forward=forward)
+        for each in ("second", "first")
+    }
+    visits = walk_forward(by_order[order], adaptation, meta, batch.support, knobs.alpha)
     metrics = {
         "inner_loss": torch.stack([visit.step.loss for visit in visits]),
         "curvature": torch.stack(
@@ -75,27 +76,27 @@ def diagnose(
                 for s, visit in enumerate(visits)
             ]
         ),
-        "hurt": _hurt(objective, adaptation, meta, batch, knobs.alpha),
+        "hurt": _hurt(objective, adaptation, meta, batch, visits),
     }
     if estimator == "reptile":
         return Diagnosis(None, None, metrics)
     gradients: dict[Order, Params] = {}
-    for each in ("second", "first"):
-        stages = Stages.of(objective, adaptation, order=each, forward=forward)
+    for each, stages in by_order.items():
         norms: list[Tensor] = []
         note = lambda v, norms=norms: norms.append(_joined(v).norm(dim=1))  # noqa: E731
-        gradients[each] = meta_gradient(stages, adaptation, meta, batch, knobs, note).gradient
+        walked = walk_back(visits, stages, adaptation, meta, batch, knobs, note)
+        gradients[each] = walked.gradient
         if each == order:
             metrics["gradient_norm"] = torch.stack(norms[::-1])
     return Diagnosis(gradients["second"], gradients["first"], metrics)
 
 
 def _curvature(
-    objective: Objective,
+    objective: TaskLoss,
     adaptation: Adaptation,
     meta: Params,
     visit: Visit,
-    batch: TaskBatch,
+    batch: Batch,
     step: int,
     forward: bool,
 ) -> Tensor:
@@ -104,7 +105,7 @@ def _curvature(
     product = partial(hessian_vector_product, objective.loss, forward=forward)
     axes = (0 if step else None, None, 0, 0)  # the first point is θ, shared by all tasks
     hessian_g = vmap(product, in_dims=axes)(
-        visit.before.fast, slow, adaptation.batch(batch.support, step), g
+        visit.before.fast, slow, batch.support.at_step(step, adaptation.batch_size), g
     )
     flat_g, flat_hessian_g = _joined(g), _joined({name: hessian_g[name] for name in g})
     square = (flat_g * flat_g).sum(1)
@@ -113,11 +114,20 @@ def _curvature(
 
 
 def _hurt(
-    objective: Objective, adaptation: Adaptation, meta: Params, batch: TaskBatch, alpha: Tensor
+    objective: TaskLoss,
+    adaptation: Adaptation,
+    meta: Params,
+    batch: Batch,
+    visits: list[Visit],
 ) -> Tensor:
-    ends = (0, adaptation.steps)
-    loss = adaptation_curve(objective, adaptation, meta, batch, alpha, steps=ends)["loss"]
-    return (~(loss[1:] <= loss[:1])).to(loss.dtype)  # NaN hurts
+    def loss(fast: Params, slow: Params, query: Any) -> Tensor:
+        return objective.loss_and_metrics({**slow, **fast}, query)[0]
+
+    start, end = visits[0].before.fast, visits[-1].step.point.fast
+    first, last = (adaptation.slow(meta, step) for step in (0, adaptation.steps - 1))
+    before = vmap(loss, in_dims=(None, None, 0))(start, first, batch.query)
+    after = vmap(loss, in_dims=(0, None, 0))(end, last, batch.query)
+    return (~(after <= before)).to(after.dtype)[None]  # NaN hurts
 
 
 def _joined(per_task: Params) -> Tensor:

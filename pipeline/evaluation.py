@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -18,18 +18,19 @@ import numpy.typing as npt
 from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointError, CheckpointStore, load_theta
 from pipeline.chunk import (
-    EVALUATION_SEED,
     EvaluationJob,
     FlatVector,
-    Judged,
+    flat_vector,
+    in_chunks,
     initial_parameters,
-    tasks_per_chunk,
 )
 from pipeline.config import Experiment
+from pipeline.domain import EVALUATION_SEED, Judged
 from pipeline.estimates import interval, mean_and_ci95
 from pipeline.parameters import Layout, Params
 from pipeline.workers import InProcess, WorkerGroup
-from tasks.base import SPLITS, Classification
+from tasks.base import SPLITS, Classification, Supervised, TaskDistribution
+from tasks.control.mdp import MDPs
 
 _NORMALISATION = {
     "batch": "statistics of the current batch, support and query apart",
@@ -39,6 +40,7 @@ _NORMALISATION = {
 Which = Literal["final", "best"]
 TRAINED, RANDOM = "trained", "random init"
 ORACLE, CENTROID = "oracle", "nearest centroid"
+BASELINES = (RANDOM, ORACLE, CENTROID)
 _JUDGED: dict[str, Judged] = {ORACLE: "oracle", CENTROID: "nearest centroid"}
 
 
@@ -79,48 +81,44 @@ class Curve:
         return asdict(self)
 
 
+class Exam(NamedTuple):
+    """What parameters are examined on: tasks 0 .. num_tasks - 1 of a split."""
+
+    split: str
+    num_tasks: int
+    steps: tuple[int, ...]
+    """Gradient steps after which to look."""
+    variant: str = ""
+    """Name of the changed task settings (`evaluation.variants`), or ''."""
+
+    def changes(self, experiment: Experiment) -> dict[str, Any]:
+        """The task settings that differ from the experiment's."""
+        return experiment.evaluation.variants[self.variant] if self.variant else {}
+
+
 def adaptation_curve_of(
     workers: WorkerGroup,
     experiment: Experiment,
     theta: FlatVector,
-    *,
-    split: str,
-    num_tasks: int,
-    steps: tuple[int, ...],
+    exam: Exam,
     who: str = TRAINED,
-    variant: str = "",
 ) -> Curve:
-    """Evaluate θ (flat, [D]) on tasks 0 .. num_tasks − 1 of a split."""
-    by_task = task_by_task(
-        workers,
-        experiment,
-        theta,
-        split=split,
-        num_tasks=num_tasks,
-        steps=steps,
-        variant=variant,
-        judged=_JUDGED.get(who, "model"),
-    )
-    return curve_of(experiment, by_task, split=split, steps=steps, who=who, variant=variant)
+    """Means over the tasks that θ (flat, [D]) is examined on, with their confidence intervals."""
+    by_task = task_by_task(workers, experiment, theta, exam, _JUDGED.get(who, "model"))
+    return curve_of(experiment, by_task, exam, who)
 
 
 def task_by_task(
     workers: WorkerGroup,
     experiment: Experiment,
     theta: FlatVector,
-    *,
-    split: str,
-    num_tasks: int,
-    steps: tuple[int, ...],
-    variant: str = "",
+    exam: Exam,
     judged: Judged = "model",
 ) -> dict[str, npt.NDArray[Any]]:
-    """Metrics of tasks 0 .. num_tasks − 1 of a split after each of `steps`, [len(steps), tasks]."""
-    changes = experiment.evaluation.variants[variant] if variant else {}
-    chunk = min(num_tasks, tasks_per_chunk(experiment, theta.size))
+    """Metrics of single tasks, [steps, tasks]."""
     jobs = [
-        EvaluationJob(split, first, min(chunk, num_tasks - first), steps, changes, judged)
-        for first in range(0, num_tasks, chunk)
+        EvaluationJob(exam.split, first, count, exam.steps, exam.changes(experiment), judged)
+        for first, count in in_chunks(experiment, theta.size, exam.num_tasks)
     ]
     results = workers.run(theta, jobs).results
     return {
@@ -132,23 +130,18 @@ def task_by_task(
 def curve_of(
     experiment: Experiment,
     by_task: Mapping[str, npt.NDArray[Any]],
-    *,
-    split: str,
-    steps: tuple[int, ...],
+    exam: Exam,
     who: str = TRAINED,
-    variant: str = "",
 ) -> Curve:
     """Means over the tasks, with their confidence intervals."""
-    changes = experiment.evaluation.variants[variant] if variant else {}
     estimates = {name: mean_and_ci95(values) for name, values in by_task.items()}
-    num_tasks = next(iter(by_task.values())).shape[1]
     return Curve(
         who,
-        variant,
-        steps,
+        exam.variant,
+        exam.steps,
         {name: mean.tolist() for name, (mean, _) in estimates.items()},
         {name: ci95.tolist() for name, (_, ci95) in estimates.items()},
-        protocol(experiment, split, num_tasks, changes),
+        protocol(experiment, exam),
     )
 
 
@@ -168,20 +161,17 @@ def meta_test(
     if RANDOM in baselines:
         # Another draw than the one that training began with.
         fresh = initial_parameters(experiment, seed=experiment.seed + 1)
-        starting_points[RANDOM] = Layout.of(fresh).join(fresh).numpy()
+        starting_points[RANDOM] = flat_vector(fresh)
     curves = []
     for variant in experiment.evaluation.variants or ("",):
+        exam = Exam(
+            split,
+            num_tasks or experiment.evaluation.tasks,
+            steps or experiment.report_steps,
+            variant,
+        )
         for who in (TRAINED, *baselines):
-            curve = adaptation_curve_of(
-                workers,
-                experiment,
-                starting_points[who],
-                split=split,
-                num_tasks=num_tasks or experiment.evaluation.tasks,
-                steps=steps or experiment.report_steps,
-                who=who,
-                variant=variant,
-            )
+            curve = adaptation_curve_of(workers, experiment, starting_points[who], exam, who)
             on_curve(curve)
             curves.append(curve)
     return curves
@@ -199,18 +189,15 @@ def evaluate_run(
     """Meta-test the parameters of a run, in this process. Raises CheckpointError."""
     theta = parameters_of(experiment, run_dir, checkpoint)
     check_tasks(experiment, (split,))
-    workers = InProcess(experiment, compile=False, warm_up=False)
-    try:
+    with InProcess(experiment, compile=False, warm_up=False) as workers:
         return meta_test(
             workers,
             experiment,
-            Layout.of(theta).join(theta).numpy(),
+            flat_vector(theta),
             split=split,
             num_tasks=num_tasks,
             steps=steps,
         )
-    finally:
-        workers.close()
 
 
 def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:
@@ -246,12 +233,10 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
     task = experiment.build_task()
     for split in splits:
         task.check(split)
-    if ORACLE in experiment.evaluation.baselines:
-        one = task.sample(EVALUATION_SEED, splits[-1], np.arange(1))
-        if task.oracle(one) is None:
-            raise ValueError(
-                f"evaluation.baselines: {experiment.task.kind} tasks have no oracle; leave it out"
-            )
+    if ORACLE in experiment.evaluation.baselines and not _has_oracle(task, splits[-1]):
+        raise ValueError(
+            f"evaluation.baselines: {experiment.task.kind} tasks have no oracle; leave it out"
+        )
     if CENTROID.replace(" ", "-") in experiment.evaluation.baselines and not isinstance(
         task, Classification
     ):
@@ -268,15 +253,19 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
         variant.check(splits[-1])
 
 
-def protocol(
-    experiment: Experiment, split: str, num_tasks: int, changes: dict[str, Any]
-) -> dict[str, Any]:
+def _has_oracle(task: TaskDistribution, split: str) -> bool:
+    if isinstance(task, Supervised):
+        return task.oracle(task.sample(EVALUATION_SEED, split, np.arange(1))) is not None
+    return isinstance(task, MDPs) and task.has_expert
+
+
+def protocol(experiment: Experiment, exam: Exam) -> dict[str, Any]:
     """What a reader must know to compare a number with another."""
     return {
-        **experiment.build_task(**changes).protocol(),
+        **experiment.build_task(**exam.changes(experiment)).protocol(),
         "task_kind": experiment.task.kind,
-        "split": split,
-        "tasks": num_tasks,
+        "split": exam.split,
+        "tasks": exam.num_tasks,
         "algorithm": name_of(experiment),
         "inner_lr": experiment.inner.lr
         if experiment.inner.rates == "fixed"

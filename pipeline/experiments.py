@@ -12,7 +12,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from pydantic import ValidationError
@@ -24,25 +24,29 @@ from pipeline.components import (
     check_settings,
     component_schema,
     kinds,
+    resolve,
 )
 from pipeline.config import Experiment
 from pipeline.sections import Outer
+from tasks.control.mdp import MDPs
 from tasks.data_root import default_root
 
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "tune_configs"
 RUNS = "MAML_RUNS"
 """Environment variable: the folder of runs, by default `runs` in the current folder."""
+_TYPE = re.compile(r"int|(literal|tuple)\[.*\]")
+"""How pydantic names the types that a setting may have, at the end of its path."""
 
 
 class ConfigError(Exception):
     """All that is wrong with an experiment; `str()` is the message for a person."""
 
     def __init__(self, source: str, errors: Sequence[str]):
+        """`source`: what the errors are in; '' for an error that says so itself."""
         self.errors = list(errors)
         plural = "error" if len(self.errors) == 1 else "errors"
-        super().__init__(
-            "\n".join([f"{len(self.errors)} {plural} in {source}:", *(f"  {e}" for e in errors)])
-        )
+        title = f"{len(self.errors)} {plural} in {source}:\n  " if source else ""
+        super().__init__(title + "\n  ".join(self.errors))
 
 
 def experiments() -> dict[str, str]:
@@ -63,9 +67,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
         path = EXPERIMENTS / f"{name_or_path}.yaml"
     if not path.is_file():
         raise ConfigError(
-            f"'{name_or_path}'",
+            "",
             [
-                "neither a YAML file nor a shipped experiment "
+                f"{name_or_path!r} is neither a YAML file nor a shipped experiment "
                 f"(there are: {', '.join(experiments())})"
             ],
         )
@@ -76,14 +80,30 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
     if not isinstance(data, dict):
         raise ConfigError(str(path), ["must hold sections (task:, model:, inner:, ...)"])
     data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "run")
-    return from_dict(apply_overrides(data, overrides), source=str(path))
+    try:
+        return from_dict(apply_overrides(data, overrides), source=str(path))
+    except ConfigError as error:
+        if not overrides:
+            raise
+        raise ConfigError(_to_blame(path, data, overrides), error.errors) from None
+
+
+def _to_blame(path: Path, data: dict[str, Any], overrides: Sequence[str]) -> str:
+    """What a person has to mend: the overrides, or the file too if it is wrong without them."""
+    given = " ".join(overrides)
+    try:
+        from_dict(data)
+    except ConfigError:
+        return f"{path} with {given}"
+    return given
 
 
 def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run's folder. Raises ConfigError."""
     path = run_dir / "config.yaml"
     if not path.is_file():
-        raise ConfigError(str(run_dir), [f"is not the folder of a run: it has no {path.name}"])
+        why = f"it has no {path.name}" if run_dir.is_dir() else "there is no such folder"
+        raise ConfigError("", [f"{run_dir} is not the folder of a run: {why}"])
     return load(str(path), overrides)
 
 
@@ -108,7 +128,7 @@ def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = 
     before = load_run(run_dir)
     name = load(name_or_path).name if Path(name_or_path).is_file() else name_or_path
     if name != before.name:
-        raise ConfigError(str(run_dir), [f"holds a run of {before.name}, not of {name}"])
+        raise ConfigError("", [f"{run_dir} holds a run of {before.name}, not of {name}"])
     after = load_run(run_dir, overrides)
     was, now = before.flat(), after.flat()
     errors = [
@@ -170,11 +190,16 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
                 task_ok = task_ok or section == "task"
             except ComponentError as error:
                 errors += error.errors
+    if task_ok and _is_acted(data["task"]["kind"]):
+        data.setdefault("reinforcement", {})
+        errors += _policy_errors(data)
+    elif task_ok and data.get("reinforcement") is not None:
+        errors.append(f"reinforcement: {data['task']['kind']} tasks are supervised")
     experiment = None
     try:
         experiment = Experiment.model_validate(data)
     except ValidationError as error:
-        errors += [_readable(e) for e in error.errors()]
+        errors += _readable(error.errors())
     if task_ok:
         errors += _task_errors(data)
     if errors or experiment is None:
@@ -182,6 +207,34 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
     if bad := _scheduler_error(experiment.outer):
         raise ConfigError(source, [bad])
     return experiment
+
+
+def _is_acted(kind: str) -> bool:
+    return issubclass(cast(type, resolve("task", kind)), MDPs)
+
+
+def _policy_errors(data: dict[str, Any]) -> list[str]:
+    """What keeps a model from being a policy for these tasks."""
+    model = data.get("model")
+    kind = model.get("kind") if isinstance(model, dict) else None
+    try:
+        task = cast(MDPs, build_task(*_task_of(data), _data_root(data)))
+    except ValueError:
+        return []  # reported by `_task_errors`
+    wanted = "gaussian-policy" if task.actions == "continuous" else "categorical-policy"
+    if kind not in kinds("model") or kind == wanted:
+        return []
+    return [f"model.kind: {task.actions} actions need {wanted} or one of your own, got {kind!r}"]
+
+
+def _task_of(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Kind and settings."""
+    return data["task"]["kind"], {k: v for k, v in data["task"].items() if k != "kind"}
+
+
+def _data_root(data: dict[str, Any]) -> str:
+    section = data.get("data")
+    return str(section.get("root", default_root()) if isinstance(section, dict) else default_root())
 
 
 def runs_folder() -> Path:
@@ -234,9 +287,7 @@ def json_schema() -> dict[str, Any]:
 
 def _task_errors(data: dict[str, Any]) -> list[str]:
     """Errors that only the task distribution itself can see, of the task and of its variants."""
-    kind, settings = data["task"]["kind"], {k: v for k, v in data["task"].items() if k != "kind"}
-    section = data.get("data")
-    root = section.get("root", default_root()) if isinstance(section, dict) else default_root()
+    kind, settings = _task_of(data)
     evaluation = data.get("evaluation")
     variants = (evaluation.get("variants") if isinstance(evaluation, dict) else None) or {}
     if not isinstance(variants, dict):
@@ -250,7 +301,7 @@ def _task_errors(data: dict[str, Any]) -> list[str]:
             continue  # reported by the schema
         try:
             changed = check_settings(prefix, kind, {**settings, **changes}, section="task")
-            build_task(kind, changed, str(root))
+            build_task(kind, changed, _data_root(data))
         except ComponentError as error:
             errors += error.errors
         except ValueError as error:
@@ -273,18 +324,28 @@ def _scheduler_error(outer: Outer) -> str | None:
     return None
 
 
-def _readable(error: Any) -> str:
-    """One pydantic error as 'path: what is wrong, got value'."""
-    path = ".".join(str(part) for part in error["loc"] if part not in ("int", "literal['auto']"))
-    if error["type"] == "extra_forbidden":
+def _readable(found: Sequence[Any]) -> list[str]:
+    """pydantic's errors as 'path: what is wrong, got value', one for each setting."""
+    by_path: dict[str, list[Any]] = {}
+    for error in found:
+        path = ".".join(str(part) for part in error["loc"] if not _TYPE.fullmatch(str(part)))
+        by_path.setdefault(path, []).append(error)
+    return [_message(path, errors) for path, errors in by_path.items()]
+
+
+def _message(path: str, errors: Sequence[Any]) -> str:
+    """What is wrong with a setting. One that may be of several types has an error for each."""
+    kind, text = errors[0]["type"], str(errors[0]["msg"])
+    if kind == "extra_forbidden":
         return f"{path}: unknown setting"
-    if error["type"] == "missing":
+    if kind == "missing":
         return f"{path}: missing"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return message
-    message = message[0].lower() + message[1:]
-    return f"{path}: {message}, got {error['input']!r}"
+    if kind == "value_error":
+        return text.removeprefix("Value error, ")
+    wanted = text[0].lower() + text[1:]
+    for other in errors[1:]:
+        wanted += " or " + str(other["msg"]).removeprefix("Input should be ").partition(",")[0]
+    return f"{path}: {wanted}, got {errors[0]['input']!r}"
 
 
 def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:

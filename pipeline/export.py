@@ -7,6 +7,8 @@ small libraries: neither for Ray nor for the data set.
 from __future__ import annotations
 
 import io
+import json
+import math
 import os
 import re
 import tempfile
@@ -23,8 +25,11 @@ from pipeline.evaluation import Which, parameters_of
 from pipeline.mlflow_sender import TrackingError
 from pipeline.runs import find_run, store_of_folder
 
+HOST, PORT = "127.0.0.1", 5001
+"""Where a served model is told to listen; MLflow's own pages take 5000."""
 REQUIREMENTS = ("torch", "numpy", "pydantic", "PyYAML", "safetensors")
 """What the exported code imports; MLflow adds itself."""
+_MAX_NUMBERS = 100  # of a request that a person can read
 _ROOT = Path(__file__).resolve().parent.parent
 _NAME = re.compile(r"[^/:]+")
 _ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]+", re.IGNORECASE)  # as MLflow has it
@@ -39,6 +44,8 @@ class Exported(NamedTuple):
     """The tracking store that has it."""
     version: str | None
     """In the registry; None: it was not registered."""
+    request: str
+    """A shell command that asks the model when it is served at HOST:PORT."""
 
 
 def export_run(
@@ -103,7 +110,9 @@ def export_run(
         raise TrackingError(f"MLflow at {store} did not take the model: {error}") from error
     finally:
         mlflow.set_tracking_uri(before)  # it is this process's, and its children's
-    return Exported(info.model_uri, store, None if number is None else str(number))
+    return Exported(
+        info.model_uri, store, None if number is None else str(number), request_to(adapter)
+    )
 
 
 def requirements() -> list[str]:
@@ -114,17 +123,36 @@ def requirements() -> list[str]:
 
 
 def example_for(adapter: Adapter) -> dict[str, Any]:
-    """Inputs of the right shapes, and noise otherwise: one support example per class (or one)."""
+    """Inputs of the right shapes, and noise otherwise: a support example per class (or three)."""
     recipe = adapter.recipe
-    count = recipe.output_size if adapter.classifies else 1
+    count = recipe.output_size if adapter.classifies else 3
     rng = np.random.default_rng(0)
     examples = rng.random((count, *recipe.input_shape), dtype=np.float32)
-    targets = np.zeros((1, recipe.output_size), np.float32)
+    targets = rng.random((count, recipe.output_size), dtype=np.float32)
     return {
         "support_x": examples,
         "support_y": np.arange(count) if adapter.classifies else targets,
         "query_x": examples,
     }
+
+
+def request_to(adapter: Adapter) -> str:
+    """A shell command that asks the served model, with the numbers of `example_for`; where these
+    are too many to be read, with random ones of the same shape."""
+    inputs = {
+        name: (value if value.dtype.kind == "i" else value.astype(float).round(2)).tolist()
+        for name, value in example_for(adapter).items()
+    }
+    url = f"http://{HOST}:{PORT}/invocations"
+    curl = f"curl {url} -H 'Content-Type: application/json' -d"
+    shape = np.shape(inputs["query_x"])
+    if math.prod(shape) <= _MAX_NUMBERS:
+        return f"{curl} '{json.dumps({'inputs': inputs})}'"
+    made = (
+        f"import json, numpy; x = numpy.random.rand{shape}.tolist(); print(json.dumps("
+        f'{{"inputs": {{"support_x": x, "support_y": {inputs["support_y"]}, "query_x": x}}}}))'
+    )
+    return f"python -c '{made}' | {curl} @-"
 
 
 def signature_of(adapter: Adapter) -> Any:

@@ -5,15 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from matplotlib import colormaps
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from pipeline.figures import COLORS, GREY, MARKERS, is_logarithmic, legend, new_figure, save
+from pipeline.figures import (
+    COLORS,
+    GREY,
+    MARKERS,
+    is_logarithmic,
+    label_metric,
+    legend,
+    new_figure,
+    save,
+    shade,
+    shade_bar,
+)
 from pipeline.health import PREFIX, by_step
 
 Record = Mapping[str, float]
-_MOST_LABELS = 8
+_NEAR = 3  # times the largest value: a line further up would flatten all others
 
 
 def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) -> list[Path]:
@@ -44,23 +55,27 @@ def _gradient_norm(records: Sequence[Record], path: Path, alpha: float | None) -
         records,
         path,
         "gradient_norm",
-        y_label="norm of the meta-gradient (log scale)",
+        y_label="norm of the meta-gradient",
         title="The meta-gradient on its way back through adaptation",
         caption="Gradient of the meta-loss with respect to the parameters after s inner steps, "
         "mean over tasks. Lines that spread: it explodes (early steps above) or vanishes (below).",
-        logarithmic=True,
     )
 
 
 def _curvature(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    caption = "g·Hg / |g|² of the support loss after s inner steps, mean over tasks."
+    if alpha is not None:
+        caption += (
+            f" Above 2 / inner rate = {2 / alpha:,.4g} a step of gradient descent ends higher than "
+            "it began."
+        )
     return _lines_by_step(
         records,
         path,
         "curvature",
         y_label="curvature along the inner gradient",
         title="How steep the way of adaptation is",
-        caption="g·Hg / |g|² of the support loss, mean over tasks. Above 2 / inner rate a step of "
-        "gradient descent ends higher than it began.",
+        caption=caption,
         bound=None if alpha is None else 2 / alpha,
     )
 
@@ -73,24 +88,32 @@ def _lines_by_step(
     y_label: str,
     title: str,
     caption: str,
-    logarithmic: bool = False,
     bound: float | None = None,
 ) -> bool:
-    """A diagnostic of every inner step, by iteration."""
-    values = [by_step(dict(record), name) for record in records]
-    steps = len(values[0])
-    if not steps:
+    """A diagnostic of every inner step, by iteration; below a bound, where its axis has room."""
+    lines = np.array([by_step(dict(record), name) for record in records]).T
+    if not len(lines):
         return False
     figure, axes = new_figure(7.2, 4.2)
-    for s in range(steps):
-        label = f"s = {s}" if _labelled(s, steps) else None
-        line = [of_record[s] for of_record in values]
-        axes.plot(_iterations(records), line, color=_shade(s, steps), label=label)
-    if bound is not None:
-        axes.axhline(bound, color=GREY, linestyle="--", label=f"2 / inner rate = {bound:.3g}")
-    if logarithmic:
-        axes.set_yscale("log", nonpositive="mask")
-    axes.set_ylabel(y_label)
+    for s, line in enumerate(lines):
+        axes.plot(_iterations(records), line, color=shade(s, len(lines)))
+    levels = [] if bound is None else [bound]
+    logarithmic = is_logarithmic(name, [*lines.tolist(), levels])
+    label_metric(axes, y_label, logarithmic)
+    if bound is not None and (logarithmic or bound < _NEAR * np.nanmax(lines)):
+        axes.axhline(bound, color=GREY, linestyle="--")
+        axes.text(
+            0.99,
+            bound,
+            "2 / inner rate",
+            transform=axes.get_yaxis_transform(),
+            color=GREY,
+            ha="right",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+        )
+    if len(lines) > 1:
+        shade_bar(figure, axes, len(lines), "inner steps s")
     _by_iteration(axes, title)
     save(figure, path, caption)
     return True
@@ -103,11 +126,10 @@ def _inner_loss(records: Sequence[Record], path: Path, alpha: float | None) -> b
     figure, axes = new_figure(7.2, 4.2)
     for number, (i, loss) in enumerate(zip(chosen, losses, strict=True)):
         label = f"iteration {int(records[i]['iteration']):,}"
-        color = _shade(number, len(chosen))
+        color = shade(number, len(chosen))
         axes.plot(range(len(loss)), loss, color=color, marker="o", markersize=4, label=label)
-    if is_logarithmic("loss", [list(loss) for loss in losses]):
-        axes.set_yscale("log", nonpositive="mask")
-    axes.set_ylabel("support loss before the step")
+    logarithmic = is_logarithmic("loss", [list(loss) for loss in losses])
+    label_metric(axes, "support loss before the step", logarithmic)
     axes.set_xlabel("inner step")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_title("Adaptation to the support set")
@@ -128,8 +150,12 @@ def _order(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
         axes.plot(_iterations(records), values, color=COLORS[number], label=label)
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set_ylabel("second against first order")
-    _by_iteration(axes, "Meta-gradients of second and first order on the same tasks")
-    save(figure, path, "Both at 1: the first order would do as well.")
+    _by_iteration(axes, "What the second order changes")
+    save(
+        figure,
+        path,
+        "Both at 1: the first order would do as well. Same tasks for both.",
+    )
     return True
 
 
@@ -138,7 +164,7 @@ def _hurt(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
     shares = [record[f"{PREFIX}hurt_share"] for record in records]
     axes.plot(_iterations(records), shares, color=COLORS[1])
     axes.set_ylim(-0.02, max(0.2, 1.1 * max(shares)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("tasks")
     _by_iteration(axes, "Tasks on which adaptation hurts")
     save(figure, path, "Query loss after adaptation higher than before.")
@@ -187,16 +213,3 @@ def _by_iteration(axes: Axes, title: str) -> None:
 
 def _iterations(records: Sequence[Record]) -> list[float]:
     return [record["iteration"] for record in records]
-
-
-def _shade(number: int, count: int) -> tuple[float, float, float, float]:
-    """Dark to light, in order."""
-    return colormaps["viridis"](0.9 * number / max(1, count - 1))
-
-
-def _labelled(number: int, count: int) -> bool:
-    """Whether a line of many has an entry in the legend: at most eight do, both ends among them."""
-    if count <= _MOST_LABELS:
-        return True
-    ticks = {round(i * (count - 1) / (_MOST_LABELS - 1)) for i in range(_MOST_LABELS)}
-    return number in ticks

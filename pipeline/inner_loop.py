@@ -8,7 +8,7 @@ as they are (`slow`).
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
@@ -16,7 +16,6 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from pipeline.meta_loss import Loss
 from pipeline.parameters import Params
 from pipeline.update_rules import Point, Rule
-from tasks.base import Examples
 
 
 class Step(NamedTuple):
@@ -38,7 +37,7 @@ class Adjoint(NamedTuple):
 
 
 def inner_step(
-    loss: Loss, rule: Rule, point: Point, slow: Params, rates: Params, t: Tensor, support: Examples
+    loss: Loss, rule: Rule, point: Point, slow: Params, rates: Params, t: Tensor, support: Any
 ) -> Step:
     """One step; with plain gradient descent θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2)."""
 
@@ -57,7 +56,7 @@ def inner_step_back(
     slow: Params,
     rates: Params,
     t: Tensor,
-    support: Examples,
+    support: Any,
     v: Point,
     *,
     second_order: bool,
@@ -84,7 +83,7 @@ def inner_step_back(
 
 
 def hessian_vector_product(
-    loss: Loss, fast: Params, slow: Params, support: Examples, v: Params, *, forward: bool = True
+    loss: Loss, fast: Params, slow: Params, support: Any, v: Params, *, forward: bool = True
 ) -> Params:
     """The Hessian's columns of `fast` times v: the gradient of ∇_fast L · v, for all parameters.
 
@@ -105,7 +104,7 @@ def hessian_vector_product(
     return {**of_slow, **of_fast}
 
 
-def differentiates_forward(loss: Loss, params: Params, support: Examples) -> bool:
+def differentiates_forward(loss: Loss, params: Params, support: Any) -> bool:
     """Whether the gradient of `loss` has a forward derivative, tried on a batch of tasks.
 
     Tried before anything is traced, because a failure inside a trace cannot be recovered from, and

@@ -16,7 +16,7 @@ Gradients are *sums* over the tasks of the chunk; the driver divides once by the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -28,10 +28,9 @@ from torch.utils import _pytree as pytree
 from pipeline.adaptation import RATE, Adaptation, MetaSum
 from pipeline.compilation import Compiler, operator_calls
 from pipeline.inner_loop import Adjoint, Step, differentiates_forward, inner_step, inner_step_back
-from pipeline.meta_loss import Objective
+from pipeline.meta_loss import Batch, Support, TaskLoss
 from pipeline.parameters import Layout, Params
 from pipeline.update_rules import Point
-from tasks.base import Examples, TaskBatch
 
 Order = Literal["second", "first"]
 Estimator = Literal["gradient", "reptile"]
@@ -70,7 +69,7 @@ class Stages(NamedTuple):
     @classmethod
     def of(
         cls,
-        objective: Objective,
+        objective: TaskLoss,
         adaptation: Adaptation,
         *,
         order: Order = "second",
@@ -130,7 +129,7 @@ class Visit(NamedTuple):
 
 
 def walk_forward(
-    stages: Stages, adaptation: Adaptation, meta: Params, support: Examples, alpha: Tensor
+    stages: Stages, adaptation: Adaptation, meta: Params, support: Support, alpha: Tensor
 ) -> list[Visit]:
     """The S steps of adaptation to every task of a chunk."""
     point = adaptation.rule.start(adaptation.start(meta))
@@ -141,7 +140,7 @@ def walk_forward(
             adaptation.slow(meta, s),
             adaptation.rates_at(meta, alpha, s),
             alpha.new_tensor(s + 1.0),
-            adaptation.batch(support, s),
+            support.at_step(s, adaptation.batch_size),
             s == 0,
         )
         visits.append(Visit(point, step))
@@ -149,65 +148,125 @@ def walk_forward(
     return visits
 
 
-def meta_gradient(
+class Incoming(NamedTuple):
+    """Gradients per task of something that looks at the parameters after a step, [B, ...]."""
+
+    fast: Params
+    slow: Params
+
+
+def reached(
+    adaptation: Adaptation, meta: Params, visits: list[Visit], step: int, num_tasks: int
+) -> Point:
+    """The point of every task after step `step` (counted from 0; −1: before the first)."""
+    if step >= 0:
+        return visits[step].step.point
+    start = adaptation.start(meta)
+    spread = {name: value.expand(num_tasks, *value.shape) for name, value in start.items()}
+    return adaptation.rule.start(spread)
+
+
+def carry_back(
     stages: Stages,
     adaptation: Adaptation,
     meta: Params,
-    batch: TaskBatch,
-    knobs: Knobs,
+    batch: Batch,
+    alpha: Tensor,
+    visits: list[Visit],
+    incoming: Callable[[int, Point], Incoming | None],
     observe: Callable[[Params], None] = lambda v: None,
-) -> MetaGradient:
-    """Sum over the chunk's tasks of the gradient of L_Q(f_θ') (eq. 3, 4) with respect to `meta`.
+) -> Params:
+    """Carries gradients from where adaptation came to back to the meta-parameters (chain rule),
+    summed over the tasks.
 
-    θ' is θ after S steps of adaptation; with `query_weights`, the losses after every step are added
-    with these weights. `batch` holds B tasks (leading dimension of every tensor). `observe` is
-    shown v_S, ..., v_0 of every task on the way back.
+    `incoming(s, point)` gives those of what looks at the point after step s (−1: at θ itself); for
+    the last step there must be some. `observe` is shown v_S, ..., v_0 of every task on the way.
     """
-    visits = walk_forward(stages, adaptation, meta, batch.support, knobs.alpha)
-    metrics = _support_metrics(visits)
     total = MetaSum(adaptation)
-    v = Point({}, {})
-    for s in reversed(range(adaptation.steps)):
-        visit, slow = visits[s], adaptation.slow(meta, s)
-        last = s == adaptation.steps - 1
-        if last or knobs.query_weights is not None:
-            at = visit.step.point
-            (fast_bar, slow_bar), (loss, judged) = stages.query(at.fast, slow, batch.query)
-            if knobs.query_weights is not None:
-                weight = knobs.query_weights[s]
-                fast_bar = {name: weight * value for name, value in fast_bar.items()}
-                slow_bar = {name: weight * value for name, value in slow_bar.items()}
-            total.add(slow_bar, s)
-            if last:
-                metrics |= {"query_loss": loss, **{f"query_{n}": m for n, m in judged.items()}}
-                slots = pytree.tree_map(torch.zeros_like, at.slots)
-                v = Point(fast_bar, slots)
+    v: Point | None = None
+    for s in range(adaptation.steps - 1, -2, -1):
+        at = reached(adaptation, meta, visits, s, num_tasks(batch))
+        came = incoming(s, at)
+        if came is not None:
+            total.add(came.slow, max(s, 0))
+            if v is None:
+                v = Point(came.fast, pytree.tree_map(torch.zeros_like, at.slots))
             else:
-                v = Point({name: v.fast[name] + g for name, g in fast_bar.items()}, v.slots)
+                v = Point({name: v.fast[name] + g for name, g in came.fast.items()}, v.slots)
+        assert v is not None
         observe(v.fast)
+        if s < 0:
+            break
+        visit = visits[s]
         v, slow_bar, rates_bar = stages.step_back(
             visit.before,
             visit.step.gradient,
-            slow,
-            adaptation.rates_at(meta, knobs.alpha, s),
-            knobs.alpha.new_tensor(s + 1.0),
-            adaptation.batch(batch.support, s),
+            adaptation.slow(meta, s),
+            adaptation.rates_at(meta, alpha, s),
+            alpha.new_tensor(s + 1.0),
+            batch.support.at_step(s, adaptation.batch_size),
             v,
             s == 0,
         )
         total.add(slow_bar, s)
         total.add(rates_bar, s, prefix=RATE)
-    observe(v.fast)
+    assert v is not None
     total.add(v.fast, 0)
-    return MetaGradient(total.gradient(meta), metrics)
+    return total.gradient(meta)
+
+
+def meta_gradient(
+    stages: Stages,
+    adaptation: Adaptation,
+    meta: Params,
+    batch: Batch,
+    knobs: Knobs,
+) -> MetaGradient:
+    """Sum over the chunk's tasks of the gradient of L_Q(f_θ') (eq. 3, 4) with respect to `meta`.
+
+    θ' is θ after S steps of adaptation; with `query_weights`, the losses after every step are added
+    with these weights. `batch` holds B tasks (leading dimension of every tensor).
+    """
+    visits = walk_forward(stages, adaptation, meta, batch.support, knobs.alpha)
+    return walk_back(visits, stages, adaptation, meta, batch, knobs)
+
+
+def walk_back(
+    visits: list[Visit],
+    stages: Stages,
+    adaptation: Adaptation,
+    meta: Params,
+    batch: Batch,
+    knobs: Knobs,
+    observe: Callable[[Params], None] = lambda v: None,
+) -> MetaGradient:
+    """The meta-gradient of adaptation that has been walked; `observe` is shown v_S, ..., v_0 of
+    every task on the way back."""
+    metrics = _support_metrics(visits)
+
+    def judged(s: int, at: Point) -> Incoming | None:
+        last, weights = s == adaptation.steps - 1, knobs.query_weights
+        if not last and (weights is None or s < 0):
+            return None
+        slow = adaptation.slow(meta, max(s, 0))
+        (fast_bar, slow_bar), (loss, found) = stages.query(at.fast, slow, batch.query)
+        if last:
+            metrics.update({"query_loss": loss, **{f"query_{n}": m for n, m in found.items()}})
+        if weights is not None:
+            fast_bar = {name: weights[s] * value for name, value in fast_bar.items()}
+            slow_bar = {name: weights[s] * value for name, value in slow_bar.items()}
+        return Incoming(fast_bar, slow_bar)
+
+    gradient = carry_back(stages, adaptation, meta, batch, knobs.alpha, visits, judged, observe)
+    return MetaGradient(gradient, metrics)
 
 
 def reptile_gradient(
     stages: Stages,
     adaptation: Adaptation,
-    objective: Objective,
+    objective: TaskLoss,
     meta: Params,
-    batch: TaskBatch,
+    batch: Batch,
     knobs: Knobs,
 ) -> MetaGradient:
     """Sum over the tasks of θ − θ'_S (Nichol et al. 2018): to an optimiser that subtracts it, a
@@ -224,22 +283,29 @@ def reptile_gradient(
 
 
 def _support_metrics(visits: list[Visit]) -> dict[str, Tensor]:
+    if not visits:
+        return {}
     return {
         "support_loss": visits[0].step.loss,
         "adapted_support_loss": visits[-1].step.loss,
     }
 
 
-def differentiates(
-    objective: Objective, adaptation: Adaptation, meta: Params, batch: TaskBatch
-) -> bool:
+def num_tasks(batch: Batch) -> int:
+    """B."""
+    return int(pytree.tree_leaves(batch.query)[0].shape[0])
+
+
+def differentiates(objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch) -> bool:
     """`differentiates_forward` on one of the tasks."""
+    if not adaptation.steps:
+        return True
     params = {**adaptation.slow(meta, 0), **adaptation.start(meta)}
-    one_task = pytree.tree_map(lambda t: t[:1], batch.support)
+    one_task = pytree.tree_map(lambda t: t[:1], batch.support.at_step(0))
     return differentiates_forward(objective.loss, params, one_task)
 
 
-ChunkFunction = Callable[[Tensor, TaskBatch, Knobs], tuple[Tensor, dict[str, Tensor]]]
+ChunkFunction = Callable[[Tensor, Batch, Knobs], tuple[Tensor, dict[str, Tensor]]]
 """(flat meta-parameters [D], B tasks, knobs) -> (flat gradient sum [D], metrics per task [B])."""
 
 # Compiling takes time in proportion to the operators: conv4 with one step has 2,000 (about a
@@ -248,7 +314,7 @@ _LARGEST_PROGRAM = 4000
 
 
 def chunk_function(
-    objective: Objective,
+    objective: TaskLoss,
     adaptation: Adaptation,
     layout: Layout,
     *,
@@ -270,7 +336,7 @@ def chunk_function(
     call decides how to differentiate, traces and compiles.
     """
 
-    def build(flat: Tensor, batch: TaskBatch, knobs: Knobs) -> ChunkFunction:
+    def build(flat: Tensor, batch: Batch, knobs: Knobs) -> ChunkFunction:
         needless = order == "first" or estimator == "reptile"
         forward = needless or differentiates(objective, adaptation, layout.split(flat), batch)
         eager = Stages.of(objective, adaptation, order=order, forward=forward)
@@ -282,7 +348,7 @@ def chunk_function(
         return compiler.compiled(walk_of(eager))
 
     def walk_of(stages: Stages) -> ChunkFunction:
-        def walk(flat: Tensor, batch: TaskBatch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
+        def walk(flat: Tensor, batch: Batch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
             meta = layout.split(flat)
             if estimator == "reptile":
                 result = reptile_gradient(stages, adaptation, objective, meta, batch, knobs)
@@ -295,65 +361,9 @@ def chunk_function(
     built: list[ChunkFunction] = []
 
     @torch.no_grad()
-    def chunk(flat: Tensor, batch: TaskBatch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
+    def chunk(flat: Tensor, batch: Batch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
         if not built:
             built.append(build(flat, batch, knobs))
         return built[0](flat, batch, knobs)
 
     return chunk
-
-
-class Adapted(NamedTuple):
-    """The parameters after some steps of adaptation, as the query set is seen with them."""
-
-    fast: Params
-    """A copy for every task, [B, ...]."""
-    slow: Params
-
-
-def trajectory(
-    objective: Objective,
-    adaptation: Adaptation,
-    meta: Params,
-    support: Examples,
-    alpha: Tensor,
-    steps: int,
-) -> Iterator[Adapted]:
-    """Adaptation to B tasks as in meta-training: the parameters after 0, 1, ... `steps` steps.
-
-    Beyond the trained steps the settings of the last one are repeated.
-    """
-    stages = Stages.of(objective, adaptation)
-    num_tasks = support.x.shape[0]
-    fast = {n: p.expand(num_tasks, *p.shape) for n, p in adaptation.start(meta).items()}
-    point = adaptation.rule.start(fast)
-    yield Adapted(fast, adaptation.slow(meta, 0))
-    for s in range(steps):
-        slow = adaptation.slow(meta, s)
-        rates = adaptation.rates_at(meta, alpha, s)
-        with torch.no_grad():
-            point = stages.step(
-                point, slow, rates, alpha.new_tensor(s + 1.0), adaptation.batch(support, s), False
-            ).point
-        yield Adapted(point.fast, slow)
-
-
-@torch.no_grad()
-def adaptation_curve(
-    objective: Objective,
-    adaptation: Adaptation,
-    meta: Params,
-    batch: TaskBatch,
-    alpha: Tensor,
-    *,
-    steps: tuple[int, ...],
-) -> dict[str, Tensor]:
-    """Query loss and metrics of every task after each of `steps` steps, [len(steps), B]."""
-    rows: list[dict[str, Tensor]] = []
-    adapted = trajectory(objective, adaptation, meta, batch.support, alpha, steps[-1])
-    for step, (fast, slow) in enumerate(adapted):
-        if step in steps:
-            judge = vmap(lambda f, q, slow=slow: objective.loss_and_metrics({**slow, **f}, q))
-            loss, metrics = judge(fast, batch.query)
-            rows.append({"loss": loss, **metrics})
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,38 @@ from torch.func import functional_call
 from pipeline.parameters import Params
 from tasks.base import Examples
 
-Loss = Callable[[Params, Examples], Tensor]
-"""L_T of one task: (parameters, examples) -> scalar."""
+Loss = Callable[[Params, Any], Tensor]
+"""L_T of one task: (parameters, what the task gives to learn from) -> scalar."""
+
+
+class Support(Protocol):
+    """What B tasks give to learn from: examples (`tasks.base`), or the trajectories of each step
+    (`experience`). A tree of tensors with leading dimension B."""
+
+    def at_step(self, step: int, batch_size: int | None = None) -> Any:
+        """What a step of adaptation sees of it."""
+        ...
+
+
+class Batch(Protocol):
+    """B tasks."""
+
+    @property
+    def support(self) -> Support: ...
+    @property
+    def query(self) -> Any: ...
+
+
+class TaskLoss(Protocol):
+    """The two losses of a task, as pure functions of the parameters of a model."""
+
+    def loss(self, params: Params, examples: Any) -> Tensor:
+        """What a step of adaptation descends."""
+        ...
+
+    def loss_and_metrics(self, params: Params, examples: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        """What adapted parameters are judged by, and every metric, detached."""
+        ...
 
 
 class Judge(Protocol):

@@ -25,10 +25,12 @@ def serve(
     port: int = 5000,
     on_up: Callable[[str], None] = lambda address: None,
 ) -> None:
-    """Serve the store at `uri` until Ctrl-C, in the foreground; `on_up` gets the pages' address.
+    """Serve the store at `uri` until Ctrl-C (or SIGTERM); `on_up` gets the pages' address.
 
     Raises TrackingError if there is no such store, the port is taken, or the server stops.
     """
+    # The server is in a group of its own: nobody but this process would end it.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     server = start_server(uri, host, port)
     try:
         wait_until_up(server, host, port)
@@ -64,10 +66,13 @@ def start_server(uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
     command += ["--host", host, "--port", str(port)]
     # One worker and no job runner: a third of the start-up time and a quarter of the memory.
     command += ["--workers", "1"]
+    # Its lines of log would bury the address of the pages.
+    command += ["--uvicorn-opts", "--log-level warning"]
     if database is not None:
         command += ["--artifacts-destination", (database.parent / "mlartifacts").as_uri()]
     environment = {
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "PYTHONWARNINGS": "ignore",
         **os.environ,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }

@@ -99,6 +99,12 @@ class OuterUpdate:
         A gradient that is not finite is not applied (the returned norm is not finite either); the
         schedule goes on, because it counts iterations.
         """
+        norm = self.descend(gradient)
+        self.tick()
+        return norm
+
+    def descend(self, gradient: Tensor) -> float:
+        """`step` without the schedule: for several in an iteration."""
         norm = float(torch.linalg.vector_norm(gradient))
         if all_finite(gradient):
             if self._outer.clip_value is not None:
@@ -110,10 +116,13 @@ class OuterUpdate:
                 )
             self._flat.grad = gradient
             self._optimizer.step()
+        return norm
+
+    def tick(self) -> None:
+        """An iteration is over, for the schedule."""
         self._steps += 1
         if self._scheduler is not None:
             self._scheduler.step()
-        return norm
 
     def replace(self, flat: Tensor) -> None:
         """Take another θ [D]; the optimiser and its schedule stay as they are."""

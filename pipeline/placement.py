@@ -15,7 +15,7 @@ import torch
 
 from pipeline.chunk import ChunkComputer
 from pipeline.config import Experiment
-from pipeline.ray_workers import cluster_address, connect
+from pipeline.ray_cluster import cluster_address, connect, worker_bundle
 from pipeline.workers import threads_per_chunk
 
 _RAY_START_SECONDS = 8.0
@@ -49,14 +49,12 @@ def decide_workers(experiment: Experiment) -> Placement:
         return Placement(cluster.workers, "as configured")
     computer = ChunkComputer(on_driver(experiment), compile=False)
     chunks = computer.num_chunks
-    if cluster_address(experiment) is not None or cluster.gpus_per_worker:
-        fitting = fitting_in_cluster(experiment)
+    fitting = room_for_workers(experiment)
+    if _in_cluster(experiment):
         return Placement(
             max(1, min(chunks, fitting)),
             f"the cluster has room for {fitting}, a meta-batch has {chunks} chunks",
         )
-    cores = os.cpu_count() or 1
-    fitting = int(cores / cluster.cpus_per_worker) if cluster.cpus_per_worker else cores
     workers = min(chunks, fitting)
     if workers < 2:
         return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
@@ -94,18 +92,22 @@ def _chunk_seconds(computer: ChunkComputer, threads: int) -> float:
         torch.set_num_threads(before)
 
 
-def fitting_in_cluster(experiment: Experiment) -> int:
-    """How many actors Ray has room for."""
+def room_for_workers(experiment: Experiment) -> int:
+    """How many actors fit into the Ray cluster or, where there is none, this machine."""
     import ray
 
-    started = connect(experiment, 1)
-    resources = ray.cluster_resources()
-    if started:
-        ray.shutdown()
-    cluster = experiment.cluster
-    rooms = []
-    if cluster.gpus_per_worker:
-        rooms.append(resources.get("GPU", 0) / cluster.gpus_per_worker)
-    if cluster.cpus_per_worker:
-        rooms.append(resources.get("CPU", 0) / cluster.cpus_per_worker)
-    return int(min(rooms)) if rooms else 1
+    bundle = worker_bundle(experiment)
+    there = {"CPU": float(os.cpu_count() or 1)}
+    if _in_cluster(experiment):
+        started = connect(experiment, 1)
+        there = ray.cluster_resources()
+        if started:
+            ray.shutdown()
+    return int(
+        min((there.get(k, 0.0) / n for k, n in bundle.items()), default=there.get("CPU", 1.0))
+    )
+
+
+def _in_cluster(experiment: Experiment) -> bool:
+    """Whether what there is must be asked from Ray; it finds GPUs better than we would."""
+    return cluster_address(experiment) is not None or experiment.cluster.gpus_per_worker > 0

@@ -7,20 +7,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from pipeline.figures import (
     COLORS,
     GREY,
     MARKERS,
+    after_steps,
     is_logarithmic,
     label_metric,
     legend,
     new_figure,
+    new_panels,
     save,
-    soften,
 )
 
 
@@ -71,9 +70,8 @@ def plot_sinusoid_fits(
     """
     columns = min(2, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    figure = Figure(figsize=(3.6 * columns + 1.8, 2.5 * rows + 0.9), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    size = 3.6 * columns + 1.8, 2.5 * rows + 0.9
+    figure, grid = new_panels(*size, rows, columns, sharex=True, sharey=True)
     for axes, task in zip(grid.flat, tasks, strict=False):
         axes.plot(task["x_grid"], task["truth"], color=GREY, linewidth=3, alpha=0.5, label="truth")
         for index, (steps, fit) in enumerate(sorted(task["fits"].items(), key=lambda f: int(f[0]))):
@@ -82,7 +80,7 @@ def plot_sinusoid_fits(
                 fit,
                 color=COLORS[index % len(COLORS)],
                 linestyle=("--", "-.", "-")[min(index, 2)],
-                label=_steps(int(steps)),
+                label=after_steps(int(steps)),
             )
         axes.plot(
             task["support_x"],
@@ -94,7 +92,6 @@ def plot_sinusoid_fits(
             label="support points",
         )
         axes.set_title(task.get("title", ""), fontsize="medium")
-        soften(axes)
     for axes in grid.flat[len(tasks) :]:
         axes.set_axis_off()
     figure.suptitle(title)
@@ -138,12 +135,6 @@ def plot_training(
     axes.set_title(title)
     legend(axes)
     save(figure, path, caption)
-
-
-def _steps(steps: int) -> str:
-    if steps == 0:
-        return "before adaptation"
-    return f"after {steps} step{'' if steps == 1 else 's'}"
 
 
 def _moving_mean(values: Sequence[float], window: int) -> list[float]:

@@ -28,7 +28,8 @@ from pipeline.components import build_model
 from pipeline.config import Experiment
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
-from pipeline.session import TrainingFailed
+from pipeline.session import Diverged
+from tasks.base import supervised
 from tasks.random import integers, task_keys
 
 _WHICH = 2**16  # a random stream of its own: which of the tasks of multi-task an update sees
@@ -40,7 +41,7 @@ class Pretrainer:
     def __init__(self, experiment: Experiment, device: torch.device):
         assert experiment.pretraining is not None
         self._experiment, self._settings = experiment, experiment.pretraining
-        self._task = experiment.build_task()
+        self._task = supervised(experiment.build_task(), "pretraining")
         self._device = device
         self._dtype: torch.dtype = getattr(torch, experiment.compute.dtype)
         self.model = wide_model(experiment).to(device, self._dtype)
@@ -137,7 +138,7 @@ class Pretrainer:
         """As in meta-training: a gradient that is not finite is not applied; many end the run."""
         self._bad_updates = 0 if math.isfinite(norm) else self._bad_updates + 1
         if self._bad_updates == self._experiment.outer.max_bad_updates:
-            raise TrainingFailed(
+            raise Diverged(
                 f"iteration {self.iteration - 1}: the gradient is not finite, "
                 f"{self._bad_updates} times in a row; lower outer.lr, or set outer.clip_norm"
             )
@@ -146,7 +147,7 @@ class Pretrainer:
 def wide_model(experiment: Experiment) -> nn.Module:
     """The experiment's model with an output for every training class, or a head for every task."""
     assert experiment.pretraining is not None
-    task = experiment.build_task()
+    task = supervised(experiment.build_task(), "pretraining")
     outputs = task.pooled_size
     if experiment.pretraining.objective == "multi-task":
         outputs = experiment.pretraining.tasks * task.output_size
@@ -180,5 +181,5 @@ def check_pretraining(experiment: Experiment) -> None:
     if experiment.pretraining is None:
         return
     if experiment.pretraining.objective == "pooled":
-        experiment.build_task().pooled(experiment.seed, np.arange(1))
+        supervised(experiment.build_task(), "pretraining").pooled(experiment.seed, np.arange(1))
     narrowed(experiment, dict(wide_model(experiment).named_parameters()))

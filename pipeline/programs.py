@@ -13,7 +13,7 @@ from pipeline.algorithms import Phase
 from pipeline.components import resolve
 from pipeline.config import Experiment
 from pipeline.meta_gradient import ChunkFunction, chunk_function
-from pipeline.meta_loss import Objective
+from pipeline.meta_loss import TaskLoss
 from pipeline.parameters import Layout
 
 _MOST_PROGRAMS = 16
@@ -24,7 +24,7 @@ _programs_lock = threading.Lock()
 def program_of(
     experiment: Experiment,
     phase: Phase,
-    objective: Objective,
+    objective: TaskLoss,
     adaptation: Adaptation,
     layout: Layout,
     device: torch.device,
@@ -54,6 +54,7 @@ def program_of(
     constants = inner.model_dump(mode="json", exclude={"lr", "order", "second_order_from"})
     # A program freezes what a model or task of the user's own holds besides parameters.
     own = ":" in task.kind + model.kind
+    acting = experiment.reinforcement
     key = (
         experiment.seed if own else None,
         experiment.data.root,
@@ -63,6 +64,7 @@ def program_of(
         phase,
         estimator,
         layout,
+        None if acting is None else (acting.estimator, acting.update, acting.clip),
         experiment.compute.dtype,
         device,
     )

@@ -15,37 +15,34 @@ are discarded. Workers may join late and come back after a restart: nothing depe
 from __future__ import annotations
 
 import os
-import signal
 import statistics
-import threading
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
-from pipeline.chunk import ChunkResult, FlatVector, Job
+from pipeline.chunk import FOLLOW_UPS, ChunkResult, FlatVector, GradientJob, Job
 from pipeline.chunk_actor import ChunkActor
 from pipeline.config import Experiment
-from pipeline.workers import (
-    Notice,
-    Round,
-    WorkersLost,
+from pipeline.ray_cluster import (
+    as_text,
+    cluster_address,
+    connect,
+    lacking,
+    refuse_or_wait,
+    worker_bundle,
 )
+from pipeline.workers import Notice, Round, WorkersLost
 
 _TICK = 0.5  # seconds between looks at what is overdue
+_QUIET = 20.0  # seconds without a worker at the start until somebody is told
 _SHORTEST_TIMEOUT = 30.0
 _FIRST_TIMEOUT = 600.0  # while nothing is known of how long a chunk takes
 _REPLACED_AFTER = 3  # timeouts without an answer
 _PATIENCE = 1200.0  # seconds without any worker: its successor may wait to compile, then compile
 _JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
 _MANY = 8  # calls under way, from which on answers are collected together
-
-# Answers up to this size travel with the message instead of through the object store (Ray's default
-# is 100 kB): a gradient of conv4 is 450 kB. A cluster has its own setting (see cluster.yaml).
-_INLINE_BYTES = 2**21
 
 
 @dataclass(eq=False)
@@ -67,6 +64,7 @@ class _Call:
     round: int = -1
     """-1: the question whether it is ready."""
     job: int = -1
+    what: Job | None = None
     issued_again: bool = False
 
 
@@ -79,6 +77,8 @@ class RayWorkers:
         self._ray = ray
         self.size = size
         self._experiment = experiment
+        self._compile = compile
+        self._bundle = worker_bundle(experiment)
         self._notice = notice
         self._started_ray = connect(experiment, size)
         self._round = 0
@@ -87,7 +87,10 @@ class RayWorkers:
         self._looked = 0.0
         """When it was last checked whether a worker is overdue (time.monotonic)."""
         self._warned: set[str] = set()
-        self._durations: deque[float] = deque(maxlen=64)
+        self._durations: dict[type, deque[float]] = {}
+        """Of the last calls, by kind of job."""
+        self._holders: dict[int, _Worker] = {}
+        """Who acted a chunk out, by its number: others would have to do it again."""
         self._calls: dict[Any, _Call] = {}
         self._actor = ray.remote(ChunkActor).options(
             num_cpus=experiment.cluster.cpus_per_worker,
@@ -97,8 +100,11 @@ class RayWorkers:
         )
         # Small plain arguments: a restart must not need an object that may be gone.
         self._arguments = (experiment, compile, [os.getcwd()])
-        self._workers = [_Worker(number, self._new_actor()) for number in range(size)]
+        self._workers: list[_Worker] = []
         try:
+            refuse_or_wait(experiment, lacking("a worker takes", [self._bundle]), notice)
+            self._had_room = self._has_room()
+            self._workers += [_Worker(number, self._new_actor()) for number in range(size)]
             self._wait_for_first_worker()
         except BaseException:
             self.close()
@@ -152,13 +158,30 @@ class RayWorkers:
             for worker in self._workers:
                 if worker.pid is None or len(worker.calls) != load:
                     continue
-                while waiting and waiting[0] in answers:
-                    waiting.popleft()
-                job = waiting.popleft() if waiting else self._stolen(worker, answers)
+                job = self._next(worker, jobs, waiting, answers)
                 if job is None:
-                    return
+                    continue
                 ref = worker.handle.run.remote(reference, jobs[job])
-                self._note(ref, _Call(worker, time.monotonic(), self._round, job))
+                self._note(ref, _Call(worker, time.monotonic(), self._round, job, jobs[job]))
+
+    def _next(
+        self,
+        worker: _Worker,
+        jobs: Sequence[Job],
+        waiting: deque[int],
+        answers: dict[int, ChunkResult],
+    ) -> int | None:
+        """The job that a worker is to do next; questions about trajectories go to who has them."""
+        for job in list(waiting):
+            if job in answers:
+                waiting.remove(job)
+                continue
+            asked = jobs[job]
+            holder = self._holders.get(asked.chunk) if isinstance(asked, FOLLOW_UPS) else None
+            if holder in (None, worker) or holder not in self._workers or holder.pid is None:
+                waiting.remove(job)
+                return job
+        return None if isinstance(jobs[0], FOLLOW_UPS) else self._stolen(worker, answers)
 
     def _stolen(self, thief: _Worker, answers: dict[int, ChunkResult]) -> int | None:
         """For a worker with nothing to do: a job that waits behind another one elsewhere."""
@@ -232,7 +255,9 @@ class RayWorkers:
                 self._notice(line)
             return None
         now = time.monotonic()
-        self._durations.append(now - call.started)
+        self._durations.setdefault(type(call.what), deque(maxlen=64)).append(now - call.started)
+        if isinstance(call.what, GradientJob):
+            self._holders[call.what.chunk] = worker
         for next_call in worker.calls:
             next_call.started = now  # it was in the queue until now
         result: ChunkResult = answer
@@ -249,7 +274,9 @@ class RayWorkers:
         if limit is None:
             if not self._durations:
                 return _FIRST_TIMEOUT
-            limit = max(_SHORTEST_TIMEOUT, 20 * statistics.median(self._durations))
+            # The longest kind of job: any may have to collect its trajectories again.
+            longest = max(statistics.median(seconds) for seconds in self._durations.values())
+            limit = max(_SHORTEST_TIMEOUT, 20 * longest)
         return float(limit * 2**self._replaced)
 
     def _issue_overdue_again(self, waiting: deque[int], answers: dict[int, ChunkResult]) -> None:
@@ -269,6 +296,7 @@ class RayWorkers:
                 call.issued_again = True
                 if call.round == self._round and call.job not in answers:
                     waiting.appendleft(call.job)
+                self._holders = {c: w for c, w in self._holders.items() if w is not worker}
             if silent > _REPLACED_AFTER * limit:
                 self._notice(f"worker {worker.number} (process {worker.pid}) is replaced")
                 self._calls = {r: c for r, c in self._calls.items() if c.worker is not worker}
@@ -279,67 +307,34 @@ class RayWorkers:
                 self._note_loss()
 
     def _wait_for_first_worker(self) -> None:
-        complained = time.monotonic()
+        began = told = time.monotonic()
         while not self.pids():
             self._wait()
-            if time.monotonic() - complained > 20:
-                complained = time.monotonic()
-                self._notice(self._what_is_missing())
+            now = time.monotonic()
+            if now - told > _QUIET:
+                told = now
+                self._notice(self._waiting_for(now - began))
 
-    def _what_is_missing(self) -> str:
-        cluster = self._experiment.cluster
+    def _waiting_for(self, seconds: float) -> str:
+        workers = "the worker" if self.size == 1 else f"the first of {self.size} workers"
+        if self._had_room:
+            work = "import torch and compile" if self._compile else "import torch"
+            return f"{workers} is starting, for {seconds:.0f} s now: processes {work}"
         free = self._ray.available_resources()
-        wanted = f"{cluster.cpus_per_worker:g} CPU"
-        if cluster.gpus_per_worker:
-            wanted += f" and {cluster.gpus_per_worker:g} GPU"
         return (
-            f"still waiting for the first of {self.size} workers to start: each takes {wanted}; "
-            f"free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU"
+            f"waiting for room, for {seconds:.0f} s now: {workers} takes "
+            f"{as_text(self._bundle)}, and others hold what Ray has (free are "
+            f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU)"
         )
 
-
-def cluster_address(experiment: Experiment) -> str | None:
-    """The address of a running Ray cluster, or None for a local one."""
-    address = experiment.cluster.address or os.environ.get("RAY_ADDRESS")
-    return None if address in (None, "", "local") else address
-
-
-def connect(experiment: Experiment, size: int) -> bool:
-    """Make sure that Ray is there; True if it was started here and is ours to stop."""
-    import ray
-
-    if ray.is_initialized():
-        return False
-    address = cluster_address(experiment)
-    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
-    # Ray would take SIGTERM for itself, and end a run without a checkpoint.
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        _start_or_join(experiment, size, address, quiet)
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
-    return True
-
-
-def _start_or_join(
-    experiment: Experiment, size: int, address: str | None, quiet: dict[str, Any]
-) -> None:
-    import ray
-
-    if address is not None:
-        # A running cluster has its own resources; naming any here would be an error.
-        ray.init(address=address, **quiet)
-        return
-    needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
-    cores = os.cpu_count() or 1
-    ray.init(
-        address="local",
-        num_cpus=max(cores, needed),
-        include_dashboard=False,
-        _system_config={"max_direct_call_object_size": _INLINE_BYTES},
-        **quiet,
-    )
+    def _has_room(self) -> bool:
+        """Whether a worker can start at once. Once it does, what it takes is no longer free."""
+        if cluster_address(self._experiment) is None:
+            return True  # nobody else is there
+        if self._ray.util.get_current_placement_group() is not None:
+            return True  # reserved for us, as for a trial
+        free = self._ray.available_resources()
+        return all(amount <= free.get(kind, 0.0) for kind, amount in self._bundle.items())
 
 
 def _first_line(error: Exception) -> str:

@@ -12,19 +12,25 @@ import torch
 from torch.func import vmap
 
 from pipeline.algorithms import name_of
-from pipeline.chunk import EVALUATION_SEED, adaptation_of, model_of
+from pipeline.chunk import ChunkComputer, adaptation_of, flat_vector, model_of
 from pipeline.comparison import PairedComparison
 from pipeline.config import Experiment
+from pipeline.control_plots import Paths, animate_paths, plot_paths
+from pipeline.domain import EVALUATION_SEED
 from pipeline.evaluation import TRAINED, Curve, as_series, cell, metric_label
+from pipeline.figures import after_steps
 from pipeline.health import PREFIX
 from pipeline.health_plots import plot_health
-from pipeline.meta_gradient import trajectory
+from pipeline.learning_curve import trajectory
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
+from pipeline.placement import on_driver
 from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from tasks.control.mdp import MDPs
 from tasks.sinusoid import Sinusoid
 
 _NUM_FITS = 4
+_NUM_GOALS, _SHOWN_TRAJECTORIES = 3, 5
 
 
 def write_plots(
@@ -34,7 +40,8 @@ def write_plots(
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     task = experiment.build_task()
-    metrics = [m for m in ("accuracy", "loss") if curves and m in curves[0].mean]
+    wanted = dict.fromkeys([task.primary_metric, "loss"])
+    metrics = [metric for metric in wanted if curves and metric in curves[0].mean]
     written = []
     for metric in metrics:
         path = folder / f"adaptation_{metric}.png"
@@ -47,14 +54,17 @@ def write_plots(
             caption=f"{_caption(curves)}; bands: CI95 over tasks",
         )
         written.append(path)
-    history = read_history(run_dir)
+    history = read_history(run_dir, experiment.inner.steps)
     if history["iteration"]:
         path = folder / "training.png"
-        plot_training(history, path, metric=task.loss_name, title=experiment.name)
+        label = "return" if experiment.reinforcement is not None else task.loss_name
+        plot_training(history, path, metric=label, title=experiment.name)
         written.append(path)
     inner = experiment.inner
     plain = inner.rates == "fixed" and inner.optimizer == "sgd"
     written += plot_health(read_diagnoses(run_dir), folder, inner.lr if plain else None)
+    if isinstance(task, MDPs):
+        written += _draw_paths(experiment, task, theta, folder)
     if isinstance(task, Sinusoid):
         path = folder / "fits.png"
         steps = (0, 1, experiment.report_steps[-1])
@@ -110,10 +120,16 @@ def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
     return "\n".join([*lines, "", f"± CI95 over tasks; {_caption(curves)}"])
 
 
-def read_history(run_dir: Path) -> dict[str, list[float]]:
-    """The training losses of metrics.jsonl by iteration, as the plot takes them."""
+def read_history(run_dir: Path, steps: int = 1) -> dict[str, list[float]]:
+    """The training losses (or returns) of metrics.jsonl by iteration, as the plot takes them."""
     records = _records(run_dir)
     for series in (
+        {
+            after_steps(steps): f"train/return_step{steps}",
+            after_steps(0): "train/return_step0",
+        }
+        if steps
+        else {"one policy for all tasks": "train/return_step0"},
         {
             "support, before adaptation": "train/support_loss",
             "query, after adaptation": "train/query_loss",
@@ -153,7 +169,7 @@ def sinusoid_fits(
     objective = Objective(model.to(dtype), task)
     alpha = torch.tensor(experiment.inner.lr, dtype=dtype)
     adapted = trajectory(
-        objective, adaptation_of(experiment, model), theta, support, alpha, steps[-1]
+        objective, adaptation_of(experiment, model), theta, support, alpha, steps[-1], _NUM_FITS
     )
     fits: dict[int, torch.Tensor] = {}
     for step, (fast, slow) in enumerate(adapted):
@@ -171,6 +187,58 @@ def sinusoid_fits(
         }
         for i, (amplitude, phase) in enumerate(truth)
     ]
+
+
+def _draw_paths(experiment: Experiment, task: MDPs, theta: Params, folder: Path) -> list[Path]:
+    paths = acted_paths(experiment, task, theta, _NUM_GOALS)
+    if not paths:
+        return []
+    path = folder / "trajectories.png"
+    title = f"{experiment.name}: acting in new tasks"
+    plot_paths(
+        path, paths, title, f"stars: goals of test tasks; {_SHOWN_TRAJECTORIES} trajectories each"
+    )
+    return [path]
+
+
+def write_video(
+    experiment: Experiment, theta: Params, folder: Path, num_tasks: int = 3
+) -> list[Path]:
+    """Animations of the policy in the first test tasks, and all of them in one figure.
+
+    Raises ValueError where there is nothing to see.
+    """
+    task = experiment.build_task()
+    paths = acted_paths(experiment, task, theta, num_tasks) if isinstance(task, MDPs) else []
+    if not paths:
+        raise ValueError(f"--video: {experiment.task.kind} tasks have no plane to draw")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / "trajectories.png"]
+    plot_paths(written[0], paths, f"{experiment.name}: acting in new tasks")
+    for number, one in enumerate(paths):
+        written.append(folder / f"task-{number}.gif")
+        animate_paths(written[-1], one, f"{experiment.name}, test task {number}")
+    return written
+
+
+def acted_paths(experiment: Experiment, task: MDPs, theta: Params, num_tasks: int) -> list[Paths]:
+    """Where the policy goes in the first test tasks; nothing where the tasks have no plane."""
+    computer = ChunkComputer(on_driver(experiment), compile=False)
+    collected = computer.acted_out(
+        flat_vector(theta), "test", num_tasks, experiment.report_steps[-1]
+    )
+    found = []
+    for i in range(num_tasks):
+        by_step = {}
+        for step in experiment.report_steps:
+            past = collected.steps[step].trajectories
+            at = task.positions(past.observations[i, :_SHOWN_TRAJECTORIES])
+            if at is None:
+                return []
+            lengths = past.lengths[i].long()
+            by_step[step] = [xy[: lengths[n]].cpu().numpy() for n, xy in enumerate(at)]
+        found.append(Paths(collected.steps[0].trajectories.task[i, :2].cpu().numpy(), by_step))
+    return found
 
 
 def _legible(curves: Sequence[Curve]) -> list[Curve]:

@@ -87,7 +87,7 @@ class Run:
 
     @property
     def order(self) -> str:
-        return self.tags.get("order", self.settings.get("inner.order", ""))
+        return self.tags.get("order", "")
 
     @property
     def seconds(self) -> float:
@@ -97,12 +97,12 @@ class Run:
 
     @property
     def validation(self) -> Validation | None:
-        """By what its search ranks it, else by accuracy or loss. None: not validated yet, or not a
-        training run of ours."""
+        """By what its search ranks it, else by accuracy, return or loss. None: not validated yet,
+        or not a training run of ours."""
         steps = [self.settings.get(key) for key in ("evaluation.selection_step", "inner.steps")]
         step = next((step for step in steps if step is not None and step.isdecimal()), "")
         wanted, _, chosen = self.ranked_by.partition("_step")
-        for metric in filter(None, (wanted, "accuracy", "loss")):
+        for metric in filter(None, (wanted, "accuracy", "return", "loss")):
             at = chosen if metric == wanted and chosen else step
             value = estimate(self.metrics, f"validation/{metric}_step{at}")
             if value is not None:
@@ -216,7 +216,7 @@ def find_run(reference: str, uri: str | None) -> Run:
 
 def compare(runs: Sequence[Run]) -> Comparison:
     """The settings that differ, and the metrics of the last validation and of the meta-test."""
-    paths = list(dict.fromkeys(path for run in runs for path in run.settings))
+    paths = list(dict.fromkeys(p for run in runs for p in run.settings if p != "description"))
     sections = list(dict.fromkeys(path.split(".")[0] for path in paths))
     paths.sort(key=lambda path: sections.index(path.split(".")[0]))
     settings = {path: [run.settings.get(path) for run in runs] for path in paths}

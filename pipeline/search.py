@@ -26,7 +26,8 @@ from pipeline.config import Experiment
 from pipeline.evaluation import check_tasks
 from pipeline.experiments import ConfigError, load
 from pipeline.mlflow_sender import TrackingError
-from pipeline.ray_workers import cluster_address, connect
+from pipeline.ray_cluster import connect, refuse_or_wait
+from pipeline.run_folder import RunFolderError, check_writable
 from pipeline.search_report import best_of, in_words, outcomes, ranked, write_report
 from pipeline.search_runs import TrialRuns
 from pipeline.search_section import Search
@@ -44,17 +45,11 @@ from pipeline.search_tune import (
     SearchWatcher,
     algorithm_of,
     conductor_of,
-    lacking,
     run_trials,
     scheduler_of,
+    trial_lacks,
 )
-from pipeline.session import (
-    Interrupted,
-    Interruption,
-    RunFolderError,
-    check_writable,
-    with_absolute_data,
-)
+from pipeline.session import Interrupted, Interruption, with_absolute_data
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
 
 _CONNECTING = 60.0  # seconds that MLflow has to answer; trials are nested in the search's run
@@ -181,11 +176,8 @@ def _ray(
         os.environ.setdefault(name, value)
     started = connect(experiment, 0)
     try:
-        short = max((lacking(e) for e in map(base_experiment, possible)), key=len)
-        if short and cluster_address(experiment) is None:
-            raise ValueError(short)
-        if short:
-            notice(f"{short}; waiting for the cluster to grow")
+        missing = max((trial_lacks(base_experiment(e)) for e in possible), key=len)
+        refuse_or_wait(experiment, missing, notice)
         yield
     finally:
         if started:

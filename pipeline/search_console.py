@@ -32,7 +32,9 @@ class SearchConsole(LiveLine, SearchWatcher):
         self._plan: Plan | None = None
         self._total = 0
         self._ended = 0
-        self._done_before: float | None = None
+        self._counted_from: tuple[float, float] | None = None
+        """How much was done, and when, as the first trial of this process was heard of."""
+        self._at_start: float | None = None
 
     def starting(self, experiment: Experiment, folder: Path) -> None:
         out.print(f"{experiment.name} -> {folder}", style="bold", markup=False, soft_wrap=True)
@@ -54,17 +56,14 @@ class SearchConsole(LiveLine, SearchWatcher):
         self.begin()
 
     def progress(self, results: Sequence[TrialResult], running: int) -> None:
-        if not self.is_due():
-            return
         assert self._plan is not None
         over = [r for r in results if r.outcome != UNFINISHED]
         begun = [r for r in results if r.outcome == UNFINISHED and r.iteration]
         iterations = self._plan.experiment.outer.iterations
         done = len(over) + sum(min(1.0, r.iteration / iterations) for r in begun)
-        if self._done_before is None:
-            self._done_before = done  # a resumed search has trials that cost no time now
-        rate = (done - self._done_before) / max(time.monotonic() - self.began, 1e-9)
-        eta = f"  ETA {duration((self._total - done) / rate)}" if rate > 0 else ""
+        eta = self._eta(done)
+        if not self.is_due():
+            return
         best = best_of(results, self._plan.criterion)
         so_far = ""
         if best is not None:
@@ -72,6 +71,20 @@ class SearchConsole(LiveLine, SearchWatcher):
             so_far = f"  best so far {value} ({settings_text(best.settings)})"
         line = f"{len(over)}/{self._total} trials done, {running} running{so_far}{eta}"
         self.show(done / max(1, self._total), line)
+
+    def _eta(self, done: float) -> str:
+        """The time that is left, at the pace since trials were heard of: starting is no pace."""
+        now = time.monotonic()
+        if self._at_start is None:
+            self._at_start = done
+        if self._counted_from is None:
+            if done > self._at_start:
+                self._counted_from = done, now
+            return ""
+        before, then = self._counted_from
+        if done == before:
+            return ""
+        return f"  ETA {duration((self._total - done) * (now - then) / (done - before))}"
 
     def ended(self, result: TrialResult) -> None:
         assert self._plan is not None

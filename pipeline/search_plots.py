@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from pipeline.figures import COLORS, MARKERS, is_logarithmic, label_metric, legend, new_figure, save
 
@@ -32,10 +33,7 @@ def plot_search(
     caption += _scatter(axes, metric, points)
     if logarithmic and all(p["x"] > 0 for p in points):
         axes.set_xscale("log")
-    axes.set_xlabel(x_label)
-    axes.set_title(title)
-    legend(axes)
-    save(figure, path, caption)
+    _finish(figure, axes, path, x_label, title, caption)
 
 
 def plot_learning_curves(
@@ -64,10 +62,7 @@ def plot_learning_curves(
         axes.plot([], [], color=color, label=group or "trials")
     axes.plot([], [], color="black", linewidth=3, label="the best (thick)")
     caption += _fit(axes, metric, [v for trial in trials for v in trial["curve"].values()])
-    axes.set_xlabel("iteration")
-    axes.set_title(title)
-    legend(axes)
-    save(figure, path, caption)
+    _finish(figure, axes, path, "iteration", title, caption)
 
 
 def plot_cost(
@@ -81,8 +76,15 @@ def plot_cost(
     """A metric over the seconds that it took; points as in `plot_search`."""
     figure, axes = new_figure(8.6, 4.6)
     caption += _scatter(axes, metric, points)
-    axes.set_xlabel("seconds of meta-updates")
     axes.set_xlim(left=0)
+    _finish(figure, axes, path, "seconds of meta-updates", title, caption)
+
+
+def _finish(
+    figure: Figure, axes: Axes, path: str | Path, x_label: str, title: str, caption: str
+) -> None:
+    """What all figures of a search end with."""
+    axes.set_xlabel(x_label)
     axes.set_title(title)
     legend(axes)
     save(figure, path, caption)

@@ -23,6 +23,7 @@ from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainingState
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve
 from pipeline.experiments import with_settings
+from pipeline.ray_cluster import worker_bundle
 from pipeline.search_section import Search
 from pipeline.search_space import in_flight, settings_of
 from pipeline.session import Interrupted, Session, Watcher, open_session, origin
@@ -154,8 +155,7 @@ def base_experiment(experiment: Experiment) -> Experiment:
 def bundles(experiment: Experiment) -> list[dict[str, float]]:
     """What a trial takes: the first for itself, one more per worker actor."""
     cluster = experiment.cluster
-    worker = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    worker = {name: amount for name, amount in worker.items() if amount}
+    worker = worker_bundle(experiment)
     if cluster.workers in (0, "auto"):
         return [{**worker, "CPU": cluster.cpus_per_worker or 1.0}]
     # The trial itself only waits for its workers; alone, an empty bundle is refused.

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Experiment
+from pipeline.ray_cluster import lacking
 from pipeline.search_runs import TrialRuns
 from pipeline.search_section import Search
 from pipeline.search_space import draws, in_flight, is_random, settings_of, within
@@ -121,29 +122,11 @@ def algorithm_of(search: Search, seed: int) -> Any:
     )
 
 
-def lacking(experiment: Experiment) -> str:
+def trial_lacks(experiment: Experiment) -> str:
     """What Ray has too little of for a single trial, in words; '' if there is enough."""
-    import ray
-
-    wanted = bundles(experiment)
-    there = ray.cluster_resources()
-    total = {name: sum(b.get(name, 0.0) for b in wanted) for name in ("CPU", "GPU")}
-    short = {name: amount for name, amount in total.items() if amount > there.get(name, 0.0)}
-    if not short:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        if any(all(b[n] <= node.get(n, 0.0) for n in b) for b in wanted[-1:] for node in nodes):
-            return ""
-        each = ", ".join(f"{amount:g} {name}" for name, amount in wanted[-1].items())
-        return f"cluster.cpus_per_worker: no node of the Ray cluster has {each}"
     workers = experiment.cluster.workers
-    what = f"{workers} workers of " if workers else ""
-    each = ", ".join(f"{amount:g} {name}" for name, amount in wanted[-1].items())
-    have = ", ".join(f"{there.get(name, 0.0):g} {name}" for name in short)
-    return (
-        f"cluster.workers: a trial takes {what}{each}, together "
-        f"{', '.join(f'{a:g} {n}' for n, a in short.items())}, and Ray has {have}: lower "
-        "cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
-    )
+    who = f"a trial takes {workers} workers of" if workers else "a trial takes"
+    return lacking(who, bundles(experiment))
 
 
 def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> None:
@@ -238,7 +221,7 @@ def conductor_of(
                 self._fed = now
             elif now - self._fed > _STARVING:
                 self._fed = now
-                short = lacking(base_experiment(plan.experiment))
+                short = trial_lacks(base_experiment(plan.experiment))
                 watcher.notice(short or f"no trial has run for {_STARVING:.0f} s: waiting for room")
 
     return Conductor()

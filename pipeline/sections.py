@@ -31,7 +31,15 @@ class Inner(Section):
     normalisation) or by patterns (*.weight)."""
 
     lr: float = Field(0.01, gt=0, description="inner learning rate α, for the mean loss")
-    steps: int = Field(1, ge=1, description="gradient steps of adaptation while meta-training")
+    steps: int = Field(
+        1,
+        ge=0,
+        description="gradient steps of adaptation while meta-training; 0, in reinforcement "
+        "learning: one policy for all tasks",
+    )
+    later_lr_factor: float = Field(
+        1.0, gt=0, description="on the rate of steps at test beyond those of meta-training"
+    )
     order: Literal["second", "first", "annealed"] = Field(
         "second", description="first: inner gradients are constants of the meta-gradient (FOMAML)"
     )
@@ -124,6 +132,33 @@ class Outer(Section):
         if self.scheduler_args and not self.scheduler:
             raise ValueError("outer.scheduler_args: given without outer.scheduler")
         return self
+
+
+class Reinforcement(Section):
+    """Policy gradients: how a policy adapts to a task (eq. 7), and how the meta-policy moves."""
+
+    estimator: Literal["naive", "lvc", "dice"] = Field(
+        "lvc",
+        description="what the meta-gradient knows of θ deciding what is sampled: nothing (as in "
+        "the original code), low variance curvature, or its whole second derivative (noisy)",
+    )
+    discount: float = Field(0.99, gt=0, le=1, description="γ of rewards")
+    gae_lambda: float = Field(1.0, ge=0, le=1, description="λ of generalised advantages")
+    update: Literal["trpo", "promp", "gradient"] = Field(
+        "trpo",
+        description="trpo: a step within a trust region; promp: clipped steps on the same "
+        "trajectories; gradient: one step; the last two by outer.optimizer",
+    )
+    max_kl: float = Field(0.01, gt=0, description="trpo: mean KL that the adapted policies move")
+    cg_iterations: int = Field(10, ge=1, description="trpo: conjugate gradient iterations")
+    damping: float = Field(1e-5, ge=0, description="trpo: added to the Fisher matrix's diagonal")
+    backtrack: float = Field(0.8, gt=0, lt=1, description="trpo: a refused step is cut by this")
+    backtracks: int = Field(15, ge=1, description="trpo: so often at most; then θ stays")
+    clip: float = Field(0.3, gt=0, description="promp: how far ratios count")
+    outer_steps: int = Field(5, ge=1, description="promp: updates on the same trajectories")
+    inner_kl: float = Field(
+        5e-4, ge=0, description="promp: weight of how far θ moves from the policies that acted"
+    )
 
 
 class Compute(Section):

@@ -1,20 +1,11 @@
 """A run that is open: its workers, its state, its folder, its MLflow record.
 
 `training` decides what happens when; this file knows where everything goes.
-
-    RUN_DIR/config.yaml          the resolved configuration
-    RUN_DIR/checkpoints/         the newest ones and the best (elsewhere with `checkpoint.uri`)
-    RUN_DIR/metrics.jsonl        what was logged while training, one line per record
-    RUN_DIR/theta.safetensors    the final parameters
-    RUN_DIR/results.json         the meta-test, every number with its protocol
-    RUN_DIR/plots/               PNG
-    RUN_DIR/analysis/            what `maml analyze` found
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -35,6 +26,15 @@ from pipeline.parameters import Params
 from pipeline.placement import Placement, decide_compile, decide_workers, on_driver
 from pipeline.ray_workers import RayWorkers
 from pipeline.report import summary, write_plots
+from pipeline.run_folder import (
+    History,
+    RunFolderError,
+    check_writable,
+    refuse_to_overwrite,
+    state_to_resume,
+    write_results,
+)
+from pipeline.task_supply import Cut
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
 from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
 from tasks.data_root import absolute_root
@@ -42,12 +42,12 @@ from tasks.data_root import absolute_root
 _PRETRAINING = "pretraining."  # names of tensors in a checkpoint
 
 
-class RunFolderError(Exception):
-    """The run's folder cannot be used as asked; `str()` says what to do."""
-
-
 class TrainingFailed(Exception):
     """The run cannot go on; `str()` says why and what to do. A checkpoint holds what it has."""
+
+
+class Diverged(TrainingFailed):
+    """Numbers that are not finite ended the run; continued, it would end in the same way."""
 
 
 class Interrupted(Exception):
@@ -106,7 +106,7 @@ class Session:
         self.best: dict[str, Any] | None = None
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
         self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
-        self.num_chunks = -(-experiment.outer.tasks_per_batch // self.tasks_per_chunk)
+        self.num_chunks = Cut(experiment.outer.tasks_per_batch, self.tasks_per_chunk).num_chunks
         self.workers: WorkerGroup
         self.tracker: RunTracker = NullTracker()
         self._store = store
@@ -116,7 +116,7 @@ class Session:
         self._window_length = 0
         self._seconds_tracking = 0.0
         self._warned: set[str] = set()
-        self._history = run_dir / "metrics.jsonl"
+        self.history = History(run_dir)
         if state is not None:
             self._restore(state)
         # θ as the workers take it: the same memory, so that it is always the current one.
@@ -239,16 +239,11 @@ class Session:
             raise RunFolderError(f"{self._store.folder}: {error}") from error
         self.iteration, self.bad_updates, self.best = state.iteration, state.bad_updates, state.best
         self._saved_at = state.iteration
-        if self._history.exists():
-            # Records after the checkpoint will be made again.
-            lines = self._history.read_text().splitlines()
-            kept = [line for line in lines if _iteration_of(line) <= state.iteration]
-            write_atomically(self._history, "".join(line + "\n" for line in kept))
+        self.history.forget_after(state.iteration)
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Record metrics of this moment, in metrics.jsonl and in MLflow."""
-        with self._history.open("a") as file:
-            file.write(json.dumps({"iteration": self.iteration, **metrics}) + "\n")
+        self.history.append(self.iteration, metrics)
         self.tracker.log_metrics(dict(metrics), self.iteration)
 
 
@@ -286,9 +281,9 @@ def open_session(
     if heir_of is not None:
         state: TrainingState | None = inherited(heir_of)
     elif resume:
-        state = _state_to_resume(store)
+        state = state_to_resume(store)
     else:
-        _refuse_to_overwrite(run_dir, store)
+        refuse_to_overwrite(run_dir, store)
         state = None
     experiment = with_absolute_data(experiment.changed(search=None))
     check_tasks(experiment)
@@ -329,39 +324,6 @@ def with_absolute_data(experiment: Experiment) -> Experiment:
     return experiment.changed(data={"root": absolute_root(experiment.data.root)})
 
 
-def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
-    """Write results.json."""
-    content = json.dumps([curve.to_json() for curve in curves], indent=1)
-    write_atomically(run_dir / "results.json", content)
-
-
-def _refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
-    if (run_dir / "config.yaml").exists() or store.list():
-        raise RunFolderError(
-            f"run_dir: {run_dir} (or its checkpoint folder) already holds a run; continue it with "
-            f"--resume {run_dir}, or choose another folder"
-        )
-
-
-def _state_to_resume(store: CheckpointStore) -> TrainingState:
-    state = store.latest()
-    if state is None:
-        raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
-    return state
-
-
-def check_writable(folder: Path) -> None:
-    """Make the folder of a run or a search. Raises RunFolderError if nothing can be written."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / ".writable").touch()
-        (folder / ".writable").unlink()
-    except OSError as error:
-        raise RunFolderError(
-            f"run_dir: cannot write to {folder}: {error.strerror}; choose another folder"
-        ) from error
-
-
 def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
     experiment, watcher = session.experiment, session.watcher
     if experiment.cluster.workers == "auto" and experiment.pretraining is None:
@@ -394,7 +356,7 @@ def _start_tracking(
         tags={
             **environment_tags(),
             "algorithm": name_of(experiment),
-            "order": experiment.inner.order,
+            **({} if experiment.pretraining else {"order": experiment.inner.order}),
             "workers": str(placement.workers),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
@@ -409,10 +371,3 @@ def _start_tracking(
     )
     tracker.log_artifact(session.run_dir / "config.yaml")
     return tracker
-
-
-def _iteration_of(line: str) -> int:
-    try:
-        return int(json.loads(line)["iteration"])
-    except (ValueError, KeyError):
-        return 2**62  # the half of a line that a crash left

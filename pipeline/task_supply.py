@@ -6,8 +6,9 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from tasks.base import TaskBatch, TaskDistribution
+from tasks.base import Supervised, TaskBatch
 
 _BLOCK_BYTES = 2**18
 _LONGEST_BLOCK = 64  # iterations that are sampled at once
@@ -18,36 +19,46 @@ class _Chunk(NamedTuple):
     chunk: int
 
 
+class Cut(NamedTuple):
+    """A meta-batch in chunks; the last may have fewer tasks."""
+
+    per_batch: int
+    per_chunk: int
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks of a meta-batch."""
+        return -(-self.per_batch // self.per_chunk)
+
+    @property
+    def even(self) -> bool:
+        """Whether all chunks have the same number of tasks; else the last has fewer."""
+        return self.per_batch % self.per_chunk == 0
+
+    def members(self, chunk: int) -> npt.NDArray[np.int64]:
+        """Positions in the meta-batch of a chunk's tasks."""
+        first = chunk * self.per_chunk
+        return np.arange(first, min(first + self.per_chunk, self.per_batch))
+
+
 class TaskSupply:
     """Training task i of iteration t has the index t·tasks_per_batch + i, whoever samples it."""
 
     def __init__(
         self,
-        task: TaskDistribution,
+        task: Supervised,
         seed: int,
-        tasks_per_batch: int,
-        tasks_per_chunk: int,
+        cut: Cut,
         iterations: int,
         place: Callable[[TaskBatch], TaskBatch],
     ):
         """`place` brings sampled tasks to where they are computed."""
         self._task, self._seed = task, seed
-        self._per_batch, self._per_chunk = tasks_per_batch, tasks_per_chunk
-        self._iterations = iterations
+        self._cut, self._iterations = cut, iterations
         self._place = place
         self._block: int | None = None
         self._to_prepare: dict[_Chunk, None] = {}  # in this order
         self._prepared: dict[_Chunk, TaskBatch] = {}
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of a meta-batch."""
-        return -(-self._per_batch // self._per_chunk)
-
-    @property
-    def even(self) -> bool:
-        """Whether all chunks have the same number of tasks; else the last has fewer."""
-        return self._per_batch % self._per_chunk == 0
 
     def take(self, iteration: int, chunk: int) -> TaskBatch:
         """The tasks of a chunk: prepared, or sampled now."""
@@ -81,11 +92,10 @@ class TaskSupply:
         Blocks of iterations begin at multiples of their length: which tasks are sampled together
         must not depend on who samples when, or the last bits might.
         """
-        first = wanted.chunk * self._per_chunk
-        members = np.arange(first, min(first + self._per_chunk, self._per_batch))
+        members = self._cut.members(wanted.chunk)
         length = self._iterations_per_block()
         start = wanted.iteration - wanted.iteration % length
-        indices = members + self._per_batch * np.arange(start, start + length)[:, None]
+        indices = members + self._cut.per_batch * np.arange(start, start + length)[:, None]
         tasks = self._place(self._task.sample(self._seed, "train", indices.ravel()))
         # What is older went to another worker, or was sampled for iterations that were over.
         self._prepared = {
@@ -98,6 +108,6 @@ class TaskSupply:
     def _iterations_per_block(self) -> int:
         if self._block is None:
             one = self._task.sample(self._seed, "train", np.arange(1))
-            size = self._per_chunk * sum(t.nbytes for examples in one for t in examples)
+            size = self._cut.per_chunk * sum(t.nbytes for examples in one for t in examples)
             self._block = max(1, min(_LONGEST_BLOCK, _BLOCK_BYTES // size))
         return self._block

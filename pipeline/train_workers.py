@@ -30,10 +30,10 @@ from torch import Tensor
 from pipeline.chunk import compute_device
 from pipeline.config import Experiment
 from pipeline.parameters import Layout
-from pipeline.placement import fitting_in_cluster
+from pipeline.placement import room_for_workers
 from pipeline.pretraining import Pretrainer, narrowed
-from pipeline.ray_workers import cluster_address, connect
-from pipeline.session import Interrupted, Session, TrainingFailed
+from pipeline.ray_cluster import connect, lacking, refuse_or_wait, worker_bundle
+from pipeline.session import Diverged, Interrupted, Session, TrainingFailed
 
 _POLL = 0.2  # seconds between looks at the board
 _MAX_FAILURES = 3  # lost workers before a run is given up
@@ -41,12 +41,24 @@ _STATE = "state.safetensors"
 
 
 class Report(NamedTuple):
-    """What the workers have to say, by rank 0."""
+    """How far the workers are, by rank 0."""
 
     iteration: int
     means: dict[str, float]
     seconds: float
     state: bytes
+
+
+class Start(NamedTuple):
+    """The workers begin at an iteration, or begin again."""
+
+    iteration: int
+
+
+class Failure(NamedTuple):
+    """What no other attempt would mend."""
+
+    reason: str
 
 
 def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
@@ -79,12 +91,8 @@ def number_of_workers(experiment: Experiment) -> int:
     """`cluster.workers`, auto being as many as there is room for; no more than there are parts."""
     settings, cluster = experiment.pretraining, experiment.cluster
     assert settings is not None
-    if cluster.workers != "auto":
-        wanted = cluster.workers
-    elif cluster_address(experiment) is not None or cluster.gpus_per_worker:
-        wanted = max(1, fitting_in_cluster(experiment))
-    else:
-        wanted = max(1, int((os.cpu_count() or 1) / max(1.0, cluster.cpus_per_worker)))
+    auto = cluster.workers == "auto"
+    wanted = max(1, room_for_workers(experiment)) if auto else int(cluster.workers)
     return min(wanted, -(-settings.batch_size // settings.part_size))
 
 
@@ -135,22 +143,17 @@ class _Board:
     """Where workers, wherever they are, leave reports and learn that they should stop."""
 
     def __init__(self) -> None:
-        self._reports: list[Report] = []
-        self._starts: list[int] = []
+        self._news: list[Report | Start | Failure] = []
         self._stop = False
         self._decided: dict[int, bool] = {}
 
-    def hello(self, iteration: int) -> None:
-        """The workers begin at an iteration, or begin again."""
-        self._starts.append(iteration)
+    def put(self, news: Report | Start | Failure) -> None:
+        self._news.append(news)
 
-    def put(self, report: Report) -> None:
-        self._reports.append(report)
-
-    def take(self) -> tuple[list[int], list[Report]]:
-        """All starts so far, and the reports since the last call."""
-        reports, self._reports = self._reports, []
-        return self._starts, reports
+    def take(self) -> list[Report | Start | Failure]:
+        """What is new since the last call."""
+        news, self._news = self._news, []
+        return news
 
     def request_stop(self) -> None:
         self._stop = True
@@ -168,10 +171,9 @@ def _by_ray_train(session: Session, workers: int, should_stop: Callable[[], bool
     started = connect(experiment, workers)
     storage, name = _storage(session), f"pretraining-{uuid.uuid4().hex[:8]}"
     try:
-        if missing := _missing(experiment, workers):
-            if cluster_address(experiment) is None:
-                raise ValueError(missing)
-            session.watcher.notice(f"{missing}; waiting for the cluster to grow")
+        bundles = [worker_bundle(experiment)] * workers
+        missing = lacking(f"pretraining takes {workers} workers of", bundles)
+        refuse_or_wait(experiment, missing, session.watcher.notice)
         # Beside the driver: another node may be lost.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
@@ -193,22 +195,28 @@ def _watch(session: Session, fit: _Fit, board: Any, should_stop: Callable[[], bo
     """Take in reports until Ray Train is done, or is asked to stop and has not even begun."""
     import ray
 
-    announced, asked = 1, False
+    begun, asked, failure = False, False, ""
     while True:
         alive = fit.is_alive()
-        starts, reports = ray.get(board.take.remote())
-        for report in reports:
-            state = safetensors.torch.load(report.state)
-            _take(session, report.iteration, report.means, report.seconds, state)
-        for start in starts[announced:]:
-            session.watcher.notice(f"a worker was lost; all go on from iteration {start}")
-        announced = max(announced, len(starts))
-        if not alive or (asked and not starts):
-            return
+        for news in ray.get(board.take.remote()):
+            if isinstance(news, Report):
+                state = safetensors.torch.load(news.state)
+                _take(session, news.iteration, news.means, news.seconds, state)
+            elif isinstance(news, Failure):
+                failure = news.reason
+            elif begun:
+                session.watcher.notice(
+                    f"a worker was lost; all go on from iteration {news.iteration}"
+                )
+            begun = True
+        if not alive or (asked and not begun):
+            break
         if should_stop() and not asked:
             ray.get(board.request_stop.remote())
             asked = True
         fit.join(_POLL)
+    if failure:
+        raise Diverged(failure)
 
 
 class _Fit(threading.Thread):
@@ -222,7 +230,6 @@ class _Fit(threading.Thread):
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchTrainer
 
-        amounts = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
         self._trainer = TorchTrainer(
             _worker,
             train_loop_config={
@@ -235,7 +242,7 @@ class _Fit(threading.Thread):
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=cluster.gpus_per_worker > 0,
-                resources_per_worker={kind: n for kind, n in amounts.items() if n},
+                resources_per_worker=worker_bundle(experiment),
             ),
             run_config=RunConfig(
                 name=name,
@@ -260,17 +267,6 @@ def _storage(session: Session) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
-def _missing(experiment: Experiment, workers: int) -> str:
-    """What the workers take and Ray does not have; '' if nothing."""
-    import ray
-
-    cluster, there = experiment.cluster, ray.cluster_resources()
-    wanted = {"CPU": workers * cluster.cpus_per_worker, "GPU": workers * cluster.gpus_per_worker}
-    short = [f"{n:g} {kind}" for kind, n in wanted.items() if n > there.get(kind, 0)]
-    has = ", ".join(f"{there.get(kind, 0):g} {kind}" for kind in wanted)
-    return f"cluster.workers: {workers} need {', '.join(short)}; there are {has}" if short else ""
-
-
 def _worker(config: dict[str, Any]) -> None:
     """What Ray Train runs on every worker."""
     import ray
@@ -285,34 +281,52 @@ def _worker(config: dict[str, Any]) -> None:
     own_gpu = experiment.cluster.gpus_per_worker > 0
     device = ray.train.torch.get_device() if own_gpu else compute_device(experiment)
     trainer = Pretrainer(experiment, device)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            state = safetensors.torch.load_file(Path(folder) / _STATE)
-        trainer.restore(state, checkpoint.get_metadata()["iteration"])
-    elif config["state"]:
-        trainer.restore(safetensors.torch.load(config["state"]), config["iteration"])
+    _restore(trainer, *_newest_state(config))
     if rank == 0:
-        ray.get(board.hello.remote(trainer.iteration))
+        ray.get(board.put.remote(Start(trainer.iteration)))
     forward = ray.train.torch.prepare_model(trainer.model, move_to_device=False)
     while trainer.iteration < experiment.outer.iterations:
         began = time.perf_counter()
-        means = trainer.run(_next_report(experiment, trainer.iteration), forward, rank, size)
-        means = _summed(means, device) if size > 1 else means
-        with tempfile.TemporaryDirectory() as folder:
-            saved = None
+        try:
+            means = trainer.run(_next_report(experiment, trainer.iteration), forward, rank, size)
+        except Diverged as error:  # all workers meet it in the same update
             if rank == 0:
-                state = trainer.state()
-                safetensors.torch.save_file(state, Path(folder) / _STATE)
-                saved = ray.train.Checkpoint.from_directory(folder)
-                saved.set_metadata({"iteration": trainer.iteration})
-            ray.train.report({"iteration": trainer.iteration, **means}, checkpoint=saved)
-        if rank == 0:
-            seconds = time.perf_counter() - began
-            content = safetensors.torch.save(state)
-            ray.get(board.put.remote(Report(trainer.iteration, means, seconds, content)))
+                ray.get(board.put.remote(Failure(str(error))))
+            return
+        means = _summed(means, device) if size > 1 else means
+        seconds = time.perf_counter() - began
+        state = safetensors.torch.save(trainer.state()) if rank == 0 else None
+        _keep_copy(trainer.iteration, state)
+        if state is not None:
+            ray.get(board.put.remote(Report(trainer.iteration, means, seconds, state)))
         if ray.get(board.should_stop.remote(trainer.iteration)):
             return
+
+
+def _newest_state(config: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """State and iteration to go on from: Ray Train's copy, else what the run began with."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        state = safetensors.torch.load(config["state"]) if config["state"] else {}
+        return state, config["iteration"]
+    with checkpoint.as_directory() as folder:
+        state = safetensors.torch.load_file(Path(folder) / _STATE)
+    return state, checkpoint.get_metadata()["iteration"]
+
+
+def _keep_copy(iteration: int, state: bytes | None) -> None:
+    """Leave Ray Train the state, which rank 0 has; all workers must take part."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = None
+        if state is not None:
+            (Path(folder) / _STATE).write_bytes(state)
+            copy = ray.train.Checkpoint.from_directory(folder)
+            copy.set_metadata({"iteration": iteration})
+        ray.train.report({"iteration": iteration}, checkpoint=copy)
 
 
 def _summed(means: dict[str, float], device: torch.device) -> dict[str, float]:

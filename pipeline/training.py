@@ -17,10 +17,11 @@ from pathlib import Path
 from pipeline.aggregation import Aggregate, aggregate
 from pipeline.chunk import GradientJob
 from pipeline.config import Experiment
-from pipeline.evaluation import Curve, adaptation_curve_of, meta_test
-from pipeline.health import diagnosis_jobs, health, warnings_of
+from pipeline.evaluation import Curve, Exam, adaptation_curve_of, meta_test
+from pipeline.health import diagnosis_jobs, health, theta_ran_away, warnings_of, why_not_finite
+from pipeline.policy_update import Questions, policy_update
 from pipeline.pretraining import check_pretraining
-from pipeline.session import Interrupted, Session, TrainingFailed, Watcher, open_session
+from pipeline.session import Diverged, Interrupted, Session, Watcher, open_session
 from pipeline.train_workers import pretrain
 from pipeline.workers import Round
 
@@ -59,7 +60,7 @@ def train(
 def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
     """The loop, to the last iteration; test tasks play no part in it.
 
-    Raises TrainingFailed, Interrupted.
+    Raises Diverged, Interrupted.
     """
     experiment = session.experiment
     session.save_checkpoint()  # a run can be continued from its first moment on
@@ -85,21 +86,38 @@ def meta_update(session: Session) -> None:
     answered = time.perf_counter()
     mean = aggregate(answers.results)
     aggregated = time.perf_counter()
-    lr = session.update.lr
-    norm = session.update.step(mean.gradient)
+    moved = outer_update(session, mean)
     updated = time.perf_counter()
     session.iteration += 1
     _guard(session, mean)
     session.record(
         {
             **{f"train/{name}": value for name, value in mean.metrics.items()},
-            "meta_gradient_norm": norm,
-            "outer_lr": lr,
+            **moved,
             **_seconds(answers, answered - began),
             "seconds/aggregating": aggregated - answered,
             "seconds/updating": updated - aggregated,
         },
         began,
+    )
+
+
+def outer_update(session: Session, mean: Aggregate) -> dict[str, float]:
+    """θ_t -> θ_{t+1}; what there is to log of it."""
+    settings = session.experiment.reinforcement
+    if settings is None:
+        lr = session.update.lr
+        return {"meta_gradient_norm": session.update.step(mean.gradient), "outer_lr": lr}
+    collected_by = session.theta.copy()
+    return policy_update(
+        settings,
+        session.update,
+        mean,
+        Questions(
+            session.iteration,
+            session.num_chunks,
+            lambda jobs: session.workers.run(collected_by, jobs).results,
+        ),
     )
 
 
@@ -132,23 +150,25 @@ def _guard(session: Session, mean: Aggregate) -> None:
         session.watcher.notice(f"{what}; the update was not applied")
         return
     session.save_checkpoint()
-    raise TrainingFailed(
+    first_loss = session.history.first("train/support_loss")
+    if session.experiment.diagnostics.every and not theta_ran_away(mean.metrics, first_loss):
+        diagnose(session)  # the first one may still be to come
+    advice = why_not_finite(session.experiment, mean.metrics, first_loss)
+    raise Diverged(
         f"{what}. {limit} updates in a row were not finite, so training stopped; none was applied. "
-        "Lower inner.lr or inner.steps, or set outer.clip_norm"
+        f"{advice}"
     )
 
 
 def validate(session: Session) -> None:
     """Adapt to validation tasks, and record how that went."""
     experiment = session.experiment
-    curve = adaptation_curve_of(
-        session.workers,
-        experiment,
-        session.theta,
-        split="validation",
-        num_tasks=experiment.evaluation.validation_tasks,
-        steps=tuple(sorted({*experiment.report_steps, experiment.selection_step})),
+    exam = Exam(
+        "validation",
+        experiment.evaluation.validation_tasks,
+        tuple(sorted({*experiment.report_steps, experiment.selection_step})),
     )
+    curve = adaptation_curve_of(session.workers, experiment, session.theta, exam)
     chosen = curve.steps.index(experiment.selection_step)
     session.record_validation(curve, curve.mean[session.metric][chosen])
 

@@ -69,6 +69,12 @@ class InProcess:
     def close(self) -> None:
         torch.set_num_threads(self._threads_before)
 
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
 
 def threads_per_chunk(experiment: Experiment, workers: int) -> int:
     """Threads that compute a chunk: as configured, one per CPU of an actor, or all cores here."""

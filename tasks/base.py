@@ -1,8 +1,8 @@
 """What is learned: task distributions p(T) and the batches of tasks drawn from them (eq. 1).
 
 A supervised task is a support set to adapt on and a query set to be judged by; its horizon H is 1.
-`TaskDistribution` is the one interface between tasks and the pipeline, for the shipped
-distributions and for a user's own alike.
+(Tasks to act in are `tasks.control.mdp`.) `TaskDistribution` is the one interface between tasks and
+the pipeline, for the shipped distributions and for a user's own alike.
 
 Shapes: B tasks, n support examples and m query examples per task (n = N·K, m = N·Q for N-way
 classification with K shots and Q queries per class).
@@ -28,6 +28,15 @@ class Examples(NamedTuple):
 
     x: Tensor
     y: Tensor
+
+    def at_step(self, step: int, batch_size: int | None = None) -> "Examples":
+        """What a step of adaptation learns from, [B, n, ...] -> [B, batch_size, ...]: `batch_size`
+        of the examples in turns, or all."""
+        available = self.x.shape[1]
+        if batch_size is None or batch_size >= available:
+            return self
+        which = [(step * batch_size + i) % available for i in range(batch_size)]
+        return Examples(self.x[:, which], self.y[:, which])
 
 
 class TaskBatch(NamedTuple):
@@ -68,6 +77,20 @@ class TaskDistribution(ABC):
     loss_name: ClassVar[str] = "loss"
     """What the loss is called in tables and plots."""
 
+    def check(self, split: str) -> None:  # noqa: B027  # nothing to check is fine
+        """Raise ValueError or an error of the data where tasks of this split cannot be sampled.
+
+        Called before a run starts, so that it does not end after hours in its first validation.
+        """
+
+    def protocol(self) -> dict[str, Any]:
+        """What a reader must know to compare a number measured on these tasks."""
+        return {}
+
+
+class Supervised(TaskDistribution):
+    """Tasks whose examples can be sampled: what they are does not depend on who learns them."""
+
     @abstractmethod
     def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
         """The tasks with these indices, as CPU tensors with leading dimension B = len(indices).
@@ -76,22 +99,12 @@ class TaskDistribution(ABC):
         its neighbours in `indices`, nor on any random state. `tasks.random` has what is needed.
         """
 
-    def check(self, split: str) -> None:  # noqa: B027  # nothing to check is fine
-        """Raise ValueError or an error of the data where tasks of this split cannot be sampled.
-
-        Called before a run starts, so that it does not end after hours in its first validation.
-        """
-
     @abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         """L_T of one task: the *mean* over its examples, a scalar."""
 
     def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Further scalars of one task worth reporting, by name (means over its examples)."""
-        return {}
-
-    def protocol(self) -> dict[str, Any]:
-        """What a reader must know to compare a number measured on these tasks."""
         return {}
 
     @property
@@ -114,7 +127,7 @@ class TaskDistribution(ABC):
         return None
 
 
-class Regression(TaskDistribution):
+class Regression(Supervised):
     """Tasks judged by the mean squared error (eq. 5, as a mean: the rate does not depend on K)."""
 
     loss_name: ClassVar[str] = "MSE"
@@ -131,7 +144,7 @@ class Regression(TaskDistribution):
         return F.mse_loss(prediction, target)
 
 
-class Classification(TaskDistribution):
+class Classification(Supervised):
     """Tasks judged by the mean cross-entropy (eq. 6) and by accuracy."""
 
     primary_metric: ClassVar[str] = "accuracy"
@@ -143,6 +156,13 @@ class Classification(TaskDistribution):
 
     def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         return {"accuracy": (prediction.argmax(-1) == target).to(prediction.dtype).mean()}
+
+
+def supervised(task: TaskDistribution, what: str) -> Supervised:
+    """The same tasks. Raises ValueError where they are none that `what` can be done with."""
+    if not isinstance(task, Supervised):
+        raise ValueError(f"task.kind: {what} needs supervised tasks, not {type(task).__name__}")
+    return task
 
 
 def at_least(name: str, value: float, minimum: float) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 # Before Ray and torch are asked: two processes that each start all threads are slower than one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -16,6 +17,11 @@ os.environ["RAY_ADDRESS"] = "local"
 
 from pipeline.config import Experiment
 from pipeline.experiments import from_dict
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long files first: the one begun last would keep a single process busy in the end."""
+    items.sort(key=lambda item: item.get_closest_marker("long") is None)
 
 
 @pytest.fixture
@@ -31,6 +37,24 @@ def quick() -> dict[str, Any]:
         "cluster": {"workers": 0, "cpus_per_worker": 0.5},
         "evaluation": {"tasks": 6, "validation_tasks": 5, "steps": [0, 1, 3]},
         "tracking": {"enabled": False},
+    }
+
+
+@pytest.fixture
+def moving(quick: dict[str, Any]) -> dict[str, Any]:
+    """A small navigation experiment."""
+    return {
+        **quick,
+        "task": {"kind": "navigation", "trajectories": 8, "horizon": 10},
+        "model": {"kind": "gaussian-policy", "hidden": [8]},
+        "inner": {"lr": 0.1, "steps": 1},
+        "outer": {"iterations": 4, "tasks_per_batch": 6, "tasks_per_chunk": 4},
+        "evaluation": {
+            "tasks": 6,
+            "validation_tasks": 5,
+            "steps": [0, 1, 2],
+            "baselines": ["random-init", "oracle"],
+        },
     }
 
 
@@ -65,6 +89,20 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that are saved, in order."""
+    figures: list[Figure] = []
+    original = Figure.savefig
+
+    def remember(self: Figure, *args: object, **settings: object) -> None:
+        figures.append(self)
+        original(self, *args, **settings)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return figures
 
 
 @pytest.fixture(scope="session")

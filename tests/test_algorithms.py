@@ -17,7 +17,8 @@ from pipeline.algorithms import (
     PRESETS,
 )
 from pipeline.config import Algorithm
-from pipeline.meta_gradient import Knobs, chunk_function, trajectory
+from pipeline.learning_curve import trajectory
+from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import conv4, mlp
 from pipeline.parameters import Layout, Params
@@ -256,7 +257,7 @@ def test_reptile_takes_its_support_set_in_turns() -> None:
     model = nn.Linear(1, 1)
     adaptation = Adaptation.of(model, steps=3, batch_size=4)
     support = Examples(torch.arange(6.0).reshape(1, 6, 1), torch.zeros(1, 6, 1))
-    seen = [adaptation.batch(support, s).x.flatten().tolist() for s in range(3)]
+    seen = [support.at_step(s, adaptation.batch_size).x.flatten().tolist() for s in range(3)]
     assert seen == [[0, 1, 2, 3], [4, 5, 0, 1], [2, 3, 4, 5]]
 
 
@@ -266,7 +267,9 @@ def test_anil_leaves_the_body_alone_but_learns_it() -> None:
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
     head = {n for n in meta if is_head(model)(n)}
     objective, batch = Objective(model, judge), batch.to("cpu", torch.float32)
-    *_, last = trajectory(objective, adaptation, meta, batch.support, torch.tensor(ALPHA), 3)
+    *_, last = trajectory(
+        objective, adaptation, meta, batch.support, torch.tensor(ALPHA), 3, len(batch.query.x)
+    )
     assert set(last.fast) == head
     assert all(torch.equal(last.slow[n], meta[n]) for n in set(meta) - head)
     layout = Layout.of(meta)
@@ -284,7 +287,9 @@ def test_inner_adam_is_torchs(beta1: float) -> None:
     params = {n: p.detach().clone() for n, p in model.named_parameters()}
     objective = Objective(model, Sinusoid())
     alpha = torch.tensor(0.01, dtype=torch.float64)
-    *_, last = trajectory(objective, adaptation, params, batch.support, alpha, 6)
+    *_, last = trajectory(
+        objective, adaptation, params, batch.support, alpha, 6, len(batch.query.x)
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(beta1, 0.999))
     for _ in range(6):
         optimizer.zero_grad()

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from pipeline.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze, finding
 from pipeline.analysis_report import ability_rows, layer_rows, write_analysis
@@ -135,32 +136,46 @@ def made_up(**abilities: float) -> Analysis:
     )
 
 
+def with_body(analysis: Analysis, *, cka: float, moved: float = 0.02) -> Analysis:
+    """The same, had the body changed by this."""
+    body, head = analysis.layers
+    changed = replace(body, cka=Estimate(cka, 0.01), moved=Estimate(moved, 0.01))
+    return replace(analysis, layers=[changed, head])
+
+
 def test_the_finding_follows_from_the_numbers() -> None:
     reuse = made_up(none=0.2, all=0.95, head=0.94, body=0.5, centroid=0.95)
     text = finding(reuse)
-    assert "feature reuse" in text
+    assert "This is feature reuse: the body serves new tasks as it is." in text
     assert "from 20.00 ± 1.00 % to 95.00 ± 1.00 %" in text
     assert "keeps 99 % of the gain" in text
+    assert "look alike before and after (the lowest CKA of a layer is 0.99)" in text
+    assert "parameters move by up to 0.10 ± 1.00 %; the head's move by 50.00 ± 1.00 %" in text
     assert "never rises on 100 % of the tasks: they lie in one valley" in text
-    changed = replace(
-        made_up(none=0.2, all=0.95, head=0.3, body=0.94, centroid=0.4),
-        layers=[replace(reuse.layers[0], cka=Estimate(0.5, 0.01)), reuse.layers[1]],
-    )
-    assert "rapid learning" in finding(changed)
+    assert "although adaptation changes it" in finding(with_body(reuse, cka=0.5))
+    rapid = made_up(none=0.2, all=0.95, head=0.3, body=0.94, centroid=0.4)
+    assert "rapid learning: the body itself changes" in finding(with_body(rapid, cka=0.5))
+    could = finding(made_up(none=0.2, all=0.95, head=0.5, body=0.95, centroid=0.9))
+    assert "could be reused as they are, as the nearest centroid shows; but" in could
     assert "It is both" in finding(made_up(none=0.2, all=0.95, head=0.6, body=0.6, centroid=0.5))
     assert "nothing to explain" in finding(made_up(none=0.5, all=0.5, head=0.5, body=0.5))
     hilly = replace(reuse, paths=[[1.0, *[5.0] * 9, 0.5, *[0.5] * 5]] * 4)
     assert "never rises on 0 % of the tasks." in finding(hilly)
 
 
+def test_features_that_look_alike_may_carry_the_gain_all_the_same() -> None:
+    """CKA weighs directions by their variance; the finding says both, and how they go together."""
+    text = finding(made_up(none=0.2, all=0.95, head=0.23, body=0.94, centroid=0.4))
+    assert "representations look alike" in text
+    assert "This is rapid learning by small changes of the body" in text
+    assert "those before adaptation keep 27 % of the gain" in text
+
+
 def test_what_adapts_alone_explains_the_gain() -> None:
     """As in ANIL and BOIL, where one part is all that adapts."""
-    head = made_up(none=0.2, all=0.9, head=0.9, body=0.2, centroid=0.4)
-    assert "feature reuse" in finding(head)
-    body = replace(
-        made_up(none=0.2, all=0.9, head=0.2, body=0.9, centroid=0.5),
-        layers=[replace(head.layers[0], cka=Estimate(0.3, 0.01)), head.layers[1]],
-    )
+    head = with_body(made_up(none=0.2, all=0.9, head=0.9, body=0.2, centroid=0.4), cka=1, moved=0)
+    assert "Only the head adapts, so this is feature reuse by construction." in finding(head)
+    body = with_body(made_up(none=0.2, all=0.9, head=0.2, body=0.9, centroid=0.5), cka=0.3)
     assert "rapid learning" in finding(body)
     within_chance = made_up(none=0.5, all=0.505, head=0.505, body=0.5)
     assert "nothing to explain" in finding(within_chance)
@@ -173,7 +188,9 @@ def test_a_task_that_diverges_is_left_out(glyphs: dict[str, Any]) -> None:
     layer_rows(found)
 
 
-def test_the_tables_and_the_page(quick: dict[str, Any], tmp_path: Path) -> None:
+def test_the_tables_and_the_page(
+    quick: dict[str, Any], tmp_path: Path, drawn: list[Figure]
+) -> None:
     analysis = made_up(none=0.2, all=0.95, head=0.94, body=0.5, centroid=0.95)
     assert layer_rows(analysis)[1][0] == "1 (Conv)"
     assert layer_rows(analysis)[2] == [
@@ -183,7 +200,15 @@ def test_the_tables_and_the_page(quick: dict[str, Any], tmp_path: Path) -> None:
         "50.00 ± 1.00 %",
     ]
     assert ability_rows(analysis)[2] == [ALL, "95.00 ± 1.00", ""]
+    still = replace(analysis.layers[0], moved=Estimate(0.0, 0.0))
+    analysis = replace(analysis, layers=[still, *analysis.layers])
     files = write_analysis(experiment_of(quick), analysis, tmp_path / "analysis")
+    likeness, moved = drawn[0].axes
+    assert likeness.get_yscale() == "linear"
+    assert moved.get_yscale() == "log"  # 0.1 % and 50 % on one axis
+    assert [text.get_text() for text in moved.texts] == ["does not adapt"]
+    labels = [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()]
+    assert labels == ["4 of the tasks", "mean of 4 tasks", "CI95"]
     page = (tmp_path / "analysis" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "feature reuse" in page

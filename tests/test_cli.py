@@ -36,6 +36,7 @@ def clean_environment() -> dict[str, str]:
 def experiment_file(quick: dict[str, Any], tmp_path: Path) -> Path:
     quick["tracking"] = {"enabled": True}
     quick["evaluation"]["baselines"] = ["random-init", "oracle"]
+    quick["diagnostics"] = {"every": 6}
     path = tmp_path / "quick.yaml"
     path.write_text(yaml.safe_dump(quick))
     return path
@@ -61,6 +62,7 @@ def test_train_evaluate_resume(experiment_file: Path, tmp_path: Path) -> None:
         "adaptation_loss.png",
         "fits.png",
         "training.png",
+        *(f"health_{n}.png" for n in ("gradient_norm", "inner_loss", "curvature", "order", "hurt")),
     }
 
     evaluated = maml(
@@ -74,8 +76,10 @@ def test_train_evaluate_resume(experiment_file: Path, tmp_path: Path) -> None:
     assert curves[0]["protocol"]["split"] == "test"
     assert curves[2]["mean"]["loss"] == [0.0, 0.0, 0.0]
 
-    longer = maml("train", "quick.yaml", "outer.iterations=8", "--resume", str(run), cwd=tmp_path)
+    more = ("outer.iterations=8", "--resume", str(run))
+    longer = maml("train", "quick.yaml", *more, cwd=tmp_path)
     assert longer.returncode == 0, longer.stderr
+    assert "no warning in 2 diagnoses; runs/first/plots/health_*.png" in longer.stdout
     assert "continuing after iteration 6" in longer.stdout
     recorded(tmp_path, run)
 
@@ -136,7 +140,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
         text=True,
         env=clean_environment(),
     )
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(number)
@@ -161,7 +165,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "sinusiod"], "there are: glyphs"),
+        (["train", "sinusiod"], "neither a YAML file nor a shipped experiment (there are:"),
         (["train", "sinusoid", "inner.lr=-1", "outer.foo=1"], "2 errors"),
         (["train", "omniglot-5w1s"], "maml data prepare omniglot"),
         (["train", "image-folder", "task.store=mine"], "maml data prepare images"),
@@ -189,7 +193,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = maml("train", "sinusiod", "--debug", cwd=tmp_path)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
-    assert "there are: glyphs" in done.stderr
+    assert "neither a YAML file nor a shipped experiment (there are:" in done.stderr
 
 
 def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) -> None:
@@ -198,6 +202,7 @@ def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) ->
     done = maml("train", "bad.yaml", cwd=tmp_path)
     assert done.returncode == 1
     assert "3 updates in a row were not finite" in done.stderr
+    assert "--resume" not in done.stdout, "it would end in the same way"
     assert "Traceback" not in done.stderr
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import pytest
 from PIL import Image
 
 from pipeline.comparison import compare_runs, difference
-from pipeline.experiments import ConfigError
+from pipeline.console import curves_table, out
+from pipeline.experiments import ConfigError, load_run
 from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.test_cli import maml
@@ -108,9 +112,14 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     arguments = [str(runs / name) for name in ("one", "other")]
     done = maml("compare", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "other - one" in done.stdout
+    assert re.search(r"other .*\n minus one ", done.stdout)
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert "p = " in done.stdout or "p < " in done.stdout
-    assert (tmp_path / "comparison.png").exists()
+    # What makes them adapt differently is said, and no name is cut in the middle of a word.
+    assert re.search(r"inner lr +0\.01 +0\.1 ", done.stdout)
+    assert re.search(r"algorithm +maml +fomaml ", done.stdout)
+    assert f"plot  runs{os.sep}comparison.png" in done.stdout
+    assert (tmp_path / "runs" / "comparison.png").exists()
     done = maml("compare", *arguments, "--json", "--plot", "x.png", cwd=tmp_path)
     (found,) = json.loads(done.stdout)
     assert len(found["curves"]) == 2
@@ -123,4 +132,16 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     assert "--plot" in plot.stderr
     nowhere = maml("compare", arguments[0], "nowhere", cwd=tmp_path)
     assert nowhere.returncode == 2
-    assert "is not the folder of a run" in nowhere.stderr
+    assert "nowhere is not the folder of a run: there is no such folder" in nowhere.stderr
+
+
+def test_long_names_break_at_their_hyphens(runs: Path) -> None:
+    (found,) = compare_runs([runs / "one", runs / "other"])
+    name = "sinusoid-pretrained-20261123-062810-again"
+    renamed = [dataclasses.replace(found.curves[0], who=name, steps=tuple(range(3)))]
+    with out.capture() as captured:
+        out.print(curves_table(load_run(runs / "one").build_task(), renamed), width=80)
+    lines = captured.get().splitlines()
+    assert lines[0].startswith("MSE after n gradient steps on 40 test tasks, ± CI95")
+    assert any(line.startswith(" sinusoid-pretrained-20261123-062810-  ") for line in lines)
+    assert any(line.startswith(" again ") for line in lines)

@@ -15,13 +15,13 @@ from pipeline.adaptation import Adaptation
 from pipeline.checkpoint import load_theta
 from pipeline.diagnostics import diagnose
 from pipeline.experiments import ConfigError
-from pipeline.health import EXPLODES, health, warnings_of
-from pipeline.health_plots import plot_health
+from pipeline.health import EXPLODES, health, verdict, warnings_of, why_not_finite
 from pipeline.meta_gradient import Knobs
 from pipeline.meta_loss import Objective
 from pipeline.models import linear, mlp
 from pipeline.parameters import Layout
 from pipeline.report import read_diagnoses
+from pipeline.session import Diverged
 from pipeline.training import train
 from tasks.base import TaskBatch
 from tasks.quadratic import Quadratic
@@ -144,7 +144,7 @@ def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
         flat = Layout.of(theta).join(theta).numpy()
         # The tasks of a gradient job in place of the validation tasks.
         batch = computer.program(GradientJob(0, 0))[1]
-        computer._task = type("Same", (), {"sample": lambda *a, batch=batch: batch})()
+        computer._domain.held_out = lambda *a, batch=batch: batch  # type: ignore[method-assign]
         gradients[order] = computer.program(GradientJob(1, 0))[0](
             torch.from_numpy(flat), batch, Knobs(torch.tensor(0.01, dtype=torch.float64))
         )[0]
@@ -235,9 +235,35 @@ def test_a_run_that_explodes_says_so_once_and_what_to_do(
         assert remedy in said[0]
     (hurts,) = (notice for notice in recorder.notices if "adaptation hurts on 100 %" in notice)
     assert "a step above" in hurts
-    last = read_diagnoses(tmp_path / "run")[-1]
+    diagnoses = read_diagnoses(tmp_path / "run")
+    all_six = "warnings in 6 of 6 diagnoses: the meta-gradient explodes, adaptation hurts"
+    assert verdict(experiment, diagnoses) == all_six
+    last = diagnoses[-1]
     norms = last["diagnostics/gradient_norm_step0"], last["diagnostics/gradient_norm_step4"]
     assert norms[0] / norms[1] > EXPLODES
+
+
+@pytest.mark.parametrize(
+    ("inner", "outer", "advice"),
+    [
+        ({"lr": 1e6, "steps": 5}, {}, "lower inner.lr (it is 1e+06) or inner.steps (they are 5)"),
+        ({}, {"lr": 1e25, "optimizer": "sgd"}, "θ itself has run away"),
+    ],
+)
+def test_a_run_that_diverges_before_its_first_diagnosis(
+    quick: dict[str, Any], tmp_path: Path, inner: Any, outer: Any, advice: str
+) -> None:
+    """It is diagnosed all the same, if adaptation is to blame; the advice is what would mend it."""
+    last = {"evaluation": {"every": 6}, "diagnostics": {"every": 6}}
+    experiment = experiment_of(quick, inner=inner, outer=outer, **last)
+    recorder = Recorder()
+    with pytest.raises(Diverged) as failure:
+        train(experiment, tmp_path / "run", watcher=recorder)
+    assert advice in str(failure.value)
+    hurts = any("adaptation hurts on 100 %" in notice for notice in recorder.notices)
+    assert hurts == ("inner.lr" in advice)
+    finite = why_not_finite(experiment, {"support_loss": 1.0, "query_loss": 1.0}, 1.0)
+    assert "inner.order=annealed" in finite
 
 
 def test_what_is_done_already_is_not_advised(quick: dict[str, Any]) -> None:
@@ -256,27 +282,6 @@ def test_what_is_done_already_is_not_advised(quick: dict[str, Any]) -> None:
         "diagnostics/inner_lr_negative_share": 0.25,
     }
     assert "25 % of the learned inner rates" in warnings_of(experiment, negative)["negative"]
-
-
-def test_many_steps_are_drawn_with_a_legend_one_can_read(tmp_path: Path) -> None:
-    records = [
-        {
-            "iteration": 10.0 * i,
-            **{f"diagnostics/gradient_norm_step{s}": 2.0**s for s in range(21)},
-            **{f"diagnostics/inner_loss_step{s}": 1.0 / (s + 1) for s in range(20)},
-            **{f"diagnostics/curvature_step{s}": 1.0 for s in range(20)},
-            "diagnostics/hurt_share": 0.1,
-        }
-        for i in range(5)
-    ]
-    written = plot_health(records, tmp_path, alpha=0.1)
-    assert {path.stem for path in written} == {
-        "health_gradient_norm",
-        "health_inner_loss",
-        "health_curvature",
-        "health_hurt",
-    }
-    assert plot_health([], tmp_path, alpha=None) == []
 
 
 def test_a_loss_that_is_no_number_any_more_hurts() -> None:

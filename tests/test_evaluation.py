@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import EVALUATION_SEED, ChunkComputer, EvaluationJob, initial_parameters
-from pipeline.evaluation import adaptation_curve_of, evaluate_run, meta_test
-from pipeline.parameters import Layout
+from pipeline.chunk import ChunkComputer, EvaluationJob, flat_vector, initial_parameters
+from pipeline.domain import EVALUATION_SEED
+from pipeline.evaluation import Exam, adaptation_curve_of, evaluate_run, meta_test
 from pipeline.training import train
 from pipeline.workers import InProcess
 from tasks.glyphs import prepare_glyphs
@@ -38,11 +38,10 @@ def test_curve_and_interval_have_a_closed_form(quadratic: dict[str, Any]) -> Non
     """½ (θ_s − c)ᵀΛ(θ_s − c) with θ_s − c = (I − αΛ)^s (θ − c); 1.96 sd/√n over the tasks."""
     experiment = experiment_of(quadratic)
     theta = initial_parameters(experiment)
-    flat = Layout.of(theta).join(theta).numpy()
-    workers = InProcess(experiment, compile=False)
+    flat = flat_vector(theta)
     steps = (0, 1, 4, 12)
-    curve = adaptation_curve_of(workers, experiment, flat, split="test", num_tasks=25, steps=steps)
-    workers.close()
+    with InProcess(experiment, compile=False) as workers:
+        curve = adaptation_curve_of(workers, experiment, flat, Exam("test", 25, steps))
     task = experiment.build_task()
     assert isinstance(task, Quadratic)
     optima = task.optima(EVALUATION_SEED, "test", np.arange(25))
@@ -59,18 +58,9 @@ def test_chunks_of_any_size_give_the_same_curve(quadratic: dict[str, Any]) -> No
     for chunk in (1, 4, 10):
         experiment = experiment_of(quadratic, outer={"tasks_per_chunk": chunk})
         theta = initial_parameters(experiment)
-        workers = InProcess(experiment, compile=False)
-        curves.append(
-            adaptation_curve_of(
-                workers,
-                experiment,
-                Layout.of(theta).join(theta).numpy(),
-                split="test",
-                num_tasks=10,
-                steps=(0, 2),
-            )
-        )
-        workers.close()
+        exam = Exam("test", 10, (0, 2))
+        with InProcess(experiment, compile=False) as workers:
+            curves.append(adaptation_curve_of(workers, experiment, flat_vector(theta), exam))
     for curve in curves[1:]:
         assert curve.mean["loss"] == pytest.approx(curves[0].mean["loss"], rel=1e-12)
 
@@ -80,7 +70,7 @@ def test_evaluation_changes_nothing(quick: dict[str, Any]) -> None:
     experiment = experiment_of(quick)
     computer = ChunkComputer(experiment, compile=False)
     theta = initial_parameters(experiment)
-    flat = Layout.of(theta).join(theta).numpy()
+    flat = flat_vector(theta)
     before = flat.copy()
     job = EvaluationJob("test", 0, 4, (0, 5))
     first, second = computer.run(flat, job), computer.run(flat, job)
@@ -97,9 +87,8 @@ def test_meta_test_has_variants_and_baselines(quick: dict[str, Any]) -> None:
         },
     )
     theta = initial_parameters(experiment)
-    workers = InProcess(experiment, compile=False)
-    curves = meta_test(workers, experiment, Layout.of(theta).join(theta).numpy())
-    workers.close()
+    with InProcess(experiment, compile=False) as workers:
+        curves = meta_test(workers, experiment, flat_vector(theta))
     assert [(c.variant, c.who) for c in curves] == [
         (variant, who)
         for variant in ("far", "near")
@@ -117,7 +106,7 @@ def test_the_test_tasks_do_not_depend_on_the_run(quick: dict[str, Any]) -> None:
         experiment = experiment_of({**quick, "seed": seed})
         computer = ChunkComputer(experiment, compile=False)
         theta = {name: torch.zeros_like(p) for name, p in initial_parameters(experiment).items()}
-        flat = Layout.of(theta).join(theta).numpy()
+        flat = flat_vector(theta)
         results.append(computer.run(flat, EvaluationJob("test", 0, 5, (0,))).metrics["loss"])
     assert np.array_equal(results[0], results[1])
 

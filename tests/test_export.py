@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -17,19 +20,30 @@ import numpy as np
 import pytest
 
 from pipeline.adapter import Adapter
-from pipeline.chunk import EVALUATION_SEED
+from pipeline.chunk import flat_vector
 from pipeline.config import Experiment
-from pipeline.evaluation import parameters_of, task_by_task
+from pipeline.domain import EVALUATION_SEED
+from pipeline.evaluation import Exam, parameters_of, task_by_task
 from pipeline.experiments import load_run
-from pipeline.export import REQUIREMENTS, export_run, requirements
+from pipeline.export import (
+    HOST,
+    PORT,
+    REQUIREMENTS,
+    Exported,
+    export_run,
+    request_to,
+    requirements,
+)
 from pipeline.mlflow_sender import client_class
-from pipeline.parameters import Layout
 from pipeline.runs import find_run
 from pipeline.training import train
 from pipeline.workers import InProcess
 from tests.conftest import experiment_of
 from tests.ports import free_port
 from tests.test_cli import clean_environment, maml
+from tests.test_readme import README
+
+pytestmark = pytest.mark.long
 
 WAYS = 3
 BASE: dict[str, Any] = {
@@ -67,12 +81,8 @@ def sampled(experiment: Experiment, count: int) -> Any:
 def test_it_answers_as_evaluation_does(run: Path) -> None:
     experiment = load_run(run)
     theta = parameters_of(experiment, run)
-    workers = InProcess(experiment, compile=False, warm_up=False)
-    flat = Layout.of(theta).join(theta).numpy()
-    by_task = task_by_task(
-        workers, experiment, flat, split="test", num_tasks=8, steps=(0, 2), variant=""
-    )
-    workers.close()
+    with InProcess(experiment, compile=False, warm_up=False) as workers:
+        by_task = task_by_task(workers, experiment, flat_vector(theta), Exam("test", 8, (0, 2)))
     adapter = Adapter.load(run)
     batch = sampled(experiment, 8)
     for position, steps in ((0, 0), (1, None)):
@@ -106,6 +116,10 @@ def test_regression(quick: dict[str, Any], tmp_path: Path) -> None:
     batch = sampled(experiment, 1)
     found = adapter.predict(batch.support.x[0], batch.support.y[0], batch.query.x[0])
     assert found.predictions.shape == (5, 1)
+    # The request that is printed, and the one that the README shows, are ones for such a model.
+    for shell in (request_to(adapter), *re.findall(r"^curl .*", README, flags=re.M)):
+        body = json.loads(shlex.split(shell)[-1])
+        assert np.isfinite(adapter.predict(**body["inputs"]).predictions).all()
     with pytest.raises(ValueError, match=r"support_y: must have the shape \[5, 1\]"):
         adapter.predict(batch.support.x[0], batch.support.y[0][:, 0], batch.query.x[0])
     with pytest.raises(ValueError, match="support_y: must be finite"):
@@ -176,14 +190,20 @@ def test_the_code_imports_nothing_that_is_not_required() -> None:
     assert all("+" not in line for line in requirements())
 
 
+@pytest.mark.long
 @pytest.mark.timeout(400)
-def test_in_an_environment_of_its_own_requirements(run: Path, served: str, tmp_path: Path) -> None:
+def test_in_an_environment_of_its_own_requirements(
+    run: Path, exported: Exported, tmp_path: Path
+) -> None:
     """A new virtual environment with what the model asks for, and nothing of this one."""
-    model = mlflow_model(run)
+    (model,) = (run.parent / "mlartifacts").glob(f"**/{model_id(exported)}/artifacts")
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    venv = [sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "venv")]
+    subprocess.run(venv, check=True)
     python = str(tmp_path / "venv" / "bin" / "python")
-    install = [python, "-m", "pip", "install", "-q", "-r", str(model / "requirements.txt")]
+    # This environment's pip, for that one; compiling files that are never imported takes a minute.
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    install = [*pip, "install", "-q", "--no-compile", "-r", str(model / "requirements.txt")]
     installed = subprocess.run(install, capture_output=True, text=True, env=environment)
     if "No matching distribution" in installed.stderr or "connection" in installed.stderr:
         pytest.skip(f"cannot install packages here: {installed.stderr[-300:]}")
@@ -210,16 +230,19 @@ def test_in_an_environment_of_its_own_requirements(run: Path, served: str, tmp_p
     assert not has_ray
 
 
-def mlflow_model(run: Path) -> Path:
-    """The folder of the model that was exported from a run."""
-    (found,) = (run.parent / "mlartifacts").rglob("MLmodel")
-    return found.parent
+def model_id(exported: Exported) -> str:
+    return exported.uri.removeprefix("models:/")
 
 
 @pytest.fixture(scope="module")
-def served(run: Path) -> Iterator[str]:
+def exported(run: Path) -> Exported:
+    """The run's model in MLflow."""
+    return export_run(load_run(run), run, register="few-shot", alias="champion")
+
+
+@pytest.fixture(scope="module")
+def served(run: Path, exported: Exported) -> Iterator[str]:
     """The exported model behind MLflow's own server; its address."""
-    exported = export_run(load_run(run), run, register="few-shot", alias="champion")
     assert exported.version == "1"
     port = free_port()
     command = ["-m", "mlflow", "models", "serve", "-m", "models:/few-shot@champion"]
@@ -278,6 +301,7 @@ def test_over_http(run: Path, served: str) -> None:
     assert answer["predictions"] == here.predictions.tolist()
     np.testing.assert_allclose(answer["scores"], here.scores, rtol=1e-4)
     np.testing.assert_allclose(answer["support_loss"], here.support_loss, rtol=1e-4)
+    assert set(answer) == {"predictions", "scores", "support_loss"}
     unadapted = ask(served, inputs, params={"steps": 0})
     assert len(unadapted["support_loss"]) == 1
     with pytest.raises(urllib.error.HTTPError) as caught:
@@ -287,7 +311,14 @@ def test_over_http(run: Path, served: str) -> None:
         assert "tells 3 classes apart" in json.loads(error.read())["message"]
 
 
-def test_as_mlflow_loads_it(run: Path, served: str) -> None:
+@pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
+def test_the_request_that_is_printed_works_as_it_is(run: Path, served: str) -> None:
+    shell = request_to(Adapter.load(run)).replace(f"http://{HOST}:{PORT}", served)
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
+    assert len(json.loads(done.stdout)["predictions"]["predictions"]) == WAYS
+
+
+def test_as_mlflow_loads_it(run: Path, exported: Exported) -> None:
     import mlflow
 
     found = find_run(str(run), None)
@@ -311,7 +342,7 @@ def test_as_mlflow_loads_it(run: Path, served: str) -> None:
     again = client_class()(uri).get_run(found.run_id)
     assert again.info.status == "FINISHED"
     assert again.info.end_time == round(found.ended.timestamp() * 1000) if found.ended else False
-    assert len(again.outputs.model_outputs) == 1
+    assert model_id(exported) in {model.model_id for model in again.outputs.model_outputs}
 
 
 def test_the_command(run: Path, tmp_path: Path) -> None:
@@ -319,6 +350,7 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "models:/m-" in done.stdout
     assert "mlflow models serve" in done.stdout
+    assert "\nask        python -c" in done.stdout
     assert done.stderr == ""
     alone = maml("export", str(run), "--alias", "champion", cwd=tmp_path)
     assert alone.returncode == 2

@@ -17,11 +17,12 @@ import pytest
 import torch
 import yaml
 
+from pipeline import ray_workers
 from pipeline.checkpoint import CheckpointStore
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.parameters import Layout
 from pipeline.ray_workers import RayWorkers
-from pipeline.session import Interrupted, TrainingFailed
+from pipeline.session import Diverged, Interrupted
 from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, by_name, final_theta
@@ -105,6 +106,29 @@ def test_an_error_in_the_computation_is_not_retried(
         train(experiment_of(settings, cluster={"workers": 1}), tmp_path / "run")
 
 
+def test_workers_that_fit_nowhere_are_refused(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """A local Ray does not grow: waiting would never end."""
+    experiment = experiment_of(quick, cluster={"workers": 1, "gpus_per_worker": 2})
+    with pytest.raises(ValueError, match=r"a worker takes 0\.5 CPU, 2 GPU, and Ray has 0 GPU"):
+        train(experiment, tmp_path / "run")
+
+
+def test_starting_is_told_from_waiting(
+    quick: dict[str, Any], ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_workers, "_QUIET", 0.0)
+    said: list[str] = []
+    RayWorkers(experiment_of(quick), False, 1, said.append).close()
+    assert said[0] == "the worker is starting, for 1 s now: processes import torch"
+    with monkeypatch.context() as busy:
+        busy.setattr(RayWorkers, "_has_room", lambda self: False)
+        RayWorkers(experiment_of(quick), False, 1, said.append).close()
+    assert "waiting for room" in said[-1]
+    assert "the worker takes 0.5 CPU, and others hold what Ray has" in said[-1]
+
+
 def test_resume_after_sigkill_equals_an_uninterrupted_run(
     quick: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -171,11 +195,13 @@ def test_nan_stops_before_the_update(quick: dict[str, Any], tmp_path: Path) -> N
         "task": {"kind": "tests.helpers:NanSinusoid", "first_bad": 23, "last_bad": 58},
     }
     recorder = Recorder()
-    with pytest.raises(TrainingFailed) as failure:
+    with pytest.raises(Diverged) as failure:
         train(experiment_of(settings), tmp_path / "run", watcher=recorder)
     assert "iteration 4" in str(failure.value)
     assert "3 updates in a row" in str(failure.value)
     assert "tasks 40, 41" in str(failure.value)
+    assert "Adaptation leads to losses that are not finite: lower inner.lr" in str(failure.value)
+    assert "clip" not in str(failure.value)
     assert any("training tasks 23, 24, 25" in notice for notice in recorder.notices)
     state = CheckpointStore(tmp_path / "run" / "checkpoints", keep=2).latest()
     assert state is not None

@@ -32,6 +32,8 @@ from tests.test_cli import clean_environment, maml
 from tests.test_readme import SHORT, commands
 from tests.test_store_cache import write_tiny
 
+pytestmark = pytest.mark.long
+
 Start = Callable[..., subprocess.Popen[str]]
 
 
@@ -120,7 +122,7 @@ def test_a_job_trains_from_a_uri_and_succeeds(
 def test_a_job_that_fails_gives_its_exit_code(cluster: Cluster, tmp_path: Path) -> None:
     done = maml("submit", "--follow", "--", "train", "sinusiod", cwd=tmp_path, **cluster.client)
     assert done.returncode == 2, done.stderr
-    assert "there are: glyphs" in done.stdout
+    assert "neither a YAML file nor a shipped experiment (there are:" in done.stdout
     assert "ended with exit code 2" in done.stderr
 
 

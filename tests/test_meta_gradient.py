@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.adaptation import Adaptation
-from pipeline.meta_gradient import Knobs, Stages, adaptation_curve, chunk_function
+from pipeline.learning_curve import adaptation_curve
+from pipeline.meta_gradient import Knobs, Stages, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import conv4, linear, mlp
 from pipeline.parameters import Layout

@@ -10,23 +10,10 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
+from pipeline.health_plots import plot_health
 from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
 
 STEPS = list(range(11))
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list[Figure]:
-    """The figures that are saved, in order."""
-    figures: list[Figure] = []
-    original = Figure.savefig
-
-    def remember(self: Figure, *args: object, **settings: object) -> None:
-        figures.append(self)
-        original(self, *args, **settings)
-
-    monkeypatch.setattr(Figure, "savefig", remember)
-    return figures
 
 
 def curve(first: float, last: float) -> dict[str, list[float]]:
@@ -143,6 +130,49 @@ def test_training(tmp_path: Path, drawn: list[Figure], length: int) -> None:
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["support", "query"]
     assert axes.get_xlabel() == "iteration"
     assert texts_inside(drawn[0])
+
+
+def diagnoses(steps: int, curvature: float) -> list[dict[str, float]]:
+    """Of a run whose meta-gradient doubles on its way back through every inner step."""
+    return [
+        {
+            "iteration": 10.0 * i,
+            **{f"diagnostics/gradient_norm_step{s}": 2.0 ** (steps - s) for s in range(steps + 1)},
+            **{f"diagnostics/inner_loss_step{s}": 1.0 / (s + 1) for s in range(steps)},
+            **{f"diagnostics/curvature_step{s}": curvature * (1 + s) for s in range(steps)},
+            "diagnostics/hurt_share": 0.1,
+        }
+        for i in range(5)
+    ]
+
+
+@pytest.mark.parametrize("steps", [5, 10])
+def test_health_by_step_and_with_a_bound_far_away(
+    tmp_path: Path, drawn: list[Figure], steps: int
+) -> None:
+    written = plot_health(diagnoses(steps, curvature=3.0), tmp_path, alpha=1e-3)
+    names = [path.stem.removeprefix("health_") for path in written]
+    assert names == ["gradient_norm", "inner_loss", "curvature", "hurt"]
+    assert plot_health([], tmp_path, alpha=None) == []
+    norm, bar = drawn[0].axes
+    assert len(norm.lines) == steps + 1
+    assert [int(tick) for tick in bar.get_yticks()] == list(range(steps + 1))
+    assert norm.get_yscale() == "log"
+    shown = [norm.yaxis.get_major_formatter()(tick, 0) for tick in norm.get_yticks()]
+    assert {"1", "10"} <= set(shown)
+    curvature = drawn[2].axes[0]
+    assert curvature.get_yscale() == "log"  # lines and the bound of 2,000, both can be read
+    assert "2 / inner rate = 2,000" in drawn[2].texts[0].get_text().replace("\n", " ")
+    assert all(texts_inside(figure) for figure in drawn)
+
+
+def test_a_bound_far_from_curvatures_of_both_signs_does_not_flatten_them(
+    tmp_path: Path, drawn: list[Figure]
+) -> None:
+    plot_health(diagnoses(2, curvature=-1.0), tmp_path, alpha=1e-3)
+    axes = drawn[2].axes[0]
+    assert axes.get_yscale() == "linear"
+    assert axes.get_ylim()[1] < 10
 
 
 def test_another_thread_may_draw_and_pyplot_stays_unused(tmp_path: Path) -> None:

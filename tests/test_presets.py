@@ -27,6 +27,8 @@ from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta
 
+pytestmark = pytest.mark.long
+
 # Schedules.
 
 

@@ -30,7 +30,12 @@ SETTINGS: dict[str, Any] = {
     "outer": {"lr": 0.01, "iterations": 4, "tasks_per_batch": 6},
     "compute": {"compile": "never", "device": "cpu", "threads": 1},
     "cluster": {"workers": 0},
-    "evaluation": {"tasks": 4, "validation_tasks": 4, "steps": [0, 1, 10]},
+    "evaluation": {
+        "tasks": 4,
+        "validation_tasks": 4,
+        "steps": [0, 1, 10],
+        "baselines": ["random-init", "oracle"],
+    },
 }
 ACCURACIES = [0.5, 0.8, None, 0.6, 0.7, 0.4, 0.3]
 """Of the trials of the search; one failed before its first validation."""
@@ -252,6 +257,7 @@ def test_the_command(project: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -
     assert "80.00 ± 1.00 % (3)" in rows[2]
     assert "2 more" in rows[7]
     assert "quick, fomaml, first" in rows[8]
+    assert max(map(len, rows)) <= 120
     assert by_name(uri)["fast"].started.strftime("%H:%M") in rows[8]
 
     monkeypatch.chdir(project)
@@ -273,6 +279,7 @@ def test_the_command(project: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -
         line for line in compared.stdout.splitlines() if "test trained loss, step 10" in line
     )
     assert loss.count("±") == 2
+    assert "oracle" not in compared.stdout, "zeros only"
 
     elsewhere = ["runs", "--uri", uri, "compare", "trial-1", "trial-4", "--json"]
     monkeypatch.chdir(project.parent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ import torch
 from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointStore
 from pipeline.experiments import from_dict, load, load_run, with_settings
+from pipeline.run_folder import RunFolderError
 from pipeline.search import search
+from pipeline.search_console import SearchConsole
 from pipeline.search_report import compare_orders
 from pipeline.search_trial import COMPLETE, FAILED, STOPPED, Criterion, TrialResult
 from pipeline.search_tune import SearchWatcher
-from pipeline.session import RunFolderError
 from pipeline.training import train
 from tests.helpers import final_theta
+
+pytestmark = pytest.mark.long
 
 OPTIMUM = 7.5 / 12.5
 """Curvatures λ = 0.5, 1, 1.5, 2: after a step at rate α what is left of a task's distance in
@@ -272,6 +276,24 @@ def test_more_than_there_is_is_refused(
 def trial(name: str, order: str, lr: float, speed: float = 10.0) -> TrialResult:
     settings = {"inner.lr": lr, "inner.order": order}
     return TrialResult(name, settings, COMPLETE, 20, 1.0, 0.1, 1, 1.0, speed)
+
+
+def test_progress_says_what_is_new_and_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At the pace since the first result: starting does not count, nor do trials done before."""
+    clock = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    console = SearchConsole()
+    console._total = 10
+    said = []
+    for at, done in ((0, 2.0), (60, 2.0), (100, 3.0), (110, 4.0), (120, 5.0)):
+        clock[0] = at
+        said.append(console._eta(done))
+    assert said == ["", "", "", "  ETA 1:00", "  ETA 0:50"]
+    for line in ("0 done", "0 done", "1 done", "0 done"):
+        console.show(0.0, line)
+    assert capsys.readouterr().out.splitlines() == ["0 done", "1 done", "0 done"]
 
 
 def test_orders_are_compared_in_pairs() -> None:

@@ -16,6 +16,8 @@ import yaml
 
 from tests.test_cli import clean_environment, maml
 
+pytestmark = pytest.mark.long
+
 PATIENCE = 150.0
 
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from pipeline.experiments import ConfigError, experiments, from_dict, load
+from pipeline.run_folder import RunFolderError
 from pipeline.search import load_search, search
 from pipeline.search_space import corners, possible_experiments, settings_of, within
 from pipeline.search_trial import Criterion, base_experiment, bundles, criterion
-from pipeline.session import RunFolderError
 
 
 def searching(quick: dict[str, Any], space: Any, **search: Any) -> Any:

@@ -195,8 +195,8 @@ def wait_for(condition) -> None:
 
 
 @contextlib.contextmanager
-def serving(store: str, port: int) -> Iterator[None]:
-    """A user who calls `serve`, and ends it with Ctrl-C."""
+def serving(store: str, port: int, end: signal.Signals = signal.SIGINT) -> Iterator[None]:
+    """A user who calls `serve`, and ends it with Ctrl-C (or `kill`)."""
     script = f"from pipeline.mlflow_ui import serve; serve({store!r}, port={port})"
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
 
@@ -210,7 +210,7 @@ def serving(store: str, port: int) -> Iterator[None]:
     try:
         wait_for(up)
         yield
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end)
         _, errors = process.communicate(timeout=PATIENCE)
     finally:
         process.kill()
@@ -243,7 +243,7 @@ def test_a_server_that_goes_and_comes_back(store: str, tmp_path: Path, caplog) -
     tracker.log_metrics({"loss": 3.0}, 3)
     tracker.log_artifact(picture, "plots")
 
-    with serving(store, port):
+    with serving(store, port, signal.SIGTERM):
         wait_for(lambda: len(history(store, run_id, "loss")) == 4)
         wait_for(lambda: MlflowClient(store).list_artifacts(run_id, "plots"))
         assert MlflowClient(uri).get_experiment_by_name("maml") is not None

@@ -11,7 +11,7 @@ import torch
 from pipeline.aggregation import aggregate
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.parameters import Layout
-from pipeline.session import RunFolderError
+from pipeline.run_folder import RunFolderError
 from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import final_theta

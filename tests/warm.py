@@ -1,6 +1,6 @@
 """A process that has imported everything already, and forks for each command.
 
-Starting Python and importing torch, Ray and MLflow takes four seconds, which is most of what a
+Starting Python and importing torch, Ray and MLflow takes eight seconds, which is most of what a
 short command takes. A forked child has its own process, folder, environment and output, as if it
 had been started by itself; tests about signals and about starting up start their own all the same.
 """
@@ -8,6 +8,7 @@ had been started by itself; tests about signals and about starting up start thei
 from __future__ import annotations
 
 import atexit
+import importlib
 import json
 import os
 import subprocess
@@ -20,6 +21,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
+# What commands import, the last three late: for an optimiser, for figures, for the tracking store.
+MODULES = (
+    "ray",
+    "ray.tune",
+    "pipeline.cli_errors",
+    "pipeline.console",
+    "pipeline.jobs",
+    "pipeline.search",
+    "pipeline.training",
+    "torch._dynamo",
+    "matplotlib.backends.backend_agg",
+    "mlflow.store.tracking.sqlalchemy_store",
+)
 
 
 class Warm:
@@ -108,15 +122,11 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _serve() -> None:
-    import ray
-    import ray.tune  # noqa: F401
+    from pipeline.mlflow_sender import client_class
 
-    import pipeline.cli_errors
-    import pipeline.console
-    import pipeline.jobs
-    import pipeline.search
-    import pipeline.training  # noqa: F401
-
+    client_class()  # sets what MLflow must be told before it is imported
+    for name in MODULES:
+        importlib.import_module(name)
     for line in sys.stdin:
         child = os.fork()
         if child == 0:

@@ -1,0 +1,91 @@
+"""A run's folder: what is where, what is refused, and how it is written.
+
+RUN_DIR/config.yaml          the resolved configuration
+RUN_DIR/checkpoints/         the newest ones and the best (elsewhere with `checkpoint.uri`)
+RUN_DIR/metrics.jsonl        what was logged while training, one line per record
+RUN_DIR/theta.safetensors    the final parameters
+RUN_DIR/results.json         the meta-test, every number with its protocol
+RUN_DIR/plots/               PNG
+RUN_DIR/analysis/            what `maml analyze` found
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from pipeline.checkpoint import CheckpointStore, TrainingState, write_atomically
+from pipeline.evaluation import Curve
+
+
+class RunFolderError(Exception):
+    """The run's folder cannot be used as asked; `str()` says what to do."""
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of a run or a search. Raises RunFolderError if nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RunFolderError(
+            f"run_dir: cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
+    """Raises RunFolderError if there is a run already."""
+    if (run_dir / "config.yaml").exists() or store.list():
+        raise RunFolderError(
+            f"run_dir: {run_dir} (or its checkpoint folder) already holds a run; continue it with "
+            f"--resume {run_dir}, or choose another folder"
+        )
+
+
+def state_to_resume(store: CheckpointStore) -> TrainingState:
+    """The newest state. Raises RunFolderError if there is none."""
+    state = store.latest()
+    if state is None:
+        raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
+    return state
+
+
+class History:
+    """RUN_DIR/metrics.jsonl."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / "metrics.jsonl"
+
+    def append(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Write a record."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+
+    def first(self, name: str) -> float | None:
+        """The first finite value of a metric."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        values = (json.loads(line).get(name, math.nan) for line in lines)
+        return next(filter(math.isfinite, values), None)
+
+    def forget_after(self, iteration: int) -> None:
+        """Drop the records after a checkpoint: they will be made again."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _iteration_of(line) <= iteration]
+            write_atomically(self._path, "".join(line + "\n" for line in kept))
+
+
+def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
+    """Write results.json."""
+    content = json.dumps([curve.to_json() for curve in curves], indent=1)
+    write_atomically(run_dir / "results.json", content)
+
+
+def _iteration_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, KeyError):
+        return 2**62  # the half of a line that a crash left

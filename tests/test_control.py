@@ -1,0 +1,245 @@
+"""Reinforcement learning through the driver: the same promises as for supervised tasks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.chunk import (
+    CandidateJob,
+    ChunkComputer,
+    FisherJob,
+    GradientJob,
+    flat_vector,
+    initial_parameters,
+)
+from pipeline.comparison import compare_runs
+from pipeline.evaluation import evaluate_run, parameters_of
+from pipeline.experiments import ConfigError, from_dict, load, load_run
+from pipeline.policy_gradient import Estimator
+from pipeline.report import write_video
+from pipeline.search_trial import criterion
+from pipeline.session import Diverged, Interrupted
+from pipeline.training import train
+from tests.conftest import experiment_of
+from tests.helpers import Recorder, final_theta
+from tests.test_meta_gradient import Cube
+
+UPDATES = ["trpo", "promp", "gradient"]
+
+
+@pytest.mark.parametrize("update", ["trpo", "promp"])
+def test_workers_and_their_loss_change_no_bits(
+    moving: dict[str, Any], tmp_path: Path, ray_local: None, update: str
+) -> None:
+    """A worker is killed in the second iteration; whoever takes over acts the chunk out again."""
+    settings = {**moving, "reinforcement": {"update": update}}
+    train(experiment_of(settings), tmp_path / "calm")
+
+    def kill_one(iteration: int, recorder: Recorder) -> None:
+        if iteration == 1:
+            pid = recorder.session.workers.pids()[0]
+            threading.Timer(0.05, lambda: os.kill(pid, signal.SIGKILL)).start()
+
+    recorder = Recorder(kill_one)
+    train(experiment_of(settings, cluster={"workers": 2}), tmp_path / "hit", watcher=recorder)
+    assert any("was lost" in notice for notice in recorder.notices)
+    assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "hit"))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_resumed_run_is_an_uninterrupted_one(
+    moving: dict[str, Any], tmp_path: Path, update: str
+) -> None:
+    experiment = experiment_of(moving, reinforcement={"update": update})
+    train(experiment, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        train(experiment, tmp_path / "cut", should_stop=lambda: True)
+    train(experiment, tmp_path / "cut", resume=True)
+    assert torch.equal(final_theta(tmp_path / "whole"), final_theta(tmp_path / "cut"))
+
+
+def test_who_has_not_collected_a_chunk_answers_the_same(moving: dict[str, Any]) -> None:
+    experiment = experiment_of(moving)
+    theta = flat_vector(initial_parameters(experiment))
+    asked = [FisherJob(0, 1, theta), CandidateJob(0, 1, theta + 0.01)]
+    collector = ChunkComputer(experiment, compile=False)
+    collector.run(theta, GradientJob(0, 1))
+    for job in asked:
+        stranger = ChunkComputer(experiment, compile=False)
+        stranger.run(theta + 1, GradientJob(0, 1))  # what another θ collected is no answer
+        one, other = collector.run(theta, job), stranger.run(theta, job)
+        assert one.num_tasks == other.num_tasks == 2
+        for name, value in one.metrics.items():
+            np.testing.assert_array_equal(value, other.metrics[name])
+        if one.gradient is not None:
+            assert other.gradient is not None
+            np.testing.assert_array_equal(one.gradient, other.gradient)
+
+
+@pytest.mark.parametrize("estimator", get_args(Estimator))
+def test_training_improves_the_adapted_policy(
+    moving: dict[str, Any], tmp_path: Path, estimator: str
+) -> None:
+    settings = experiment_of(
+        {**moving, "task": {"kind": "navigation", "trajectories": 20, "horizon": 20}},
+        outer={"iterations": 10, "tasks_per_batch": 10, "tasks_per_chunk": 10},
+        reinforcement={"estimator": estimator, "max_kl": 0.03},
+        evaluation={"tasks": 20},
+    )
+    trained, random, oracle = train(settings, tmp_path / "run")
+    best = oracle.mean["return"][0]
+    assert trained.mean["return"][1] > random.mean["return"][1] + 1.5
+    assert best > trained.mean["return"][1]
+    # What the run recorded, by name.
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    first = json.loads(lines[0])
+    for step in (0, 1):
+        for name in ("return", "entropy", "log_std", "explained_variance", "episode_length"):
+            assert f"train/{name}_step{step}" in first
+    assert first["train/inner_kl_step1"] > 0
+    assert 0 <= first["train/hurt"] <= 1
+    assert {"trpo/kl_before", "trpo/kl_after", "trpo/cg_residual"} <= set(first)
+    assert (tmp_path / "run" / "plots" / "adaptation_return.png").exists()
+
+
+def test_evaluation_is_that_of_the_run_and_halves_later_rates(
+    moving: dict[str, Any], tmp_path: Path
+) -> None:
+    experiment = experiment_of(moving, inner={"later_lr_factor": 0.5})
+    at_the_end = train(experiment, tmp_path / "run")[0]
+    again = evaluate_run(
+        load_run(tmp_path / "run"), tmp_path / "run", split="test", num_tasks=None, steps=None
+    )[0]
+    assert again.mean == at_the_end.mean
+    whole = evaluate_run(
+        load_run(tmp_path / "run").changed(inner={"later_lr_factor": 1.0}),
+        tmp_path / "run",
+        split="test",
+        num_tasks=None,
+        steps=None,
+    )[0]
+    # The first step is a trained one; the second is not.
+    assert whole.mean["return"][:2] == again.mean["return"][:2]
+    assert whole.mean["return"][2] != again.mean["return"][2]
+
+
+def test_without_steps_one_policy_serves_all_tasks(moving: dict[str, Any], tmp_path: Path) -> None:
+    """The pretrained baseline: trained without adaptation, adapted at test all the same."""
+    trained = train(experiment_of(moving, inner={"steps": 0}), tmp_path / "run")[0]
+    assert len(set(trained.mean["return"])) == 3
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    assert "train/return_step0" in first
+    assert "train/return_step1" not in first
+
+
+def test_a_policy_that_explodes_is_reported(moving: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match=r"not finite.*reinforcement\.max_kl"):
+        train(experiment_of(moving, inner={"lr": 1e38}), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("task.horizon=0", "task.horizon: must be at least 1"),
+        ("reinforcement.estimator=vine", "reinforcement.estimator"),
+        ("inner.batch_size=3", "inner.batch_size: each step has trajectories of its own"),
+        ("algorithm=reptile", "outer.estimator: reptile is for supervised tasks"),
+        ("outer.query_losses=all", "outer.query_losses"),
+        ("diagnostics.every=5", "diagnostics.every"),
+        ("inner.order=annealed", "inner.order: annealed is for supervised tasks"),
+        ("inner.per_step=normalisation", "inner.per_step: trajectories would not be"),
+        ("inner.checkpoint=true", "inner.checkpoint: is for supervised tasks"),
+        ("outer.lr=0.01", "outer.lr: reinforcement.update=trpo has its own way to move"),
+        ("outer.clip_norm=1", "outer.clip_norm: reinforcement.update=trpo has its own way"),
+        ("model.kind=mlp", "model.kind: continuous actions need gaussian-policy"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load("navigation", [override])
+    assert message in str(refused.value)
+
+
+def test_one_policy_for_all_tasks_learns_no_rates() -> None:
+    with pytest.raises(ConfigError, match=r"inner\.rates: without inner\.steps"):
+        load("navigation", ["inner.steps=0", "inner.rates=per-parameter"])
+
+
+def test_other_estimators_are_other_programs(moving: dict[str, Any]) -> None:
+    """Within a process, where compiled programs are shared: of trials of a search, say."""
+    chosen = [{"estimator": "lvc"}, {"estimator": "naive"}, {"update": "promp", "clip": 0.1}]
+    programs = {
+        ChunkComputer(experiment_of(moving, reinforcement=settings), compile=True).program(
+            GradientJob(0, 0)
+        )[0]
+        for settings in chosen
+    }
+    assert len(programs) == 3
+
+
+class BackwardOnly(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = Cube.apply(super().forward(x))
+        return out
+
+
+def backward_only(input_shape: tuple[int, ...], output_size: int) -> torch.nn.Module:
+    return BackwardOnly(*input_shape, output_size)
+
+
+def test_a_policy_without_forward_derivatives_is_refused(
+    moving: dict[str, Any], tmp_path: Path
+) -> None:
+    experiment = experiment_of({**moving, "model": {"kind": "tests.test_control:backward_only"}})
+    with pytest.raises(ValueError, match=r"model: an operation of the policy has no forward"):
+        train(experiment, tmp_path / "run")
+
+
+def test_supervised_tasks_take_at_least_one_step_and_no_policy_settings(
+    quick: dict[str, Any],
+) -> None:
+    with pytest.raises(ConfigError, match=r"inner\.steps: must be at least 1"):
+        from_dict({**quick, "inner": {"steps": 0}})
+    with pytest.raises(ConfigError, match=r"reinforcement: sinusoid tasks are supervised"):
+        from_dict({**quick, "reinforcement": {}})
+
+
+def test_runs_are_compared_and_searched_by_their_returns(
+    moving: dict[str, Any], tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    train(experiment_of(moving), one)
+    train(experiment_of(moving, inner={"steps": 0}), other)
+    (found,) = compare_runs([one, other], steps=(0, 1))
+    assert found.metric == "return"
+    (difference,) = found.differences
+    means = [curve.mean["return"] for curve in found.curves]
+    assert difference.mean == pytest.approx([b - a for a, b in zip(*means, strict=True)])
+    experiment = experiment_of(
+        moving, search={"space": {"inner.lr": {"choice": [0.05, 0.1]}}, "samples": 2}
+    )
+    names = ChunkComputer(experiment, compile=False).metric_names()
+    assert experiment.search is not None
+    chosen = criterion(experiment.search, experiment, names)
+    assert (chosen.metric, chosen.mode) == ("return", "max")
+
+
+def test_a_policy_can_be_watched(moving: dict[str, Any], tmp_path: Path) -> None:
+    experiment = experiment_of(moving)
+    train(experiment, tmp_path / "run")
+    assert (tmp_path / "run" / "plots" / "trajectories.png").stat().st_size > 1000
+    theta = parameters_of(experiment, tmp_path / "run")
+    written = write_video(experiment, theta, tmp_path / "video", num_tasks=1)
+    assert [path.suffix for path in written] == [".png", ".gif"]
+    with Image.open(written[1]) as film:
+        assert getattr(film, "n_frames", 1) > 5

@@ -1,0 +1,228 @@
+"""Outer optimisers of reinforcement learning: Fisher products, conjugate gradients, steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.functional import hessian
+
+from pipeline.adaptation import Adaptation
+from pipeline.aggregation import aggregate
+from pipeline.chunk import ChunkComputer, ChunkResult, GradientJob, Job, initial_parameters
+from pipeline.config import Experiment
+from pipeline.experience import CollectedBatch, collect
+from pipeline.learning_curve import trajectory
+from pipeline.natural_gradient import fisher_product, judge, proximal_gradient
+from pipeline.outer_update import OuterUpdate
+from pipeline.parameters import Layout, Params
+from pipeline.policies import GAUSSIAN, gaussian_policy
+from pipeline.policy_gradient import PolicyObjective
+from pipeline.policy_update import Questions, conjugate_gradients, policy_update
+from pipeline.sections import Reinforcement
+from tasks.control.navigation import Navigation
+from tasks.random import task_keys
+from tests.conftest import experiment_of
+
+ALPHA = torch.tensor(0.1, dtype=torch.float64)
+
+
+class Small:
+    """A policy of 22 numbers and the trajectories that it collected."""
+
+    def __init__(self, steps: int, rates: str = "fixed") -> None:
+        torch.manual_seed(0)
+        policy = gaussian_policy((2,), 4, hidden=(4,), activation="tanh").double()
+        self.objective = PolicyObjective(policy, GAUSSIAN, "lvc")
+        self.adaptation = Adaptation.of(policy, steps=steps, rates=rates)  # type: ignore[arg-type]
+        params = {name: p.detach() for name, p in policy.named_parameters()}
+        self.meta = self.adaptation.meta_parameters(params, float(ALPHA))
+        self.layout = Layout.of(self.meta)
+        self.batch: CollectedBatch = collect(
+            Navigation(trajectories=6, horizon=8),
+            self.objective,
+            self.adaptation,
+            Reinforcement(),
+            self.meta,
+            ALPHA,
+            task_keys(0, "train", np.arange(3)),
+            steps,
+        ).batch
+
+    def kl(self, meta: Params, second_order: bool = True) -> Tensor:
+        """Sum over the tasks of the KL between adapted policies, written out task by task."""
+        total = torch.zeros((), dtype=torch.float64)
+        for task in range(3):
+            fast = self.adaptation.start(meta)
+            for s in range(self.adaptation.steps):
+                support = _of_task(self.batch.support.steps[s], task)
+                loss = self.objective.loss(fast, support)
+                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order)
+                rates = self.adaptation.rates_at(meta, ALPHA, s)
+                fast = {
+                    name: value - rates[name] * grad
+                    for (name, value), grad in zip(fast.items(), grads, strict=True)
+                }
+            total = total + self.objective.kl_at(fast, _of_task(self.batch.query, task))
+        return total
+
+
+def _of_task(experience: Any, task: int) -> Any:
+    past = type(experience.trajectories)(*(part[task] for part in experience.trajectories))
+    return type(experience)(past, experience.advantages[task])
+
+
+@pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
+@pytest.mark.parametrize(("steps", "rates"), [(0, "fixed"), (1, "fixed"), (2, "per-parameter")])
+def test_fisher_product_is_the_hessian_of_the_kl(
+    steps: int, rates: str, second_order: bool
+) -> None:
+    small = Small(steps, rates)
+    flat = small.layout.join(small.meta)
+    torch.manual_seed(1)
+    direction = torch.randn_like(flat)
+    explicit = hessian(lambda f: small.kl(small.layout.split(f), second_order), flat)
+    assert isinstance(explicit, Tensor)
+    product = fisher_product(
+        small.objective,
+        small.adaptation,
+        small.meta,
+        small.batch,
+        ALPHA,
+        small.layout.split(direction),
+        second_order=second_order,
+    )
+    assert float(explicit.norm()) > 1e-3
+    torch.testing.assert_close(small.layout.join(product), explicit @ direction)
+
+
+def test_before_the_step_the_kl_is_zero_and_then_it_is_the_one_written_out() -> None:
+    small = Small(1)
+    same = judge(small.objective, small.adaptation, small.meta, small.batch, ALPHA)
+    torch.testing.assert_close(same.kl, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
+    moved = {name: value + 0.05 for name, value in small.meta.items()}
+    found = judge(small.objective, small.adaptation, moved, small.batch, ALPHA)
+    needing = {name: value.requires_grad_() for name, value in moved.items()}
+    assert float(found.kl.sum()) == pytest.approx(float(small.kl(needing).detach()), rel=1e-9)
+    assert (found.kl > 1e-5).all()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2])
+def test_proximal_gradient_is_that_of_loss_and_inner_kl(steps: int) -> None:
+    """Away from where the trajectories were collected, against numerical derivatives."""
+    small, weight = Small(steps), 0.3
+    flat = small.layout.join(small.meta) + 0.03
+
+    def value(flat: Tensor) -> float:
+        meta = small.layout.split(flat)
+        loss = judge(small.objective, small.adaptation, meta, small.batch, ALPHA).surrogate.sum()
+        inner = torch.zeros((), dtype=torch.float64)
+        on_the_way = trajectory(
+            small.objective, small.adaptation, meta, small.batch.support, ALPHA, steps, 3
+        )
+        for (fast, _), support in zip(on_the_way, small.batch.support.steps, strict=False):
+            inner += torch.vmap(small.objective.kl_at)(fast, support).sum() / steps
+        return float(loss + weight * inner)
+
+    found = proximal_gradient(
+        small.objective,
+        small.adaptation,
+        small.layout.split(flat),
+        small.batch,
+        ALPHA,
+        second_order=True,
+        inner_kl_weight=weight,
+    )
+    measured = small.layout.join(found.gradient)
+    for i in range(0, len(flat), 5):
+        bump = torch.zeros_like(flat)
+        bump[i] = 1e-5
+        numerical = (value(flat + bump) - value(flat - bump)) / 2e-5
+        assert float(measured[i]) == pytest.approx(numerical, rel=1e-4, abs=1e-7)
+
+
+def test_conjugate_gradients_solve() -> None:
+    generator = np.random.default_rng(0)
+    root = generator.normal(size=(12, 12))
+    matrix, b = root @ root.T + np.eye(12), generator.normal(size=12)
+    found = conjugate_gradients(lambda v: matrix @ v, b, iterations=12, tolerance=0)
+    np.testing.assert_allclose(found.x, np.linalg.solve(matrix, b), rtol=1e-8)
+    stuck = conjugate_gradients(lambda v: 0 * v, b, iterations=4)
+    assert not stuck.x.any()
+    few = conjugate_gradients(lambda v: matrix @ v, b, iterations=4)
+    assert few.residual == pytest.approx(float(np.linalg.norm(b - matrix @ few.x)))
+    assert few.residual > found.residual
+
+
+# Whole steps.
+
+
+class Round:
+    """A meta-batch, its gradient, and whoever answers questions about it."""
+
+    def __init__(self, experiment: Experiment) -> None:
+        self.computer = ChunkComputer(experiment, compile=False)
+        self.update = OuterUpdate(initial_parameters(experiment), experiment.outer)
+        self.before = self.update.flat.numpy().copy()
+        chunks = range(self.computer.num_chunks)
+        self.mean = aggregate(self.ask([GradientJob(0, chunk) for chunk in chunks]))
+        self.settings = experiment.reinforcement or Reinforcement()
+
+    def ask(self, jobs: Sequence[Job]) -> list[ChunkResult]:
+        return [self.computer.run(self.before, job) for job in jobs]
+
+    def step(self) -> dict[str, float]:
+        return policy_update(
+            self.settings,
+            self.update,
+            self.mean,
+            Questions(0, self.computer.num_chunks, self.ask),
+        )
+
+
+@pytest.mark.parametrize("max_kl", [1e-4, 0.01, 0.3])
+def test_trust_region_is_kept(moving: dict[str, Any], max_kl: float) -> None:
+    round = Round(experiment_of(moving, reinforcement={"max_kl": max_kl}))
+    metrics = round.step()
+    assert 0 < metrics["trpo/kl_after"] <= max_kl
+    assert metrics["trpo/improvement"] > 0
+    assert abs(metrics["trpo/kl_before"]) < 1e-6
+    assert not np.array_equal(round.before, round.update.flat.numpy())
+
+
+def spoilt(
+    honest: Callable[[Sequence[Job]], list[ChunkResult]], name: str, value: float
+) -> Callable[[Sequence[Job]], list[ChunkResult]]:
+    def ask(jobs: Sequence[Job]) -> list[ChunkResult]:
+        answers = honest(jobs)
+        for answer in answers:
+            if name in answer.metrics:
+                answer.metrics[name] = np.full_like(answer.metrics[name], value)
+        return answers
+
+    return ask
+
+
+def test_a_step_that_cannot_be_had_is_not_taken(
+    moving: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every candidate moves too far (or makes things worse): θ stays."""
+    for name, value in {"kl": 1.0, "surrogate": 5.0}.items():
+        round = Round(experiment_of(moving))
+        monkeypatch.setattr(round, "ask", spoilt(round.ask, name, value))
+        metrics = round.step()
+        assert metrics["trpo/line_search_steps"] == 15
+        assert metrics["trpo/kl_after"] == metrics["trpo/improvement"] == 0
+        assert np.array_equal(round.before, round.update.flat.numpy())
+
+
+def test_proximal_steps_stay_near_and_improve(moving: dict[str, Any]) -> None:
+    experiment = experiment_of(moving, reinforcement={"update": "promp", "outer_steps": 4})
+    round = Round(experiment)
+    metrics = round.step()
+    assert 0 < metrics["promp/kl_after"] < 0.1
+    assert metrics["promp/improvement"] > 0
