@@ -38,6 +38,7 @@ class _Kept(NamedTuple):
 
     theta: Params
     collected: Collected
+    for_fisher: CollectedBatch
 
 
 class ControlDomain:
@@ -133,8 +134,9 @@ class ControlDomain:
 
     def fisher(self, theta: Params, iteration: int, chunk: int, direction: Params) -> Params:
         """`natural_gradient.fisher_product` on a chunk."""
-        batch = self._chunk(theta, iteration, chunk).collected.batch
-        product: Params = self._fisher(theta, batch, direction)
+        product: Params = self._fisher(
+            theta, self._chunk(theta, iteration, chunk).for_fisher, direction
+        )
         return product
 
     def judge(self, theta: Params, iteration: int, chunk: int, candidate: Params) -> Candidate:
@@ -162,7 +164,8 @@ class ControlDomain:
             tasks = iteration * self._cut.per_batch + self._cut.members(chunk)
             keys = task_keys(self._seed, "train", tasks)
             collected = self._collect(self._task, theta, keys, self._adaptation.steps)
-            kept = _Kept(theta, collected)
+            few = self._settings.fisher_trajectories or self._task.trajectories
+            kept = _Kept(theta, collected, collected.batch.fewer(few))
             # Trajectories of another iteration are of another θ.
             self._kept = {at: k for at, k in self._kept.items() if at[0] == iteration}
             self._kept[iteration, chunk] = kept

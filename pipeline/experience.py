@@ -55,6 +55,20 @@ class CollectedBatch(NamedTuple):
     support: PerStep
     query: Experience
 
+    def fewer(self, trajectories: int) -> CollectedBatch:
+        """The same tasks with so many trajectories at most of each step."""
+        support, query = self.support.steps, self.query
+        return CollectedBatch(
+            PerStep([_first(trajectories, of_step) for of_step in support]),
+            _first(trajectories, query),
+        )
+
+
+def _first(count: int, experience: Experience) -> Experience:
+    past = experience.trajectories
+    kept = Trajectories._make(part[:, :count].contiguous() for part in past)
+    return Experience(kept._replace(task=past.task), experience.advantages[:, :count].contiguous())
+
 
 class Collected(NamedTuple):
     """The experience of B tasks before and after every step of adaptation."""

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, jvp, vmap
+from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from pipeline.adaptation import Adaptation
 from pipeline.experience import CollectedBatch
@@ -55,12 +55,17 @@ def fisher_product(
     tangent = _tangent(visits, objective, adaptation, meta, batch, alpha, direction, second_order)
 
     def product(fast: Params, tangent: Params, query: Experience) -> tuple[Params, Params]:
-        def kl(fast: Params, slow: Params) -> Tensor:
-            return objective.kl_at({**slow, **fast}, query)
+        def predict(fast: Params, slow: Params) -> Tensor:
+            return objective.predict({**slow, **fast}, query.trajectories.observations)
 
-        gradients = grad(kl, argnums=(0, 1))
-        moved: tuple[Params, Params] = jvp(gradients, (fast, slow), (tangent, slow_tangent))[1]
-        return moved
+        def kl(prediction: Tensor) -> Tensor:
+            return objective.kl(prediction, query)
+
+        # Where the KL's gradient vanishes, its Hessian is that in predictions between Jacobians.
+        prediction, moved = jvp(predict, (fast, slow), (tangent, slow_tangent))[:2]
+        weighed = jvp(grad(kl), (prediction,), (moved,))[1]
+        back: tuple[Params, Params] = vjp(predict, fast, slow)[1](weighed)
+        return back
 
     # Forward derivatives need memory of their own, which θ spread over tasks has not.
     fast, moving = (

@@ -151,6 +151,12 @@ class Reinforcement(Section):
     )
     max_kl: float = Field(0.01, gt=0, description="trpo: mean KL that the adapted policies move")
     cg_iterations: int = Field(10, ge=1, description="trpo: conjugate gradient iterations")
+    fisher_trajectories: int | None = Field(
+        None,
+        ge=1,
+        description="trpo: of each task and step, that the Fisher matrix is estimated from; null: "
+        "all. Fewer are faster; a step's improvement and KL are judged on all",
+    )
     damping: float = Field(1e-5, ge=0, description="trpo: added to the Fisher matrix's diagonal")
     backtrack: float = Field(0.8, gt=0, lt=1, description="trpo: a refused step is cut by this")
     backtracks: int = Field(15, ge=1, description="trpo: so often at most; then θ stays")

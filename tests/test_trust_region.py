@@ -13,7 +13,16 @@ from torch.autograd.functional import hessian
 
 from pipeline.adaptation import Adaptation
 from pipeline.aggregation import aggregate
-from pipeline.chunk import ChunkComputer, ChunkResult, GradientJob, Job, initial_parameters
+from pipeline.chunk import (
+    ChunkComputer,
+    ChunkResult,
+    FisherJob,
+    GradientJob,
+    Job,
+    flat_vector,
+    initial_parameters,
+    model_of,
+)
 from pipeline.config import Experiment
 from pipeline.experience import CollectedBatch, collect
 from pipeline.learning_curve import trajectory
@@ -98,6 +107,37 @@ def test_fisher_product_is_the_hessian_of_the_kl(
     )
     assert float(explicit.norm()) > 1e-3
     torch.testing.assert_close(small.layout.join(product), explicit @ direction)
+
+
+@pytest.mark.parametrize("count", [1, 5, 50])
+def test_fisher_products_may_be_estimated_from_fewer_trajectories(
+    moving: dict[str, Any], count: int
+) -> None:
+    """Those of a run that collects no more than that, but for the advantages, which are of all."""
+    experiment = experiment_of(moving, reinforcement={"fisher_trajectories": count})
+    computer = ChunkComputer(experiment, compile=False)
+    theta = flat_vector(initial_parameters(experiment))
+    found = computer.run(theta, FisherJob(0, 0, theta)).gradient
+    batch = computer.acted_out(theta, "train", 4, steps=1).batch
+    kept = min(count, 8)
+    fewer = batch.fewer(count)
+    wholes, parts = ((*of.support.steps, of.query) for of in (batch, fewer))
+    for whole, part in zip(wholes, parts, strict=True):
+        torch.testing.assert_close(part.advantages, whole.advantages[:, :kept])
+        torch.testing.assert_close(part.trajectories.mask, whole.trajectories.mask[:, :kept])
+        torch.testing.assert_close(part.trajectories.task, whole.trajectories.task)
+    model = model_of(experiment)
+    meta = initial_parameters(experiment)
+    product = fisher_product(
+        PolicyObjective(model, GAUSSIAN, "lvc"),
+        Adaptation.of(model, steps=1),
+        meta,
+        fewer,
+        torch.tensor(0.1),
+        meta,
+        second_order=True,
+    )
+    np.testing.assert_allclose(found, Layout.of(meta).join(product).numpy(), rtol=1e-4, atol=1e-6)
 
 
 def test_before_the_step_the_kl_is_zero_and_then_it_is_the_one_written_out() -> None:
