@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeline.adaptation import Adaptation
 from pipeline.algorithms import Phase, phase_at, phases, query_weights_at
-from pipeline.compilation import worth_compiling
+from pipeline.compilation import Work, worth_compiling
 from pipeline.components import build_model
 from pipeline.config import Experiment
 from pipeline.control import ControlDomain
@@ -253,15 +253,14 @@ class ChunkComputer:
         job = EvaluationJob("validation", 0, 1, (0,))
         return list(self._run_evaluation(self._initial_theta, job).metrics)
 
-    def run_first_chunk(self) -> None:
-        """Compute one chunk, for those who measure."""
-        self._compute(phase_at(self._experiment, 0), GradientJob(0, 0))
-
-    def worth_compiling(self, calls: int) -> bool:
+    def worth_compiling(self, chunks: int) -> bool:
         """Whether so many chunks repay compilation; decided from the computation alone."""
         self.warm_up()  # what happens only once must not be counted
         function, batch, knobs = self.program(GradientJob(0, 0))
-        return worth_compiling(function, (self._initial_theta, batch, knobs), calls)
+        works = [Work(function, (self._initial_theta, batch, knobs), chunks)]
+        if isinstance(self._domain, ControlDomain):
+            works += self._domain.works(self._layout.split(self._initial_theta), chunks)
+        return worth_compiling(works)
 
     def program(self, job: GradientJob) -> tuple[ChunkFunction, Batch, Knobs]:
         """The function that computes a chunk, and its arguments beside θ: for those who measure."""

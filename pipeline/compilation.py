@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -199,17 +199,28 @@ def operator_calls(function: Callable[..., Any], *arguments: Any) -> int:
     return int(counter.count)
 
 
-def worth_compiling(function: Callable[..., Any], arguments: tuple[Any, ...], calls: int) -> bool:
-    """Whether `calls` calls of this eager function repay its compilation.
+class Work(NamedTuple):
+    """What a run calls again and again."""
 
-    Runs it twice and counts operators and arithmetic, so that the answer is the same everywhere.
-    For that, `calls` must come from the configuration (iterations x chunks), not from what is left.
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    calls: int
+    """From the configuration (iterations x chunks), not what is left of them."""
+
+
+def worth_compiling(works: Sequence[Work]) -> bool:
+    """Whether the calls of these eager functions repay the compilation of all of them.
+
+    Runs each twice and counts operators and arithmetic, so that the answer is the same everywhere.
     """
-    # What the first call finds out by trying must not be tried under a counter: it would crash.
-    function(*arguments)
-    with FlopCounterMode(display=False) as flops:
-        count = operator_calls(function, *arguments)
-    arithmetic: int = flops.get_total_flops()
-    eager = count * _SECONDS_PER_CALL + arithmetic / _FLOPS_PER_SECOND
-    compilation = _COMPILE_SECONDS + count * _COMPILE_SECONDS_PER_CALL
-    return calls * eager * _SAVING > compilation
+    saved = spent = 0.0
+    for function, arguments, calls in works:
+        # What the first call finds out by trying must not be tried under a counter: it would crash.
+        function(*arguments)
+        with FlopCounterMode(display=False) as flops:
+            count = operator_calls(function, *arguments)
+        arithmetic: int = flops.get_total_flops()
+        eager = count * _SECONDS_PER_CALL + arithmetic / _FLOPS_PER_SECOND
+        saved += calls * eager * _SAVING
+        spent += _COMPILE_SECONDS + count * _COMPILE_SECONDS_PER_CALL
+    return saved > spent

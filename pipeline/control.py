@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adaptation import Adaptation
-from pipeline.compilation import Compiler
+from pipeline.compilation import Compiler, Work
 from pipeline.config import Experiment
 from pipeline.domain import EVALUATION_SEED, Indices, Judged, Taken, Variants
 from pipeline.experience import Collected, CollectedBatch, collect, expert_returns
@@ -92,6 +92,13 @@ class ControlDomain:
         if self._compile and self._settings.update == "trpo":
             for chunk in {0, self._cut.num_chunks - 1}:
                 self.fisher(theta, 0, chunk, theta)
+
+    def works(self, theta: Params, chunks: int) -> list[Work]:
+        """What so many chunks call, beside the meta-gradient, of what is compiled."""
+        if self._settings.update != "trpo":
+            return []
+        arguments = (theta, self._chunk(theta, 0, 0).for_fisher, theta)
+        return [Work(self._fisher, arguments, chunks * self._settings.cg_iterations)]
 
     def take(self, theta: Params, iteration: int, chunk: int) -> Taken:
         collected = self._chunk(theta, iteration, chunk).collected

@@ -13,8 +13,16 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.chunk import ChunkComputer
+from pipeline.chunk import (
+    ChunkComputer,
+    FlatVector,
+    GradientJob,
+    Job,
+    flat_vector,
+    initial_parameters,
+)
 from pipeline.config import Experiment
+from pipeline.policy_update import usual_questions
 from pipeline.ray_cluster import cluster_address, connect, worker_bundle
 from pipeline.workers import threads_per_chunk
 
@@ -58,9 +66,12 @@ def decide_workers(experiment: Experiment) -> Placement:
     workers = min(chunks, fitting)
     if workers < 2:
         return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
-    here = chunks * _chunk_seconds(computer, threads_per_chunk(experiment, 0))
-    chunk = _chunk_seconds(computer, threads_per_chunk(experiment, workers))
-    actors = -(-chunks // workers) * chunk + _ROUND_TRIP_SECONDS
+    alone, actor = (
+        _iteration_seconds(computer, experiment, threads_per_chunk(experiment, size))
+        for size in (0, workers)
+    )
+    here = chunks * alone.per_chunk
+    actors = -(-chunks // workers) * actor.per_chunk + actor.rounds * _ROUND_TRIP_SECONDS
     saved = (here - actors) * experiment.outer.iterations
     measured = (
         f"an uncompiled iteration takes about {1e3 * here:.1f} ms in process, "
@@ -78,18 +89,37 @@ def on_driver(experiment: Experiment) -> Experiment:
     return experiment.changed(compute={"device": "cpu"})
 
 
-def _chunk_seconds(computer: ChunkComputer, threads: int) -> float:
+class _Measured(NamedTuple):
+    """An iteration's work on one chunk."""
+
+    per_chunk: float
+    """Seconds."""
+    rounds: int
+    """How often the driver asks."""
+
+
+def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads: int) -> _Measured:
+    theta = flat_vector(initial_parameters(experiment))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        times = []
-        for _ in range(4):  # the first one warms up
-            started = time.perf_counter()
-            computer.run_first_chunk()
-            times.append(time.perf_counter() - started)
-        return min(times)
+        found = []
+        for iteration in range(4):  # the first one warms up
+            # Each of other tasks: what is asked again is answered from what was kept.
+            asked: list[tuple[Job, int]] = [(GradientJob(iteration, 0), 1)]
+            if experiment.reinforcement is not None:
+                asked += usual_questions(experiment.reinforcement, iteration, theta)
+            seconds = sum(count * _seconds(computer, theta, job) for job, count in asked)
+            found.append(_Measured(seconds, sum(count for _, count in asked)))
+        return min(found)
     finally:
         torch.set_num_threads(before)
+
+
+def _seconds(computer: ChunkComputer, theta: FlatVector, job: Job) -> float:
+    started = time.perf_counter()
+    computer.run(theta, job)
+    return time.perf_counter() - started
 
 
 def room_for_workers(experiment: Experiment) -> int:

@@ -83,6 +83,20 @@ class Questions(NamedTuple):
         return self.ask(jobs)
 
 
+def usual_questions(
+    settings: Reinforcement, iteration: int, theta: FlatVector
+) -> list[tuple[Job, int]]:
+    """What `policy_update` asks of a chunk and how often, for those who measure; a line search
+    that is content with its first step."""
+    judged = CandidateJob(iteration, 0, theta)
+    if settings.update == "trpo":
+        return [(FisherJob(iteration, 0, theta), settings.cg_iterations), (judged, 1)]
+    if settings.update == "promp":
+        moved = CandidateJob(iteration, 0, theta, settings.inner_kl)
+        return [(moved, settings.outer_steps - 1), (judged, 1)]
+    return []
+
+
 def policy_update(
     settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:

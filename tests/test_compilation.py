@@ -13,7 +13,7 @@ import torch
 from pipeline import compilation
 from pipeline.adaptation import Adaptation
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
-from pipeline.compilation import Compiler, worth_compiling
+from pipeline.compilation import Compiler, Work, worth_compiling
 from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import mlp
@@ -119,9 +119,12 @@ def test_whether_compilation_pays_is_a_matter_of_calls(setup):
     _, _, theta, batch = setup
     chunk = second_order(setup, 1)
     arguments = (theta, batch, Knobs(torch.tensor(0.1)))
-    answers = [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]
+    answers = [worth_compiling([Work(chunk, arguments, calls)]) for calls in (1, 10, 1_000_000)]
     assert answers == [False, False, True]
-    assert answers == [worth_compiling(chunk, arguments, calls) for calls in (1, 10, 1_000_000)]
+    assert answers == [
+        worth_compiling([Work(chunk, arguments, calls)]) for calls in (1, 10, 1_000_000)
+    ]
+    assert worth_compiling([Work(chunk, arguments, 1), Work(chunk, arguments, 1_000_000)])
 
 
 def test_runs_of_a_process_share_programs(quick: dict[str, Any], programs) -> None:

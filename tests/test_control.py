@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from pipeline import chunk, control, experience
 from pipeline.chunk import (
     CandidateJob,
     ChunkComputer,
@@ -23,8 +25,10 @@ from pipeline.chunk import (
     initial_parameters,
 )
 from pipeline.comparison import compare_runs
+from pipeline.compilation import Work, worth_compiling
 from pipeline.evaluation import evaluate_run, parameters_of
 from pipeline.experiments import ConfigError, from_dict, load, load_run
+from pipeline.placement import decide_compile, decide_workers
 from pipeline.policy_gradient import Estimator
 from pipeline.report import write_video
 from pipeline.search_trial import criterion
@@ -84,6 +88,52 @@ def test_who_has_not_collected_a_chunk_answers_the_same(moving: dict[str, Any]) 
         if one.gradient is not None:
             assert other.gradient is not None
             np.testing.assert_array_equal(one.gradient, other.gradient)
+
+
+@pytest.mark.parametrize(
+    ("update", "asked"),
+    [("trpo", {FisherJob, CandidateJob}), ("promp", {CandidateJob}), ("gradient", set())],
+)
+def test_workers_are_decided_on_by_all_that_an_iteration_does(
+    moving: dict[str, Any], monkeypatch: pytest.MonkeyPatch, update: str, asked: set[type]
+) -> None:
+    """Four iterations are timed as they would be in process, and four as on an actor."""
+    collections, jobs = [], []
+
+    def collect(*arguments: Any) -> Any:
+        collections.append(arguments)
+        return experience.collect(*arguments)
+
+    def run(self: ChunkComputer, theta: Any, job: Any) -> Any:
+        jobs.append(job)
+        return compute(self, theta, job)
+
+    compute = ChunkComputer.run
+    monkeypatch.setattr(control, "collect", collect)
+    monkeypatch.setattr(ChunkComputer, "run", run)
+    settings = {**moving, "cluster": {"workers": "auto", "cpus_per_worker": 0.25}}
+    placement = decide_workers(experiment_of(settings, reinforcement={"update": update}))
+    assert "an uncompiled iteration takes" in placement.reason
+    assert len(collections) == 8
+    assert {type(job) for job in jobs} == {GradientJob, *asked}
+
+
+def test_compilation_is_decided_on_fisher_products_too(
+    moving: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two chunks in four iterations, each with ten products."""
+    calls = []
+
+    def decide(works: Sequence[Work]) -> bool:
+        calls.append([work.calls for work in works])
+        return worth_compiling(works)
+
+    monkeypatch.setattr(chunk, "worth_compiling", decide)
+    for update in ("trpo", "gradient"):
+        assert not decide_compile(
+            experiment_of(moving, reinforcement={"update": update}, compute={"compile": "auto"})
+        )
+    assert calls == [[8, 80], [8]]
 
 
 @pytest.mark.parametrize("estimator", get_args(Estimator))
