@@ -222,6 +222,29 @@ def hurried() -> Any:
     return gymnasium.wrappers.TimeLimit(PointMass(), max_episode_steps=5)
 
 
+class Closing(PointMass):
+    """Cannot be used once it is closed."""
+
+    closed = False
+
+    def reset(self, **settings: Any) -> Any:
+        assert not self.closed
+        return super().reset(**settings)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_what_was_given_back_can_be_acted_in_again() -> None:
+    task = task_of("gymnasium", **{**MINE, "make": "tests.test_mujoco:Closing"}, horizon=3)
+    first = acted(task, [0, 1])
+    keys = task_keys(0, "train", [0])
+    environment = task.environment(torch.from_numpy(task.parameters(keys)), keys, 1, LIKE)
+    environment.close()
+    environment._vector.close()  # as gymnasium 1.1 does when it is forgotten
+    assert torch.equal(acted(task, [0, 1]).rewards, first.rewards)
+
+
 def test_the_readme_shows_the_example() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     shown = readme.partition("# point_mass.py\n")[2].partition("```")[0]

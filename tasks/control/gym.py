@@ -80,9 +80,13 @@ class Gymnasium(MDPs):
         for one, values in zip(taken, numbers.tolist(), strict=True):
             _set_task(one, dict(zip(self.ranges, values, strict=True)))
         vector = SyncVectorEnv([lambda one=one: one for one in taken])  # type: ignore[misc]
-        return Vectorised(
-            vector, keys, trajectories, self.horizon, like, lambda: _give_back(self.make, taken)
-        )
+
+        def give_back() -> None:
+            # In gymnasium 1.1, a vector that is forgotten closes what it was made of.
+            vector.closed = True
+            _give_back(self.make, taken)
+
+        return Vectorised(vector, keys, trajectories, self.horizon, like, give_back)
 
     def protocol(self) -> dict[str, Any]:
         return {**super().protocol(), "make": self.make, "ranges": self.ranges}
