@@ -35,7 +35,11 @@ def evaluate(
     checkpoint: Checkpoint = "final",
     video: Annotated[
         Path | None,
-        typer.Option(help="folder for animations of a policy that acts", show_default=False),
+        typer.Option(
+            file_okay=False,
+            help="folder for pictures of a policy that acts in a few of the tasks",
+            show_default=False,
+        ),
     ] = None,
     as_json: Json = False,
     overrides: Settings = None,
@@ -44,9 +48,12 @@ def evaluate(
     from pipeline.console import curves_table, err, out
     from pipeline.evaluation import evaluate_run, parameters_of
     from pipeline.experiments import load_run
-    from pipeline.report import write_video
+    from pipeline.report import check_video, write_video
 
     loaded = load_run(run_dir, overrides or [])
+    if video is not None:
+        check_video(loaded)
+    wanted = _parsed_steps(steps)
     if not as_json:
         err.print(f"meta-test of {run_dir} ...", markup=False, soft_wrap=True)
     curves = evaluate_run(
@@ -54,7 +61,7 @@ def evaluate(
         run_dir,
         split=split,
         num_tasks=tasks,
-        steps=_parsed_steps(steps),
+        steps=wanted,
         checkpoint=checkpoint,
     )
     if as_json:
@@ -62,7 +69,8 @@ def evaluate(
     else:
         out.print(curves_table(loaded.build_task(), curves))
     if video is not None:
-        for path in write_video(loaded, parameters_of(loaded, run_dir, checkpoint), video):
+        theta = parameters_of(loaded, run_dir, checkpoint)
+        for path in write_video(loaded, theta, video, split=split, num_tasks=tasks, steps=wanted):
             err.print(f"video        {path}", markup=False, soft_wrap=True)
 
 

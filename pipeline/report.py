@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.func import vmap
 
@@ -15,7 +16,7 @@ from pipeline.algorithms import name_of
 from pipeline.chunk import ChunkComputer, adaptation_of, flat_vector, model_of
 from pipeline.comparison import PairedComparison
 from pipeline.config import Experiment
-from pipeline.control_plots import Paths, animate_paths, plot_paths
+from pipeline.control_plots import Courses, Paths, animate_paths, plot_courses, plot_paths
 from pipeline.domain import EVALUATION_SEED
 from pipeline.evaluation import TRAINED, Curve, as_series, cell, metric_label
 from pipeline.figures import after_steps
@@ -26,11 +27,11 @@ from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
 from pipeline.placement import on_driver
 from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
-from tasks.control.mdp import MDPs
+from tasks.control.mdp import MDPs, Trajectories
 from tasks.sinusoid import Sinusoid
 
 _NUM_FITS = 4
-_NUM_GOALS, _SHOWN_TRAJECTORIES = 3, 5
+_NUM_TASKS, _MOST_TASKS, _SHOWN_TRAJECTORIES = 3, 5, 5  # that act in a figure
 
 
 def write_plots(
@@ -64,7 +65,8 @@ def write_plots(
     plain = inner.rates == "fixed" and inner.optimizer == "sgd"
     written += plot_health(read_diagnoses(run_dir), folder, inner.lr if plain else None)
     if isinstance(task, MDPs):
-        written += _draw_paths(experiment, task, theta, folder)
+        acted = _acted(experiment, theta, "test", _NUM_TASKS, experiment.report_steps)
+        written.append(_draw_acting(experiment, task, acted, "test", folder))
     if isinstance(task, Sinusoid):
         path = folder / "fits.png"
         steps = (0, 1, experiment.report_steps[-1])
@@ -189,56 +191,101 @@ def sinusoid_fits(
     ]
 
 
-def _draw_paths(experiment: Experiment, task: MDPs, theta: Params, folder: Path) -> list[Path]:
-    paths = acted_paths(experiment, task, theta, _NUM_GOALS)
-    if not paths:
-        return []
-    path = folder / "trajectories.png"
-    title = f"{experiment.name}: acting in new tasks"
-    plot_paths(
-        path, paths, title, f"stars: goals of test tasks; {_SHOWN_TRAJECTORIES} trajectories each"
-    )
-    return [path]
+def check_video(experiment: Experiment) -> None:
+    """Raises ValueError where there will be nothing to see."""
+    if experiment.reinforcement is None:
+        raise ValueError(
+            f"--video: shows a policy that acts, and {experiment.task.kind} tasks are supervised; "
+            "leave it out"
+        )
 
 
 def write_video(
-    experiment: Experiment, theta: Params, folder: Path, num_tasks: int = 3
+    experiment: Experiment,
+    theta: Params,
+    folder: Path,
+    *,
+    split: str = "test",
+    num_tasks: int | None = None,
+    steps: tuple[int, ...] | None = None,
 ) -> list[Path]:
-    """Animations of the policy in the first test tasks, and all of them in one figure.
-
-    Raises ValueError where there is nothing to see.
-    """
+    """What the policy does in the first tasks of a split, a handful at most: all in one figure, and
+    an animation of each task on a plane."""
     task = experiment.build_task()
-    paths = acted_paths(experiment, task, theta, num_tasks) if isinstance(task, MDPs) else []
-    if not paths:
-        raise ValueError(f"--video: {experiment.task.kind} tasks have no plane to draw")
+    assert isinstance(task, MDPs)
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / "trajectories.png"]
-    plot_paths(written[0], paths, f"{experiment.name}: acting in new tasks")
-    for number, one in enumerate(paths):
+    count = min(num_tasks or _NUM_TASKS, _MOST_TASKS)
+    acted = _acted(experiment, theta, split, count, steps or experiment.report_steps)
+    written = [_draw_acting(experiment, task, acted, split, folder)]
+    for number, paths in enumerate(_paths(task, acted)):
         written.append(folder / f"task-{number}.gif")
-        animate_paths(written[-1], one, f"{experiment.name}, test task {number}")
+        animate_paths(written[-1], paths, f"{experiment.name}, {split} task {number}")
     return written
 
 
-def acted_paths(experiment: Experiment, task: MDPs, theta: Params, num_tasks: int) -> list[Paths]:
-    """Where the policy goes in the first test tasks; nothing where the tasks have no plane."""
+_ByStep = dict[int, Trajectories]
+"""A few trajectories of a task, by gradient steps taken before."""
+
+
+def _acted(
+    experiment: Experiment, theta: Params, split: str, num_tasks: int, steps: tuple[int, ...]
+) -> list[_ByStep]:
+    """What the policy does in the first tasks of a split."""
     computer = ChunkComputer(on_driver(experiment), compile=False)
-    collected = computer.acted_out(
-        flat_vector(theta), "test", num_tasks, experiment.report_steps[-1]
-    )
+    collected = computer.acted_out(flat_vector(theta), split, num_tasks, steps[-1])
+
+    def few(past: Trajectories, i: int) -> Trajectories:
+        first = Trajectories._make(part[i, :_SHOWN_TRAJECTORIES] for part in past)
+        return first._replace(task=past.task[i])
+
+    return [
+        {step: few(collected.steps[step].trajectories, i) for step in steps}
+        for i in range(num_tasks)
+    ]
+
+
+def _draw_acting(
+    experiment: Experiment, task: MDPs, acted: Sequence[_ByStep], split: str, folder: Path
+) -> Path:
+    """Where the policy goes or, where there is no plane, how it fares over time."""
+    path = folder / "trajectories.png"
+    title = f"{experiment.name}: acting in {'tasks' if split == 'train' else 'new tasks'}"
+    shown = f"{_SHOWN_TRAJECTORIES} trajectories each, to their ends"
+    if paths := _paths(task, acted):
+        plot_paths(path, paths, title, f"stars: goals of {split} tasks; {shown}")
+    else:
+        plot_courses(path, _courses(task, acted), task.over_time, title, f"{split} tasks; {shown}")
+    return path
+
+
+def _paths(task: MDPs, acted: Sequence[_ByStep]) -> list[Paths]:
+    """Nothing where the tasks have no plane."""
     found = []
-    for i in range(num_tasks):
-        by_step = {}
-        for step in experiment.report_steps:
-            past = collected.steps[step].trajectories
-            at = task.positions(past.observations[i, :_SHOWN_TRAJECTORIES])
-            if at is None:
+    for by_step in acted:
+        paths = {}
+        for step, past in by_step.items():
+            positions = task.positions(past)
+            if positions is None:
                 return []
-            lengths = past.lengths[i].long()
-            by_step[step] = [xy[: lengths[n]].cpu().numpy() for n, xy in enumerate(at)]
-        found.append(Paths(collected.steps[0].trajectories.task[i, :2].cpu().numpy(), by_step))
+            paths[step] = _cut(positions, past.lengths + 1)
+        found.append(Paths(past.task[:2].cpu().numpy(), paths))
     return found
+
+
+def _courses(task: MDPs, acted: Sequence[_ByStep]) -> list[Courses]:
+    return [
+        Courses(
+            task.describe(next(iter(by_step.values())).task.tolist()),
+            {step: _cut(task.course(past), past.lengths) for step, past in by_step.items()},
+        )
+        for by_step in acted
+    ]
+
+
+def _cut(values: torch.Tensor, lengths: torch.Tensor) -> list[npt.NDArray[Any]]:
+    """Each trajectory's values up to its end."""
+    pairs = zip(values.cpu().numpy(), lengths.long().tolist(), strict=True)
+    return [row[:length] for row, length in pairs]
 
 
 def _legible(curves: Sequence[Curve]) -> list[Curve]:

@@ -13,7 +13,9 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
+from typer.testing import CliRunner
 
 from pipeline import chunk, control, experience
 from pipeline.chunk import (
@@ -24,13 +26,13 @@ from pipeline.chunk import (
     flat_vector,
     initial_parameters,
 )
+from pipeline.cli import app
 from pipeline.comparison import compare_runs
 from pipeline.compilation import Work, worth_compiling
-from pipeline.evaluation import evaluate_run, parameters_of
+from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, from_dict, load, load_run
 from pipeline.placement import decide_compile, decide_workers
 from pipeline.policy_gradient import Estimator
-from pipeline.report import write_video
 from pipeline.search_trial import criterion
 from pipeline.session import Diverged, Interrupted
 from pipeline.training import train
@@ -284,12 +286,32 @@ def test_runs_are_compared_and_searched_by_their_returns(
     assert (chosen.metric, chosen.mode) == ("return", "max")
 
 
-def test_a_policy_can_be_watched(moving: dict[str, Any], tmp_path: Path) -> None:
-    experiment = experiment_of(moving)
-    train(experiment, tmp_path / "run")
-    assert (tmp_path / "run" / "plots" / "trajectories.png").stat().st_size > 1000
-    theta = parameters_of(experiment, tmp_path / "run")
-    written = write_video(experiment, theta, tmp_path / "video", num_tasks=1)
-    assert [path.suffix for path in written] == [".png", ".gif"]
-    with Image.open(written[1]) as film:
+def test_a_policy_can_be_watched(
+    moving: dict[str, Any], tmp_path: Path, drawn: list[Figure]
+) -> None:
+    """In the tasks and after the steps that are evaluated."""
+    run, folder = tmp_path / "run", tmp_path / "video"
+    train(experiment_of(moving), run)
+    assert (run / "plots" / "trajectories.png").stat().st_size > 1000
+    drawn.clear()
+    asked = ["--video", str(folder), "--split", "validation", "--tasks", "2", "--steps", "0,2"]
+    done = CliRunner().invoke(app, ["evaluate", str(run), *asked])
+    assert done.exit_code == 0, done.output
+    assert {path.name for path in folder.iterdir()} == {
+        *("trajectories.png", "task-0.gif", "task-1.gif")
+    }
+    still = drawn[0]
+    assert [axes.get_title() for axes in still.axes[:2]] == ["before adaptation", "after 2 steps"]
+    assert len(still.axes) == 4
+    assert "goals of validation tasks" in still.texts[-1].get_text()
+    with Image.open(folder / "task-1.gif") as film:
         assert getattr(film, "n_frames", 1) > 5
+
+
+def test_supervised_runs_are_not_watched(quick: dict[str, Any], tmp_path: Path) -> None:
+    """Before anything is done: this run has not even parameters."""
+    (tmp_path / "config.yaml").write_text(experiment_of(quick).to_yaml())
+    video = ["--video", str(tmp_path / "video")]
+    refused = CliRunner().invoke(app, ["evaluate", str(tmp_path), *video])
+    assert refused.exit_code == 2
+    assert "--video: shows a policy that acts, and sinusoid tasks are supervised" in refused.stderr

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.chunk import ChunkComputer, flat_vector, initial_parameters
 from pipeline.components import build_task, kinds
 from pipeline.evaluation import check_tasks
 from pipeline.experience import rollout
 from pipeline.experiments import ConfigError, from_dict, load
 from pipeline.policies import distribution_of
+from pipeline.report import write_video
 from pipeline.training import train
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.random import task_keys
@@ -171,10 +173,33 @@ def small(quick: dict[str, Any], task: dict[str, Any], iterations: int) -> dict[
     }
 
 
-def test_a_cheetah_trains(quick: dict[str, Any], tmp_path: Path) -> None:
+def test_a_cheetah_trains(quick: dict[str, Any], tmp_path: Path, drawn: list[Any]) -> None:
     task = {"kind": "cheetah-direction", "trajectories": 4, "horizon": 10}
     trained = train(experiment_of(small(quick, task, 2)), tmp_path / "run")[0]
     assert np.isfinite(trained.mean["return"]).all()
+    assert (tmp_path / "run" / "plots" / "trajectories.png").exists()
+    panels = drawn[-1].axes
+    assert {axes.get_title() for axes in panels} <= {"forwards", "backwards"}
+    assert panels[0].get_ylabel() == "forward position"
+    assert len(panels[0].lines[0].get_ydata()) == 10
+
+
+def test_what_has_no_plane_is_drawn_by_its_returns(
+    quick: dict[str, Any], tmp_path: Path, drawn: list[Any]
+) -> None:
+    experiment = experiment_of(small(quick, {**POINT_MASS, "trajectories": 3, "horizon": 6}, 1))
+    theta = initial_parameters(experiment)
+    (written,) = write_video(experiment, theta, tmp_path / "video", num_tasks=2, steps=(0, 2))
+    assert written.name == "trajectories.png"
+    past = ChunkComputer(experiment, compile=False).acted_out(flat_vector(theta), "test", 2, 2)
+    (first, second), task = drawn[0].axes, past.steps[0].trajectories.task
+    assert first.get_ylabel() == "return so far"
+    assert second.get_title() == f"goal {float(task[1, 0]):.2g}"
+    whole = [line.get_ydata() for line in second.lines if len(line.get_ydata()) == 6]
+    assert len(whole) == 2 * 3
+    returns = [float(course[-1]) for course in whole]
+    expected = [past.steps[step].trajectories.returns[1] for step in (0, 2)]
+    assert returns == pytest.approx(torch.cat(expected).tolist(), rel=1e-5)
 
 
 def test_without_mujoco_it_is_said_before_anything_starts(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.experience import expert_returns, rollout
 from pipeline.policies import GAUSSIAN
+from tasks.control.mdp import Trajectories
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
 
@@ -88,3 +89,17 @@ def test_the_expert_gets_to_the_goal_as_fast_as_can_be() -> None:
             for t in range(100)
         ]
         assert float(value) == pytest.approx(-sum(left), abs=1e-9)
+
+
+def test_positions_lead_from_the_start_to_the_last_step() -> None:
+    task = Navigation(trajectories=3, horizon=4)
+    keys = task_keys(0, "test", [0])
+    environment = task.environment(torch.zeros(1, 2), keys, 3, torch.zeros(()))
+    seen, actions = [environment.reset(0)], []
+    for step in range(4):
+        actions.append(torch.linspace(-2 + step, 0.5, 6).reshape(1, 3, 2))  # some are clipped
+        seen.append(environment.step(actions[-1]).observation)
+    observations, acted = torch.stack(seen[:-1], 2)[0], torch.stack(actions, 2)[0]
+    unused = torch.zeros(3, 4)
+    past = Trajectories(observations, acted, acted, unused, unused, unused, torch.zeros(2))
+    assert torch.equal(task.positions(past), torch.stack(seen, 2)[0])

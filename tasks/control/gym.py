@@ -7,7 +7,7 @@ What is needed: something that makes environments, by its path, and in them a me
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,10 @@ class Gymnasium(MDPs):
             uniform(keys, stream, 1, *bounds) for stream, bounds in enumerate(self.ranges.values())
         ]
         return np.concatenate(drawn, axis=1)
+
+    def describe(self, parameters: Sequence[float]) -> str:
+        values = zip(self.ranges, parameters, strict=True)
+        return ", ".join(f"{name} {value:.2g}" for name, value in values)
 
     def environment(
         self, parameters: Tensor, keys: UInt64, trajectories: int, like: Tensor

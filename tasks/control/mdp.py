@@ -12,6 +12,7 @@ P numbers that make a task.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -104,12 +105,25 @@ class MDPs(TaskDistribution, ABC):
         are to be on the device and in the precision of `like`.
         """
 
-    def positions(self, observations: Tensor) -> Tensor | None:
-        """Where on a plane these observations were made, [..., 2]; None where there is no plane.
+    def positions(self, past: Trajectories) -> Tensor | None:
+        """Where on a plane a task's trajectories lead, [n, H + 1, 2]: where each time step began,
+        and where the last one ended. None where there is no plane.
 
-        The first two parameters of such tasks are the goal.
+        The first two parameters of tasks on a plane are the goal.
         """
         return None
+
+    over_time: ClassVar[str] = "return so far"
+    """What `course` is, for an axis."""
+
+    def course(self, past: Trajectories) -> Tensor:
+        """How a task's trajectories went, as a number by time step, [n, H]: what is drawn of tasks
+        without a plane."""
+        return past.rewards.cumsum(-1)
+
+    def describe(self, parameters: Sequence[float]) -> str:
+        """The task that these numbers make, in a few words."""
+        return f"task {', '.join(f'{number:.2g}' for number in parameters)}"
 
     def check_sizes(self) -> None:
         """For `__post_init__`: raises ValueError naming the setting."""

@@ -18,6 +18,7 @@ is held as long as there: 0.01 s (cheetah), 0.02 s (ant); in gymnasium it is 0.0
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, ClassVar, Literal
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from tasks.base import ascending, at_least
 from tasks.control.gym import Vectorised
-from tasks.control.mdp import MDPs
+from tasks.control.mdp import MDPs, Trajectories
 from tasks.random import UInt64, integers, uniform
 
 _GOAL = 0  # random stream
@@ -46,6 +47,7 @@ class Locomotion(MDPs):
     frame_skip: int = 1
 
     robot: ClassVar[Literal["cheetah", "ant"]]
+    over_time = "forward position"
 
     def __post_init__(self) -> None:
         self.check_sizes()
@@ -74,6 +76,9 @@ class Locomotion(MDPs):
         )
         return Vectorised(running, keys, trajectories, self.horizon, like, running.close)
 
+    def course(self, past: Trajectories) -> Tensor:
+        return past.observations[..., 0]
+
     def protocol(self) -> dict[str, Any]:
         steps = {"time_step": self.time_step, "frame_skip": self.frame_skip}
         return {**super().protocol(), **steps}
@@ -86,6 +91,9 @@ class Direction(Locomotion):
     def parameters(self, keys: UInt64) -> Numbers:
         """1 or -1, [B, 1]."""
         return np.where(integers(keys, _GOAL, 1, 2) == 1, 1.0, -1.0)
+
+    def describe(self, parameters: Sequence[float]) -> str:
+        return "forwards" if parameters[0] > 0 else "backwards"
 
     @staticmethod
     def gain(velocity: Numbers, goal: Numbers) -> Numbers:
@@ -105,6 +113,9 @@ class Velocity(Locomotion):
     def parameters(self, keys: UInt64) -> Numbers:
         """The velocities, [B, 1]."""
         return uniform(keys, _GOAL, 1, *self.velocity_range)
+
+    def describe(self, parameters: Sequence[float]) -> str:
+        return f"at velocity {parameters[0]:.2g}"
 
     @staticmethod
     def gain(velocity: Numbers, goal: Numbers) -> Numbers:

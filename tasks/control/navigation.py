@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tasks.base import at_least
-from tasks.control.mdp import MDPs, Step
+from tasks.control.mdp import MDPs, Step, Trajectories
 from tasks.random import UInt64, uniform
 
 _GOAL = 0  # random stream
@@ -49,11 +49,16 @@ class Navigation(MDPs):
     ) -> Plane:
         return Plane(parameters.to(like), trajectories)
 
-    def positions(self, observations: Tensor) -> Tensor:
-        return observations
+    def positions(self, past: Trajectories) -> Tensor:
+        reached = _moved(past.observations, past.actions)
+        return torch.cat([past.observations[..., :1, :], reached], -2)
 
     def protocol(self) -> dict[str, Any]:
         return {**super().protocol(), "goal_range": self.goal_range}
+
+
+def _moved(position: Tensor, action: Tensor) -> Tensor:
+    return position + _FASTEST * action.clamp(-1, 1)
 
 
 class Plane:
@@ -68,7 +73,7 @@ class Plane:
         return self._position
 
     def step(self, action: Tensor) -> Step:
-        self._position = self._position + _FASTEST * action.clamp(-1, 1)
+        self._position = _moved(self._position, action)
         left = self._position - self._goals
         ended = (left.abs() < _NEAR).all(-1)
         return Step(self._position, -torch.linalg.vector_norm(left, dim=-1), ended)
