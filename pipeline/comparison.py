@@ -117,9 +117,11 @@ def compare_runs(
 
 
 def recipes(found: Sequence[PairedComparison]) -> dict[str, list[str]]:
-    """How the runs were trained and adapt to the test tasks, where they differ: one value a run."""
+    """How the runs were trained and adapt to the test tasks, where they differ: one value a run,
+    a dash for a run that has none."""
     protocols = [curve.protocol for curve in found[0].curves]
-    values = {key: [str(p.get(key)) for p in protocols] for key in protocols[0]}
+    keys = dict.fromkeys(key for protocol in protocols for key in protocol)
+    values = {key: [str(p.get(key, "–")) for p in protocols] for key in keys}
     return {key.replace("_", " "): each for key, each in values.items() if len(set(each)) > 1}
 
 

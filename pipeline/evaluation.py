@@ -54,7 +54,7 @@ class Curve:
     """Name of the changed task settings (`evaluation.variants`), or ''."""
     steps: tuple[int, ...]
     mean: dict[str, list[float]]
-    """By metric, one value per step; 'loss' is always there."""
+    """By metric, one value per step; the tasks' `primary_metric` is always there."""
     ci95: dict[str, list[float]]
     """Half the width of the confidence interval, like `mean`."""
     protocol: dict[str, Any]
@@ -261,20 +261,28 @@ def _has_oracle(task: TaskDistribution, split: str) -> bool:
 
 def protocol(experiment: Experiment, exam: Exam) -> dict[str, Any]:
     """What a reader must know to compare a number with another."""
+    inner, acting = experiment.inner, experiment.reinforcement
+    special: dict[str, Any] = {}
+    if inner.later_lr_factor != 1:
+        special["inner_later_lr_factor"] = inner.later_lr_factor
+    if acting is not None:
+        of_acting = ("estimator", "discount", "gae_lambda", "update")
+        special |= {name: getattr(acting, name) for name in of_acting}
     return {
         **experiment.build_task(**exam.changes(experiment)).protocol(),
         "task_kind": experiment.task.kind,
         "split": exam.split,
         "tasks": exam.num_tasks,
         "algorithm": name_of(experiment),
-        "inner_lr": experiment.inner.lr
-        if experiment.inner.rates == "fixed"
-        else f"learned {experiment.inner.rates}, from {experiment.inner.lr}",
-        "inner_optimizer": experiment.inner.optimizer,
-        "inner_batch_size": experiment.inner.batch_size,
-        "adapted": list(experiment.inner.adapted),
-        "not_adapted": list(experiment.inner.not_adapted),
-        "inner_steps_trained": experiment.inner.steps,
+        "inner_lr": inner.lr
+        if inner.rates == "fixed"
+        else f"learned {inner.rates}, from {inner.lr}",
+        "inner_optimizer": inner.optimizer,
+        "inner_batch_size": inner.batch_size,
+        "adapted": list(inner.adapted),
+        "not_adapted": list(inner.not_adapted),
+        "inner_steps_trained": inner.steps,
+        **special,
         "normalisation": _NORMALISATION.get(
             experiment.model.settings.get("normalisation", ""), "as the model does"
         ),

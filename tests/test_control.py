@@ -27,7 +27,7 @@ from pipeline.chunk import (
     initial_parameters,
 )
 from pipeline.cli import app
-from pipeline.comparison import compare_runs
+from pipeline.comparison import compare_runs, recipes
 from pipeline.compilation import Work, worth_compiling
 from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, from_dict, load, load_run
@@ -271,9 +271,16 @@ def test_runs_are_compared_and_searched_by_their_returns(
 ) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     train(experiment_of(moving), one)
-    train(experiment_of(moving, inner={"steps": 0}), other)
+    different = {"inner": {"steps": 0, "later_lr_factor": 0.5}}
+    train(experiment_of(moving, **different, reinforcement={"discount": 0.9}), other)
     (found,) = compare_runs([one, other], steps=(0, 1))
     assert found.metric == "return"
+    assert recipes([found]) == {
+        "inner steps trained": ["1", "0"],
+        "inner later lr factor": ["–", "0.5"],
+        "discount": ["0.99", "0.9"],
+    }
+    assert found.curves[0].protocol["estimator"] == "lvc"
     (difference,) = found.differences
     means = [curve.mean["return"] for curve in found.curves]
     assert difference.mean == pytest.approx([b - a for a, b in zip(*means, strict=True)])
