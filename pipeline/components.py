@@ -41,6 +41,8 @@ _KINDS = {
         "categorical-policy": "pipeline.policies:categorical_policy",
     },
 }
+POLICIES = {"continuous": "gaussian-policy", "discrete": "categorical-policy"}
+"""Models of tasks to act in, by their actions."""
 # Parameters that the pipeline fills in, so that they are no settings.
 _SUPPLIED = {"self", "data_root", "input_shape", "output_size"}
 

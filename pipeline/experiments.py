@@ -19,6 +19,7 @@ from pydantic import ValidationError
 
 from pipeline.algorithms import choose, expand
 from pipeline.components import (
+    POLICIES,
     ComponentError,
     build_task,
     check_settings,
@@ -193,8 +194,8 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
     if task_ok and _is_acted(data["task"]["kind"]):
         data.setdefault("reinforcement", {})
         errors += _policy_errors(data)
-    elif task_ok and data.get("reinforcement") is not None:
-        errors.append(f"reinforcement: {data['task']['kind']} tasks are supervised")
+    elif task_ok:
+        errors += _supervised_errors(data)
     experiment = None
     try:
         experiment = Experiment.model_validate(data)
@@ -213,15 +214,30 @@ def _is_acted(kind: str) -> bool:
     return issubclass(cast(type, resolve("task", kind)), MDPs)
 
 
+def _supervised_errors(data: dict[str, Any]) -> list[str]:
+    """What supervised tasks have no use for."""
+    supervised = f"{data['task']['kind']} tasks are supervised"
+    errors = []
+    if data.get("reinforcement") is not None:
+        errors.append(f"reinforcement: {supervised}")
+    if (kind := _model_kind(data)) in POLICIES.values():
+        errors.append(f"model.kind: {kind} is for tasks to act in, and {supervised}")
+    return errors
+
+
+def _model_kind(data: dict[str, Any]) -> Any:
+    model = data.get("model")
+    return model.get("kind") if isinstance(model, dict) else None
+
+
 def _policy_errors(data: dict[str, Any]) -> list[str]:
     """What keeps a model from being a policy for these tasks."""
-    model = data.get("model")
-    kind = model.get("kind") if isinstance(model, dict) else None
+    kind = _model_kind(data)
     try:
         task = cast(MDPs, build_task(*_task_of(data), _data_root(data)))
     except ValueError:
         return []  # reported by `_task_errors`
-    wanted = "gaussian-policy" if task.actions == "continuous" else "categorical-policy"
+    wanted = POLICIES[task.actions]
     if kind not in kinds("model") or kind == wanted:
         return []
     return [f"model.kind: {task.actions} actions need {wanted} or one of your own, got {kind!r}"]

@@ -264,6 +264,9 @@ def test_supervised_tasks_take_at_least_one_step_and_no_policy_settings(
         from_dict({**quick, "inner": {"steps": 0}})
     with pytest.raises(ConfigError, match=r"reinforcement: sinusoid tasks are supervised"):
         from_dict({**quick, "reinforcement": {}})
+    for kind in ("gaussian-policy", "categorical-policy"):
+        with pytest.raises(ConfigError, match=rf"model\.kind: {kind} is for tasks to act in"):
+            from_dict({**quick, "model": {"kind": kind}})
 
 
 def test_runs_are_compared_and_searched_by_their_returns(
