@@ -134,6 +134,14 @@ class Outer(Section):
         return self
 
 
+_STEP_IN_REGION = ("max_kl", "cg_iterations", "fisher_trajectories", "damping")
+_OF_UPDATE = {
+    "trpo": (*_STEP_IN_REGION, "backtrack", "backtracks"),
+    "promp": ("clip", "outer_steps", "inner_kl"),
+}
+"""Settings that one `reinforcement.update` alone has."""
+
+
 class Reinforcement(Section):
     """Policy gradients: how a policy adapts to a task (eq. 7), and how the meta-policy moves."""
 
@@ -160,11 +168,25 @@ class Reinforcement(Section):
     damping: float = Field(1e-5, ge=0, description="trpo: added to the Fisher matrix's diagonal")
     backtrack: float = Field(0.8, gt=0, lt=1, description="trpo: a refused step is cut by this")
     backtracks: int = Field(15, ge=1, description="trpo: so often at most; then θ stays")
-    clip: float = Field(0.3, gt=0, description="promp: how far ratios count")
+    clip: float = Field(0.3, gt=0, lt=1, description="promp: how far ratios count")
     outer_steps: int = Field(5, ge=1, description="promp: updates on the same trajectories")
     inner_kl: float = Field(
         5e-4, ge=0, description="promp: weight of how far θ moves from the policies that acted"
     )
+
+    @model_validator(mode="after")
+    def _of_this_update(self) -> Reinforcement:
+        # By value, because a resolved configuration holds the defaults of every setting.
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        foreign = [
+            f"reinforcement.{name}: only {update} has it, reinforcement.update is {self.update}"
+            for update, names in _OF_UPDATE.items()
+            for name in names
+            if update != self.update and getattr(self, name) != defaults[name]
+        ]
+        if foreign:
+            raise ValueError("; ".join(foreign))
+        return self
 
 
 class Compute(Section):

@@ -33,6 +33,7 @@ from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, from_dict, load, load_run
 from pipeline.placement import decide_compile, decide_workers
 from pipeline.policy_gradient import Estimator
+from pipeline.search_space import possible_experiments
 from pipeline.search_trial import criterion
 from pipeline.session import Diverged, Interrupted
 from pipeline.training import train
@@ -220,6 +221,33 @@ def test_what_makes_no_sense_is_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError) as refused:
         load("navigation", [override])
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["update=gradient", "max_kl=0.02"], "max_kl: only trpo has it, reinforcement.update is"),
+        (["clip=0.1"], "clip: only promp has it, reinforcement.update is trpo"),
+        (["update=promp", "damping=0"], "damping: only trpo has it, reinforcement.update is promp"),
+        (["update=promp", "clip=1"], "clip: input should be less than 1"),
+    ],
+)
+def test_settings_of_another_update_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load("navigation", [f"reinforcement.{override}" for override in overrides])
+    assert f"reinforcement.{message}" in str(refused.value)
+
+
+def test_a_search_over_settings_of_another_update_is_refused() -> None:
+    space = "search={space: {reinforcement.clip: {uniform: [0.1, 0.5]}}}"
+    with pytest.raises(ConfigError, match=r"search\.space\.reinforcement\.clip: only promp"):
+        possible_experiments(load("navigation", [space]))
+
+
+@pytest.mark.parametrize("update", UPDATES)
+def test_resolved_settings_of_every_update_load_again(moving: dict[str, Any], update: str) -> None:
+    experiment = experiment_of(moving, reinforcement={"update": update})
+    assert from_dict(experiment.plain()) == experiment
 
 
 def test_one_policy_for_all_tasks_learns_no_rates() -> None:
