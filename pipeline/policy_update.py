@@ -94,7 +94,7 @@ def usual_questions(
     if settings.update == "promp":
         moved = CandidateJob(iteration, 0, theta, settings.inner_kl)
         return [(moved, settings.outer_steps - 1), (judged, 1)]
-    return []
+    return [(judged, 1)]
 
 
 def policy_update(
@@ -107,15 +107,11 @@ def policy_update(
     metrics = {"meta_gradient_norm": float(torch.linalg.vector_norm(mean.gradient))}
     if settings.update != "trpo":
         metrics["outer_lr"] = update.lr
-    if settings.update == "gradient" or not all_finite(mean.gradient):
-        update.step(mean.gradient)
-        return metrics
-    if settings.update == "trpo":
-        step = _trust_region(settings, update, mean, questions)
-    else:
-        step = _proximal(settings, update, mean, questions)
+    if all_finite(mean.gradient):
+        step = {"trpo": _trust_region, "promp": _proximal, "gradient": _one_step}[settings.update]
+        metrics |= step(settings, update, mean, questions)
     update.tick()
-    return {**metrics, **step}
+    return metrics
 
 
 def _trust_region(
@@ -155,20 +151,35 @@ def _trust_region(
     }
 
 
+def _one_step(
+    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+) -> dict[str, float]:
+    update.descend(mean.gradient)
+    return _afterwards("gradient", update, mean, questions)
+
+
 def _proximal(
     settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
-    before = mean.metrics["query_loss"]
     # The first step is from where the trajectories were collected: its gradient is there already.
     update.descend(mean.gradient)
+    inner_kl = 0.0  # at the θ that collected
     for _ in range(settings.outer_steps - 1):
         answers = questions.candidate(_now(update), settings.inner_kl)
+        inner_kl = _mean_metric(answers, "inner_kl")
         update.descend(torch.from_numpy(_mean_gradient(answers)).to(mean.gradient.dtype))
+    return {**_afterwards("promp", update, mean, questions), "promp/inner_kl": inner_kl}
+
+
+def _afterwards(
+    name: str, update: OuterUpdate, mean: Aggregate, questions: Questions
+) -> dict[str, float]:
+    """What a step was worth that was taken unseen."""
     answers = questions.candidate(_now(update))
     return {
-        "promp/kl_before": mean.metrics["query_kl"],
-        "promp/kl_after": _mean_metric(answers, "kl"),
-        "promp/improvement": before - _mean_metric(answers, "surrogate"),
+        f"{name}/kl_before": mean.metrics["query_kl"],
+        f"{name}/kl_after": _mean_metric(answers, "kl"),
+        f"{name}/improvement": mean.metrics["query_loss"] - _mean_metric(answers, "surrogate"),
     }
 
 

@@ -95,7 +95,7 @@ def test_who_has_not_collected_a_chunk_answers_the_same(moving: dict[str, Any]) 
 
 @pytest.mark.parametrize(
     ("update", "asked"),
-    [("trpo", {FisherJob, CandidateJob}), ("promp", {CandidateJob}), ("gradient", set())],
+    [("trpo", {FisherJob, CandidateJob}), ("promp", {CandidateJob}), ("gradient", {CandidateJob})],
 )
 def test_workers_are_decided_on_by_all_that_an_iteration_does(
     moving: dict[str, Any], monkeypatch: pytest.MonkeyPatch, update: str, asked: set[type]

@@ -260,9 +260,21 @@ def test_a_step_that_cannot_be_had_is_not_taken(
         assert np.array_equal(round.before, round.update.flat.numpy())
 
 
-def test_proximal_steps_stay_near_and_improve(moving: dict[str, Any]) -> None:
-    experiment = experiment_of(moving, reinforcement={"update": "promp", "outer_steps": 4})
-    round = Round(experiment)
+@pytest.mark.parametrize(
+    ("settings", "moved_inside"),
+    [
+        ({"update": "promp", "outer_steps": 4}, True),
+        ({"update": "promp", "outer_steps": 1}, False),
+        ({"update": "gradient"}, False),
+    ],
+)
+def test_steps_that_are_taken_unseen_stay_near_and_improve(
+    moving: dict[str, Any], settings: dict[str, Any], moved_inside: bool
+) -> None:
+    round = Round(experiment_of(moving, reinforcement=settings))
     metrics = round.step()
-    assert 0 < metrics["promp/kl_after"] < 0.1
-    assert metrics["promp/improvement"] > 0
+    name = settings["update"]
+    assert abs(metrics[f"{name}/kl_before"]) < 1e-6
+    assert 0 < metrics[f"{name}/kl_after"] < 0.1
+    assert metrics[f"{name}/improvement"] > 0
+    assert (metrics.get("promp/inner_kl", 0) > 0) == moved_inside
