@@ -36,8 +36,8 @@ class Solution(NamedTuple):
     """Of A x = b."""
 
     x: Vector
-    residual: float
-    """|b − A x|, as the recursion knows it."""
+    residual: Vector
+    """b − A x, as the recursion knows it."""
 
 
 def conjugate_gradients(
@@ -59,7 +59,7 @@ def conjugate_gradients(
         residual -= length * image
         before, squared = squared, float(residual @ residual)
         direction = residual + squared / before * direction
-    return Solution(x, math.sqrt(squared))
+    return Solution(x, residual)
 
 
 class Questions(NamedTuple):
@@ -124,8 +124,11 @@ def _trust_region(
         return questions.fisher(v.astype(theta.dtype)) + settings.damping * v
 
     found = conjugate_gradients(fisher, gradient, settings.cg_iterations)
-    curvature = float(found.x @ fisher(found.x))
-    metrics = {"trpo/cg_residual": found.residual, "trpo/kl_before": mean.metrics["query_kl"]}
+    curvature = float(found.x @ (gradient - found.residual))  # xᵀ F x
+    metrics = {
+        "trpo/cg_residual": float(np.linalg.norm(found.residual)),
+        "trpo/kl_before": mean.metrics["query_kl"],
+    }
     before = mean.metrics["query_loss"]
     attempts = settings.backtracks if curvature > 0 else 0
     for attempt in range(attempts):
