@@ -12,21 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adaptation import Adaptation
-from pipeline.compilation import Compiler, Work
+from pipeline.compilation import Work
 from pipeline.config import Experiment
 from pipeline.domain import EVALUATION_SEED, Indices, Judged, Taken, Variants
 from pipeline.experience import Collected, CollectedBatch, collect, expert_returns
-from pipeline.meta_gradient import differentiates
+from pipeline.inner_loop import has_forward_derivatives
 from pipeline.natural_gradient import (
     Candidate,
     Proximal,
-    fisher_product,
     judge,
     proximal_gradient,
 )
 from pipeline.parameters import Params
 from pipeline.policies import distribution_of
 from pipeline.policy_gradient import PolicyObjective
+from pipeline.programs import fisher_program_of
 from pipeline.sections import Reinforcement
 from pipeline.task_supply import Cut
 from tasks.control.mdp import MDPs
@@ -61,35 +61,24 @@ class ControlDomain:
         self.objective = PolicyObjective(
             model, distribution_of(task.actions), settings.estimator, clip
         )
-        self._task, self._variants = task, Variants(experiment, task)
+        self._experiment, self._task = experiment, task
+        self._variants = Variants(experiment, task)
         self._seed, self._settings = experiment.seed, settings
         self._adaptation, self._alpha = adaptation, alpha
         self._second_order = experiment.inner.order != "first"
         self._cut, self._compile = cut, compile
         self._kept: dict[tuple[int, int], _Kept] = {}
-
-        def fisher(theta: Params, batch: CollectedBatch, direction: Params) -> Params:
-            return fisher_product(
-                self.objective,
-                adaptation,
-                theta,
-                batch,
-                alpha,
-                direction,
-                second_order=self._second_order,
-            )
-
-        self._fisher = Compiler().compiled(fisher) if compile else fisher
+        self._fisher = fisher_program_of(experiment, self.objective, adaptation, compile)
 
     def warm_up(self, theta: Params) -> None:
         """Compile what is compiled. Raises ValueError for a policy that cannot be trained so."""
-        batch = self._chunk(theta, 0, 0).collected.batch
-        if not differentiates(self.objective, self._adaptation, theta, batch):
+        update = self._settings.update
+        if not has_forward_derivatives(lambda: self._try_out(theta)):
             raise ValueError(
                 "model: an operation of the policy has no forward derivative in torch, which "
-                "reinforcement learning needs"
+                f"reinforcement.update={update} needs; gradient does without"
             )
-        if self._compile and self._settings.update == "trpo":
+        if self._compile and update == "trpo":
             for chunk in {0, self._cut.num_chunks - 1}:
                 self.fisher(theta, 0, chunk, theta)
 
@@ -97,7 +86,7 @@ class ControlDomain:
         """What so many chunks call, beside the meta-gradient, of what is compiled."""
         if self._settings.update != "trpo":
             return []
-        arguments = (theta, self._chunk(theta, 0, 0).for_fisher, theta)
+        arguments = (theta, self._chunk(theta, 0, 0).for_fisher, self._alpha, theta)
         return [Work(self._fisher, arguments, chunks * self._settings.cg_iterations)]
 
     def take(self, theta: Params, iteration: int, chunk: int) -> Taken:
@@ -141,10 +130,8 @@ class ControlDomain:
 
     def fisher(self, theta: Params, iteration: int, chunk: int, direction: Params) -> Params:
         """`natural_gradient.fisher_product` on a chunk."""
-        product: Params = self._fisher(
-            theta, self._chunk(theta, iteration, chunk).for_fisher, direction
-        )
-        return product
+        batch = self._chunk(theta, iteration, chunk).for_fisher
+        return self._fisher(theta, batch, self._alpha, direction)
 
     def judge(self, theta: Params, iteration: int, chunk: int, candidate: Params) -> Candidate:
         """`natural_gradient.judge` on a chunk that θ collected."""
@@ -155,15 +142,28 @@ class ControlDomain:
         self, theta: Params, iteration: int, chunk: int, candidate: Params, inner_kl_weight: float
     ) -> Proximal:
         """`natural_gradient.proximal_gradient` on a chunk that θ collected."""
+        batch = self._chunk(theta, iteration, chunk).collected.batch
+        return self._proximal(candidate, batch, inner_kl_weight)
+
+    def _proximal(self, candidate: Params, batch: CollectedBatch, weight: float) -> Proximal:
         return proximal_gradient(
             self.objective,
             self._adaptation,
             candidate,
-            self._chunk(theta, iteration, chunk).collected.batch,
+            batch,
             self._alpha,
             second_order=self._second_order,
-            inner_kl_weight=inner_kl_weight,
+            inner_kl_weight=weight,
         )
+
+    def _try_out(self, theta: Params) -> None:
+        """What the update differentiates forward, on a little of the first chunk."""
+        little = self._chunk(theta, 0, 0).collected.batch.fewer(1)
+        if self._settings.update == "trpo":
+            eager = fisher_program_of(self._experiment, self.objective, self._adaptation, False)
+            eager(theta, little, self._alpha, theta)
+        elif self._settings.update == "promp":
+            self._proximal(theta, little, self._settings.inner_kl)
 
     def _chunk(self, theta: Params, iteration: int, chunk: int) -> _Kept:
         kept = self._kept.get((iteration, chunk))

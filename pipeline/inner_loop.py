@@ -8,6 +8,7 @@ as they are (`slow`).
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -105,17 +106,23 @@ def hessian_vector_product(
 
 
 def differentiates_forward(loss: Loss, params: Params, support: Any) -> bool:
-    """Whether the gradient of `loss` has a forward derivative, tried on a batch of tasks.
+    """Whether the gradient of `loss` has a forward derivative, tried on a batch of tasks: under
+    `vmap`, because some derivatives of torch fail only there."""
+    product = vmap(lambda examples: hessian_vector_product(loss, params, {}, examples, params))
+    return has_forward_derivatives(lambda: product(support))
 
-    Tried before anything is traced, because a failure inside a trace cannot be recovered from, and
-    under `vmap`, because some derivatives of torch fail only there.
+
+def has_forward_derivatives(computation: Callable[[], object]) -> bool:
+    """Whether something that differentiates forward can be computed.
+
+    To be tried before anything is traced: a failure inside a trace cannot be recovered from.
     """
     with warnings.catch_warnings():
         # torch's forward derivatives are its own last users of the deprecated torch.jit.script.
         warnings.simplefilter("ignore", DeprecationWarning)
         import torch._decomp.decompositions_for_jvp  # noqa: F401
     try:
-        vmap(lambda examples: hessian_vector_product(loss, params, {}, examples, params))(support)
+        computation()
     except RuntimeError:  # NotImplementedError is one
         return False
     return True

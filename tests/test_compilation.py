@@ -12,7 +12,7 @@ import torch
 
 from pipeline import compilation
 from pipeline.adaptation import Adaptation
-from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.chunk import ChunkComputer, FisherJob, GradientJob, flat_vector, initial_parameters
 from pipeline.compilation import Compiler, Work, worth_compiling
 from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
@@ -125,6 +125,26 @@ def test_whether_compilation_pays_is_a_matter_of_calls(setup):
         worth_compiling([Work(chunk, arguments, calls)]) for calls in (1, 10, 1_000_000)
     ]
     assert worth_compiling([Work(chunk, arguments, 1), Work(chunk, arguments, 1_000_000)])
+
+
+def test_fisher_products_are_compiled_once_for_any_rate(
+    moving: dict[str, Any], programs, caplog
+) -> None:
+    """And are the eager ones."""
+    products = []
+    for rate in (0.1, 0.5):
+        experiment = experiment_of(moving, inner={"lr": rate})
+        theta = flat_vector(initial_parameters(experiment))
+        direction = np.random.default_rng(0).normal(size=theta.shape).astype(theta.dtype)
+        compiled, eager = (
+            ChunkComputer(experiment, compile).run(theta, FisherJob(0, 0, direction)).gradient
+            for compile in (True, False)
+        )
+        np.testing.assert_allclose(compiled, eager, rtol=1e-3, atol=1e-5 * np.abs(eager).max())
+        products.append(eager)
+    assert not np.allclose(*products, rtol=0.01)
+    assert len(programs) == 1
+    assert "cannot compile" not in caplog.text
 
 
 def test_runs_of_a_process_share_programs(quick: dict[str, Any], programs) -> None:

@@ -29,12 +29,15 @@ from pipeline.chunk import (
 from pipeline.cli import app
 from pipeline.comparison import compare_runs, recipes
 from pipeline.compilation import Work, worth_compiling
+from pipeline.config import Experiment
 from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, from_dict, load, load_run
 from pipeline.placement import decide_compile, decide_workers
 from pipeline.policy_gradient import Estimator
+from pipeline.policy_update import usual_questions
 from pipeline.search_space import possible_experiments
 from pipeline.search_trial import criterion
+from pipeline.sections import Reinforcement
 from pipeline.session import Diverged, Interrupted
 from pipeline.training import train
 from tests.conftest import experiment_of
@@ -277,12 +280,30 @@ def backward_only(input_shape: tuple[int, ...], output_size: int) -> torch.nn.Mo
     return BackwardOnly(*input_shape, output_size)
 
 
-def test_a_policy_without_forward_derivatives_is_refused(
-    moving: dict[str, Any], tmp_path: Path
+@pytest.mark.parametrize("inner", [{}, {"order": "first"}, {"steps": 0}], ids=str)
+@pytest.mark.parametrize("update", UPDATES)
+def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
+    moving: dict[str, Any], update: str, inner: dict[str, Any]
 ) -> None:
-    experiment = experiment_of({**moving, "model": {"kind": "tests.test_control:backward_only"}})
-    with pytest.raises(ValueError, match=r"model: an operation of the policy has no forward"):
-        train(experiment, tmp_path / "run")
+    """By a Fisher product always, by promp for the second order."""
+    settings = {**moving, "model": {"kind": "tests.test_control:backward_only"}}
+    experiment = experiment_of(settings, inner=inner, reinforcement={"update": update})
+    computer = ChunkComputer(experiment, compile=False)
+    if update == "trpo" or (update == "promp" and not inner):
+        with pytest.raises(ValueError, match=rf"no forward derivative.*update={update} needs"):
+            computer.warm_up()
+        return
+    computer.warm_up()
+    theta = flat_vector(initial_parameters(experiment))
+    asked = [GradientJob(0, 0), *(job for job, _ in usual_questions(acting(experiment), 0, theta))]
+    for job in asked:
+        found = computer.run(theta, job).gradient
+        assert found is None or np.isfinite(found).all()
+
+
+def acting(experiment: Experiment) -> Reinforcement:
+    assert experiment.reinforcement is not None
+    return experiment.reinforcement
 
 
 def test_supervised_tasks_take_at_least_one_step_and_no_policy_settings(
