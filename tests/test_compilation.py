@@ -4,6 +4,7 @@ Models are tiny: each program costs seconds to compile the first time.
 """
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,9 +19,16 @@ from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import mlp
 from pipeline.parameters import Layout
+from pipeline.training import train
 from tasks.base import Examples, TaskBatch
 from tasks.sinusoid import Sinusoid
 from tests.conftest import experiment_of
+from tests.helpers import final_theta
+
+pytestmark = pytest.mark.long
+
+TWO_CHUNKS = {"iterations": 2, "tasks_per_batch": 4, "tasks_per_chunk": 2}
+"""Even ones: of a policy's updates, one program each."""
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +141,7 @@ def test_fisher_products_are_compiled_once_for_any_rate(
     """And are the eager ones."""
     products = []
     for rate in (0.1, 0.5):
-        experiment = experiment_of(moving, inner={"lr": rate})
+        experiment = experiment_of(moving, inner={"lr": rate}, outer=TWO_CHUNKS)
         theta = flat_vector(initial_parameters(experiment))
         direction = np.random.default_rng(0).normal(size=theta.shape).astype(theta.dtype)
         compiled, eager = (
@@ -145,6 +153,15 @@ def test_fisher_products_are_compiled_once_for_any_rate(
     assert not np.allclose(*products, rtol=0.01)
     assert len(programs) == 1
     assert "cannot compile" not in caplog.text
+
+
+def test_compiled_policy_updates_give_the_same_bits_on_actors(
+    moving: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    settings = {**moving, "compute": {**moving["compute"], "compile": "always"}}
+    train(experiment_of(settings, outer=TWO_CHUNKS), tmp_path / "alone")
+    train(experiment_of(settings, outer=TWO_CHUNKS, cluster={"workers": 2}), tmp_path / "actors")
+    assert torch.equal(final_theta(tmp_path / "alone"), final_theta(tmp_path / "actors"))
 
 
 def test_runs_of_a_process_share_programs(quick: dict[str, Any], programs) -> None:

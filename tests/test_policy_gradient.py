@@ -144,26 +144,31 @@ def test_generalised_advantages_are_those_of_the_obvious_loop() -> None:
         torch.testing.assert_close(one.values[0], measured.values[task])
 
 
-def test_garbage_beyond_the_end_of_an_episode_changes_nothing() -> None:
-    past = some()
-    assert (past.mask == 0).any()
+def consequences(past: Trajectories) -> list[Tensor]:
+    """Everything that is computed from trajectories."""
+    torch.manual_seed(0)
     policy = gaussian_policy((3,), 4, hidden=(5,), activation="tanh").double()
     params = {name: p.detach() for name, p in policy.named_parameters()}
+    judged = advantages(past, 0.9, 0.9)
+    found = [judged.values[..., :12], judged.explained_variance]
+    for estimator in ESTIMATORS:
+        objective = PolicyObjective(policy, GAUSSIAN, estimator, clip=0.3)
+        experience = Experience(past, judged.values)
+        batch = CollectedBatch(PerStep([experience]), experience)
+        adaptation = Adaptation.of(policy, steps=1)
+        stages = Stages.of(objective, adaptation)
+        knobs = Knobs(torch.tensor(0.1, dtype=torch.float64))
+        result = meta_gradient(stages, adaptation, params, batch, knobs)
+        found += [*result.gradient.values(), *result.metrics.values()]
+        found.append(vmap(objective.kl_at, in_dims=(None, 0))(params, experience))
+    assert all(torch.isfinite(each).all() for each in found)
+    return found
 
-    def everything(past: Trajectories) -> list[Tensor]:
-        judged = advantages(past, 0.9, 0.9)
-        found = [judged.values, judged.explained_variance]
-        for estimator in ESTIMATORS:
-            objective = PolicyObjective(policy, GAUSSIAN, estimator)
-            experience = Experience(past, judged.values)
-            batch = CollectedBatch(PerStep([experience]), experience)
-            adaptation = Adaptation.of(policy, steps=1)
-            stages = Stages.of(objective, adaptation)
-            knobs = Knobs(torch.tensor(0.1, dtype=torch.float64))
-            result = meta_gradient(stages, adaptation, params, batch, knobs)
-            found += [*result.gradient.values(), *result.metrics.values()]
-        return found
 
+def test_garbage_beyond_the_end_of_an_episode_changes_nothing() -> None:
+    """Also what is no number, which no product with a mask would take away."""
+    past = some()
+    assert (past.mask == 0).any()
     spoilt = past._replace(
         observations=torch.where(past.mask[..., None] > 0, past.observations, torch.nan),
         actions=torch.where(past.mask[..., None] > 0, past.actions, torch.inf),
@@ -171,9 +176,28 @@ def test_garbage_beyond_the_end_of_an_episode_changes_nothing() -> None:
         log_probabilities=torch.where(past.mask > 0, past.log_probabilities, torch.nan),
         rewards=torch.where(past.mask > 0, past.rewards, -1e9),
     )
-    for clean, dirty in zip(everything(masked(past)), everything(masked(spoilt)), strict=True):
-        assert torch.isfinite(clean).all()
-        torch.testing.assert_close(clean, dirty, rtol=0, atol=0)
+    both = (consequences(masked(each)) for each in (past, spoilt))
+    for one, other in zip(*both, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_a_longer_horizon_of_masked_garbage_changes_nothing() -> None:
+    """Nobody has taken it away: every mean, sum and fit must leave it out by itself."""
+    past, generator = some(), torch.Generator().manual_seed(4)
+
+    def padded(values: Tensor) -> Tensor:
+        longer = torch.cat([values, torch.zeros_like(values[:, :, :7])], 2)
+        noise = torch.randn(longer.shape, generator=generator, dtype=torch.float64)
+        valid = mask if longer.dim() == 3 else mask[..., None]
+        return torch.where(valid > 0, longer, noise)
+
+    mask = torch.cat([past.mask, torch.zeros_like(past.mask[:, :, :7])], 2)
+    observations, actions, predictions, log_probabilities, rewards = map(padded, past[:5])
+    longer = Trajectories(
+        observations, actions, predictions, log_probabilities, rewards, mask, past.task
+    )
+    for one, other in zip(consequences(past), consequences(longer), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
 
 
 def test_standardisation_looks_at_valid_steps_only() -> None:
