@@ -58,6 +58,13 @@ def moving(quick: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.fixture(params=["quick", "moving"])
+def either(request: pytest.FixtureRequest) -> dict[str, Any]:
+    """Supervised tasks and tasks to act in: what holds for both."""
+    settings: dict[str, Any] = request.getfixturevalue(request.param)
+    return settings
+
+
 def experiment_of(settings: dict[str, Any], **sections: dict[str, Any]) -> Experiment:
     """The experiment of these settings, with sections changed: `outer={"iterations": 9}`."""
     changed = {k: dict(v) if isinstance(v, dict) else v for k, v in settings.items()}

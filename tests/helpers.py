@@ -14,7 +14,9 @@ from torch import Tensor
 from pipeline.checkpoint import load_theta
 from pipeline.session import Watcher
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
-from tasks.random import task_keys, uniform
+from tasks.control.mdp import Step
+from tasks.control.navigation import Navigation, Plane
+from tasks.random import UInt64, task_keys, uniform
 from tasks.sinusoid import Sinusoid
 
 
@@ -27,6 +29,28 @@ class SlowSinusoid(Sinusoid):
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
         time.sleep(self.seconds)
         return super().loss(prediction, target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SlowNavigation(Navigation):
+    """Each time step takes a while."""
+
+    seconds: float = 0.01
+
+    def environment(
+        self, parameters: Tensor, keys: UInt64, trajectories: int, like: Tensor
+    ) -> Plane:
+        return _SlowPlane(super().environment(parameters, keys, trajectories, like), self.seconds)
+
+
+class _SlowPlane(Plane):
+    def __init__(self, plane: Plane, seconds: float):
+        self.__dict__.update(plane.__dict__)
+        self._seconds = seconds
+
+    def step(self, action: Tensor) -> Step:
+        time.sleep(self._seconds)
+        return super().step(action)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -314,7 +314,15 @@ def test_over_http(run: Path, served: str) -> None:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
 def test_the_request_that_is_printed_works_as_it_is(run: Path, served: str) -> None:
     shell = request_to(Adapter.load(run)).replace(f"http://{HOST}:{PORT}", served)
-    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # which `python`
+    done = subprocess.run(
+        shell,
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PATH": path},
+    )
     assert len(json.loads(done.stdout)["predictions"]["predictions"]) == WAYS
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,14 +28,25 @@ from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, by_name, final_theta
 
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(params=["supervised", "trpo", "promp"])
+def slow(
+    request: pytest.FixtureRequest, quick: dict[str, Any], moving: dict[str, Any]
+) -> dict[str, Any]:
+    """An experiment that leaves time to kill somebody."""
+    if request.param == "supervised":
+        return {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01}}
+    task = {**moving["task"], "kind": "tests.helpers:SlowNavigation", "seconds": 0.01}
+    return {**moving, "task": task, "reinforcement": {"update": request.param}}
+
 
 def test_killed_workers_change_nothing(
-    quick: dict[str, Any], tmp_path: Path, ray_local: None
+    slow: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     """Workers are killed while they compute; the run ends with the bits of an undisturbed one."""
-    slow = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01}
-    settings = {**quick, "task": slow}
-    train(experiment_of(settings), tmp_path / "calm")
+    train(experiment_of(slow), tmp_path / "calm")
     killed: list[int] = []
 
     def kill_one(iteration: int, recorder: Recorder) -> None:
@@ -44,7 +56,7 @@ def test_killed_workers_change_nothing(
             killed.append(pids[0])
 
     recorder = Recorder(kill_one)
-    train(experiment_of(settings, cluster={"workers": 2}), tmp_path / "hit", watcher=recorder)
+    train(experiment_of(slow, cluster={"workers": 2}), tmp_path / "hit", watcher=recorder)
     assert len(killed) == 2
     assert any("was lost" in notice for notice in recorder.notices)
     assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "hit"))
@@ -121,7 +133,7 @@ def test_starting_is_told_from_waiting(
     monkeypatch.setattr(ray_workers, "_QUIET", 0.0)
     said: list[str] = []
     RayWorkers(experiment_of(quick), False, 1, said.append).close()
-    assert said[0] == "the worker is starting, for 1 s now: processes import torch"
+    assert re.fullmatch(r"the worker is starting, for \d+ s now: processes import torch", said[0])
     with monkeypatch.context() as busy:
         busy.setattr(RayWorkers, "_has_room", lambda self: False)
         RayWorkers(experiment_of(quick), False, 1, said.append).close()
@@ -129,21 +141,20 @@ def test_starting_is_told_from_waiting(
     assert "the worker takes 0.5 CPU, and others hold what Ray has" in said[-1]
 
 
+@pytest.mark.timeout(600)
 def test_resume_after_sigkill_equals_an_uninterrupted_run(
-    quick: dict[str, Any], tmp_path: Path
+    slow: dict[str, Any], tmp_path: Path
 ) -> None:
     """The driver is killed outright; optimiser moments, schedule and best-so-far survive."""
+    moved = {"scheduler": "CosineAnnealingLR", "optimizer": "adamw"}
+    if slow.get("reinforcement") == {"update": "trpo"}:
+        moved = {}  # has neither
     settings = {
-        **quick,
-        "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.003},
-        "outer": {
-            **quick["outer"],
-            "iterations": 30,
-            "scheduler": "CosineAnnealingLR",
-            "optimizer": "adamw",
-        },
+        **slow,
+        "task": {**slow["task"], "seconds": 0.003},
+        "outer": {**slow["outer"], "iterations": 30, **moved},
         "checkpoint": {"every": 4},
-        "evaluation": {**quick["evaluation"], "every": 5},
+        "evaluation": {**slow["evaluation"], "every": 5},
     }
     train(experiment_of(settings), tmp_path / "whole")
     path = tmp_path / "experiment.yaml"
@@ -151,7 +162,7 @@ def test_resume_after_sigkill_equals_an_uninterrupted_run(
     command = [sys.executable, "-m", "pipeline.cli", "train", str(path)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     store = CheckpointStore(tmp_path / "cut" / "checkpoints", keep=2)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while time.monotonic() < deadline and not any(c.iteration for c in store.list()):
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -169,7 +180,7 @@ def test_resume_after_sigkill_equals_an_uninterrupted_run(
     assert whole.best == cut.best
     assert whole.scheduler == cut.scheduler
     lines = (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
-    iterations = [json.loads(line)["iteration"] for line in lines if "outer_lr" in line]
+    iterations = [json.loads(line)["iteration"] for line in lines if "gradient_norm" in line]
     assert iterations == list(range(1, 31)), "every iteration is recorded once"
 
 
