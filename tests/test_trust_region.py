@@ -33,6 +33,7 @@ from pipeline.policies import GAUSSIAN, gaussian_policy
 from pipeline.policy_gradient import PolicyObjective
 from pipeline.policy_update import Questions, conjugate_gradients, policy_update
 from pipeline.sections import Reinforcement
+from pipeline.update_rules import RuleName, build_rule
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
 from tests.conftest import experiment_of
@@ -41,13 +42,13 @@ ALPHA = torch.tensor(0.1, dtype=torch.float64)
 
 
 class Small:
-    """A policy of 22 numbers and the trajectories that it collected."""
+    """A policy of 24 numbers and the trajectories that it collected."""
 
-    def __init__(self, steps: int, rates: str = "fixed") -> None:
+    def __init__(self, steps: int, rule: RuleName = "sgd", **choices: Any) -> None:
         torch.manual_seed(0)
         policy = gaussian_policy((2,), 4, hidden=(4,), activation="tanh").double()
         self.objective = PolicyObjective(policy, GAUSSIAN, "lvc")
-        self.adaptation = Adaptation.of(policy, steps=steps, rates=rates)  # type: ignore[arg-type]
+        self.adaptation = Adaptation.of(policy, steps=steps, rule=build_rule(rule), **choices)
         params = {name: p.detach() for name, p in policy.named_parameters()}
         self.meta = self.adaptation.meta_parameters(params, float(ALPHA))
         self.layout = Layout.of(self.meta)
@@ -66,17 +67,20 @@ class Small:
         """Sum over the tasks of the KL between adapted policies, written out task by task."""
         total = torch.zeros((), dtype=torch.float64)
         for task in range(3):
-            fast = self.adaptation.start(meta)
+            point = self.adaptation.rule.start(self.adaptation.start(meta))
+            slow = self.adaptation.slow(meta, 0)
             for s in range(self.adaptation.steps):
                 support = _of_task(self.batch.support.steps[s], task)
-                loss = self.objective.loss(fast, support)
-                grads = torch.autograd.grad(loss, list(fast.values()), create_graph=second_order)
+                loss = self.objective.loss({**slow, **point.fast}, support)
+                grads = torch.autograd.grad(
+                    loss, list(point.fast.values()), create_graph=second_order
+                )
+                gradient = dict(zip(point.fast, grads, strict=True))
                 rates = self.adaptation.rates_at(meta, ALPHA, s)
-                fast = {
-                    name: value - rates[name] * grad
-                    for (name, value), grad in zip(fast.items(), grads, strict=True)
-                }
-            total = total + self.objective.kl_at(fast, _of_task(self.batch.query, task))
+                t = torch.tensor(s + 1.0, dtype=torch.float64)
+                point = self.adaptation.rule.update(point, gradient, rates, t)
+            query = _of_task(self.batch.query, task)
+            total = total + self.objective.kl_at({**slow, **point.fast}, query)
         return total
 
 
@@ -86,11 +90,23 @@ def _of_task(experience: Any, task: int) -> Any:
 
 
 @pytest.mark.parametrize("second_order", [True, False], ids=["second", "first"])
-@pytest.mark.parametrize(("steps", "rates"), [(0, "fixed"), (1, "fixed"), (2, "per-parameter")])
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"steps": 0},
+        {"steps": 1},
+        {"steps": 2, "rates": "per-parameter"},
+        {"steps": 2, "adapted": ("head",)},
+        {"steps": 2, "adapted": ("body",), "rule": "momentum"},
+        {"steps": 2, "rule": "momentum"},
+        {"steps": 2, "rule": "adam", "rates": "per-parameter"},
+    ],
+    ids=str,
+)
 def test_fisher_product_is_the_hessian_of_the_kl(
-    steps: int, rates: str, second_order: bool
+    choices: dict[str, Any], second_order: bool
 ) -> None:
-    small = Small(steps, rates)
+    small = Small(**choices)
     flat = small.layout.join(small.meta)
     torch.manual_seed(1)
     direction = torch.randn_like(flat)
