@@ -67,7 +67,7 @@ def train(
     `maml config list` shows the shipped experiments, `maml config show NAME` all their settings.
     """
     from pipeline.console import ConsoleWatcher, curves_table, out
-    from pipeline.experiments import load, load_to_resume, new_run_dir
+    from pipeline.experiments import experiments, load, load_to_resume, new_run_dir
     from pipeline.health import verdict
     from pipeline.report import read_diagnoses
     from pipeline.training import train as meta_train
@@ -95,6 +95,10 @@ def train(
         plots = typed(run_dir / "plots" / "health_*.png")
         watcher.say(f"health       {verdict(loaded, diagnoses)}; {plots}")
     watcher.say(f"meta-test    maml evaluate {typed(run_dir)}")
+    baseline = f"{loaded.name}-pretrained"
+    if loaded.reinforcement is not None and baseline in experiments():
+        other = f"maml train {baseline}, then maml compare {typed(run_dir)} OTHER"
+        watcher.say(f"baseline     {other}")
     if loaded.tracking.enabled:
         watcher.say(f"MLflow       {ui_command(loaded, run_dir)}")
 

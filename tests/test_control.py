@@ -350,7 +350,11 @@ def test_a_policy_can_be_watched(
 ) -> None:
     """In the tasks and after the steps that are evaluated."""
     run, folder = tmp_path / "run", tmp_path / "video"
-    train(experiment_of(moving), run)
+    file = tmp_path / "mine.yaml"
+    file.write_text(experiment_of({**moving, "name": "navigation"}).to_yaml())
+    trained = CliRunner().invoke(app, ["train", str(file), f"run_dir={run}"])
+    assert trained.exit_code == 0, trained.output
+    assert "\nbaseline     maml train navigation-pretrained, then maml compare" in trained.output
     assert (run / "plots" / "trajectories.png").stat().st_size > 1000
     drawn.clear()
     asked = ["--video", str(folder), "--split", "validation", "--tasks", "2", "--steps", "0,2"]
@@ -365,6 +369,14 @@ def test_a_policy_can_be_watched(
     assert "goals of validation tasks" in still.texts[-1].get_text()
     with Image.open(folder / "task-1.gif") as film:
         assert getattr(film, "n_frames", 1) > 5
+
+
+def test_what_is_made_for_examples_refuses_a_policy(moving: dict[str, Any], tmp_path: Path) -> None:
+    train(experiment_of(moving, outer={"iterations": 1}), tmp_path)
+    for command, what in {"analyze": "analysis", "export": "an exported model"}.items():
+        refused = CliRunner().invoke(app, [command, str(tmp_path)])
+        assert refused.exit_code == 2
+        assert f"task.kind: {what} needs supervised tasks, not Navigation" in refused.stderr
 
 
 def test_supervised_runs_are_not_watched(quick: dict[str, Any], tmp_path: Path) -> None:

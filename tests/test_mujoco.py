@@ -19,6 +19,7 @@ from pipeline.experiments import ConfigError, from_dict, load
 from pipeline.policies import distribution_of
 from pipeline.report import write_video
 from pipeline.training import train
+from tasks.control import gym
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.random import task_keys
 from tests.conftest import experiment_of
@@ -210,6 +211,21 @@ def test_without_mujoco_it_is_said_before_anything_starts(
     monkeypatch.delattr("tasks.control.robots", raising=False)
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(ValueError, match=r"task\.kind: needs MuJoCo: pip install -e .\.\[mujoco"):
+        check_tasks(experiment)
+
+
+def test_without_gymnasium_it_is_said_at_once(
+    quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gym, "_idle", {})
+    monkeypatch.setitem(sys.modules, "gymnasium", None)
+    with pytest.raises(ConfigError, match=r"task\.kind: needs gymnasium: pip install -e"):
+        from_dict(small(quick, POINT_MASS, 1))
+
+
+def test_robots_have_no_oracle() -> None:
+    experiment = load("cheetah-direction", ["evaluation.baselines=[oracle]"])
+    with pytest.raises(ValueError, match=r"baselines: cheetah-direction tasks have no oracle"):
         check_tasks(experiment)
 
 

@@ -115,6 +115,21 @@ def test_algorithms_can_be_searched(quick: dict[str, Any], tmp_path: Path, ray_l
         assert (run.inner, run.outer) == (alone.inner, alone.outer)
 
 
+def test_policies_are_searched_by_their_returns(
+    moving: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    section = {"space": {"inner.lr": {"grid": [0.01, 1.0]}}, "scheduler": "none", "samples": 1}
+    outer = {**moving["outer"], "iterations": 2}
+    found = search(from_dict({**moving, "outer": outer, "search": section}), tmp_path / "search")
+    assert [trial.outcome for trial in found.trials] == [COMPLETE] * 2
+    best, other = found.trials
+    assert found.best == best
+    assert best.value is not None
+    assert other.value is not None
+    assert other.value < best.value < 0
+    assert load(str(tmp_path / "search" / "best.yaml")).inner.lr == best.settings["inner.lr"]
+
+
 def test_tpe_finds_the_best_rate(
     quadratic: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
