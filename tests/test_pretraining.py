@@ -234,14 +234,15 @@ def test_what_is_trained_is_never_lost_at_the_end(
 def test_ray_train_survives_a_worker_and_goes_on_where_it_was(
     pooled: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
-    """Two workers, one of which dies after the second report; stopped at the third and continued in
-    this process: θ is that of one process alone."""
-    normalised = {**pooled, "model": NORMALISED, "outer": {**pooled["outer"], "iterations": 10}}
+    """Two workers, one of which dies after the second report; stopped after the third and continued
+    in this process: θ is that of one process alone. The many iterations are for workers that get
+    far before they hear of the end."""
+    normalised = {**pooled, "model": NORMALISED, "outer": {**pooled["outer"], "iterations": 60}}
     train(experiment_of(normalised), tmp_path / "calm")
     dying = {"kind": "tests.helpers:DyingSinusoid", "shots": 5, "queries": 5, "at": 30}
     settings = {**normalised, "task": {**dying, "once": str(tmp_path / "died")}}
     recorder, should_stop = cut(at=6)
-    with pytest.raises(Interrupted, match=r"after iteration [68]"):
+    with pytest.raises(Interrupted, match=r"after iteration \d+"):
         train(
             experiment_of(settings, cluster={"workers": 2}),
             tmp_path / "hit",
@@ -249,11 +250,12 @@ def test_ray_train_survives_a_worker_and_goes_on_where_it_was(
             should_stop=should_stop,
         )
     assert (tmp_path / "died").exists()
-    (said,) = recorder.notices  # its last copy may not have been complete
+    (said,) = (notice for notice in recorder.notices if "lost" in notice)
+    # Its last copies may not have been complete.
     assert re.fullmatch("a worker was lost; all go on from iteration [024]", said)
     assert list((tmp_path / "hit").glob("pretraining-*")) == []
     train(experiment_of(settings), tmp_path / "hit", resume=True)
-    assert recorded(tmp_path / "hit") == [2, 4, 6, 8, 10]
+    assert recorded(tmp_path / "hit") == list(range(2, 61, 2))
     assert same(tmp_path / "calm", tmp_path / "hit", exactly=False)
 
 
