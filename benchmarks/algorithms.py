@@ -4,6 +4,7 @@
     python benchmarks/algorithms.py train 5w1s/maml   some of them; interrupted ones go on
     python benchmarks/algorithms.py table             accuracies of the runs that are there
     python benchmarks/algorithms.py speed             time per iteration, algorithms in turns
+    python benchmarks/algorithms.py health            many inner steps: what the diagnostics saw
 
 Every run is `maml train` with a shipped experiment and the overrides below, in its own folder of
 `runs/algorithms`; give the image stores with --data. The table says iterations and minutes.
@@ -22,7 +23,8 @@ from trained import minutes, train
 
 from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
 from pipeline.comparison import compare_runs
-from pipeline.experiments import load
+from pipeline.experiments import ConfigError, load
+from pipeline.health import PREFIX, by_step
 from pipeline.parameters import Layout
 
 FOLDER = Path("runs/algorithms")
@@ -31,21 +33,23 @@ _REPTILE = (
     "algorithm=reptile",
     "task.shots=10",
     "inner.steps=5",
+    "evaluation.selection_step=50",
     "outer.tasks_per_batch=5",
     "outer.tasks_per_chunk=5",
-    "outer.iterations=16000",
     "evaluation.steps=[0,5,50]",
-    "evaluation.variants={1-shot: {shots: 1}}",
+    "evaluation.variants={1 query: {shots: 1, queries: 1}}",
 )
+_MANY_STEPS = ("inner.steps=10", "inner.lr=0.05", "diagnostics.every=250")
 RUNS: dict[str, tuple[str, ...]] = {
     "5w1s/maml": ("omniglot-5w1s-short",),
     "5w1s/maml++": ("omniglot-5w1s-short", "algorithm=maml++"),
+    "5w1s/maml++long": ("omniglot-5w1s-short", "algorithm=maml++", "outer.iterations=16000"),
     "5w1s/anil": ("omniglot-5w1s-short", "algorithm=anil"),
     "5w1s/fomaml": ("omniglot-5w1s-short", "algorithm=fomaml"),
     "5w1s/boil": ("omniglot-5w1s-short", "algorithm=boil"),
     "5w1s/meta-sgd": ("omniglot-5w1s-short", "algorithm=meta-sgd"),
     "5w1s/reptile": ("omniglot-5w1s-short", *_REPTILE),
-    "5w1s/pretrained": ("omniglot-5w1s-pretrained", "cluster.workers=0", "compute.threads=1"),
+    "5w1s/pretrained": ("omniglot-5w1s-pretrained",),
     "20w1s/maml": ("omniglot-20w1s-short",),
     "20w1s/maml++": ("omniglot-20w1s-short", "algorithm=maml++"),
     "sinusoid/maml": ("sinusoid-paper", "inner.lr=0.01", "outer.iterations=20000"),
@@ -55,7 +59,15 @@ RUNS: dict[str, tuple[str, ...]] = {
         "inner.lr=0.01",
         "outer.iterations=20000",
     ),
+    "steps/maml": ("sinusoid", *_MANY_STEPS),
+    "steps/annealed": (
+        "sinusoid",
+        *_MANY_STEPS,
+        "inner.order=annealed",
+        "outer.query_losses=annealed",
+    ),
 }
+_SHOWN = ("", "K=10", "1 query")  # variants of the test tasks, where there are several
 SPEED = ("maml", "fomaml", "anil", "maml++", "meta-sgd", "boil")
 _TURNS, _CALLS = 9, 6
 
@@ -79,7 +91,7 @@ def table(names: list[str]) -> list[str]:
         step = step if step in steps else steps[-1]
         cells = {}
         for curve in curves:
-            if curve["variant"] not in ("", "K=10", "1-shot"):
+            if curve["variant"] not in _SHOWN:
                 continue
             position = curve["steps"].index(step)
             scale, unit = (100, " %") if metric == "accuracy" else (1, "")
@@ -100,15 +112,43 @@ def against(base: Path, folder: Path, step: int) -> str:
         return ""
     try:
         found = compare_runs([base, folder], steps=(step,))
-    except Exception:  # other tasks
+    except ConfigError:  # other tasks
         return ""
-    paired = next((c for c in found if c.variant in ("", "K=10")), found[0])
+    paired = next((c for c in found if c.variant in _SHOWN), found[0])
     scale, unit = (100, " %") if paired.metric == "accuracy" else (1, "")
     (difference,) = paired.differences
     return (
         f"{scale * difference.mean[0]:+.2f} ± {scale * difference.ci95[0]:.2f}{unit} "
         f"(p = {difference.p[0]:.2g})"
     )
+
+
+def _growth(record: dict[str, float]) -> float:
+    norms = by_step(record, "gradient_norm")
+    return float(norms[0] / norms[-1])
+
+
+def health() -> list[str]:
+    """The meta-gradient of ten inner steps on its way back: of every quarter of the training the
+    diagnosis in which it grew most."""
+    lines = [
+        "| run | iteration | norm after the last step | norm before the first | grown | "
+        "cosine with first order | adaptation hurts |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in ("steps/maml", "steps/annealed"):
+        records = map(json.loads, (FOLDER / name / "metrics.jsonl").read_text().splitlines())
+        found = [record for record in records if f"{PREFIX}hurt_share" in record]
+        size = -(-len(found) // 4)
+        for window in (found[i : i + size] for i in range(0, len(found), size)):
+            record = max(window, key=_growth)
+            norms = by_step(record, "gradient_norm")
+            lines.append(
+                f"| {name} | {record['iteration']:,} | {norms[-1]:.3g} | {norms[0]:.3g} | "
+                f"{_growth(record):.3g}x | {record[f'{PREFIX}order_cosine']:.2f} | "
+                f"{100 * record[f'{PREFIX}hurt_share']:.0f} % |"
+            )
+    return lines
 
 
 def speed(data: str) -> list[str]:
@@ -149,7 +189,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "table", "speed"])
+    parser.add_argument("what", choices=["train", "table", "speed", "health"])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
     parser.add_argument("--data", default=str(Path("data").absolute()), help="of the image stores")
     arguments = parser.parse_args()
@@ -158,8 +198,13 @@ def main() -> None:
         parser.error(f"no run is called {', '.join(unknown)}; there are {', '.join(RUNS)}")
     if arguments.what == "train":
         train(RUNS, FOLDER, names, [f"data.root={arguments.data}"])
-    else:
-        print("\n".join(table(names) if arguments.what == "table" else speed(arguments.data)))
+        return
+    made = {
+        "table": lambda: table(names),
+        "speed": lambda: speed(arguments.data),
+        "health": health,
+    }
+    print("\n".join(made[arguments.what]()))
 
 
 if __name__ == "__main__":

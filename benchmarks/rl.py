@@ -2,9 +2,10 @@
 
     python benchmarks/rl.py train             every run that is not there yet (hours)
     python benchmarks/rl.py train navigation  some of them; interrupted ones go on
-    python benchmarks/rl.py table             returns of the runs that are there
+    python benchmarks/rl.py table             returns of the runs that are there, and their curves
     python benchmarks/rl.py variance          of the meta-gradient, by estimator
     python benchmarks/rl.py speed             navigation against one environment in a Python loop
+    python benchmarks/rl.py actors            cheetahs: two actors against one
 
 Every run is `maml train` with a shipped experiment and the overrides below, in its own folder of
 `runs/rl`.
@@ -22,11 +23,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scaling import ready_actors
 from trained import minutes, train
 
-from pipeline.chunk import ChunkComputer, GradientJob, flat_vector, initial_parameters
+from pipeline.checkpoint import load_theta
+from pipeline.chunk import ChunkComputer, FlatVector, GradientJob, flat_vector, initial_parameters
 from pipeline.experience import rollout
 from pipeline.experiments import load
+from pipeline.figures import COLORS, legend, new_panels, save
 from pipeline.policies import GAUSSIAN
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
@@ -38,6 +42,14 @@ RUNS: dict[str, tuple[str, ...]] = {
     "navigation-first-order": ("navigation", "algorithm=fomaml"),
     "navigation-naive": ("navigation", "reinforcement.estimator=naive"),
     "navigation-dice": ("navigation", "reinforcement.estimator=dice"),
+    "navigation-lambda-1": ("navigation", "reinforcement.gae_lambda=1"),
+    "cheetah-direction": ("cheetah-direction",),
+    "cheetah-direction-pretrained": (
+        "cheetah-direction",
+        "inner.steps=0",
+        "evaluation.selection_step=1",
+        "evaluation.baselines=[]",
+    ),
 }
 ESTIMATORS = ("naive", "lvc", "dice")
 _REPEATS, _CALLS = 12, 20
@@ -63,34 +75,95 @@ def table(names: list[str]) -> list[str]:
 
 
 def variance(iterations: int = 2) -> list[str]:
-    """Noise of the meta-gradient at θ: seeds differ, so tasks and trajectories do."""
+    """Noise of the meta-gradient, at a random θ and at the trained one: seeds differ, so tasks and
+    trajectories do."""
+    trained = FOLDER / "navigation" / "theta.safetensors"
+    thetas = {"random": flat_vector(initial_parameters(load("navigation"), seed=0))}
+    if trained.exists():
+        thetas["trained"] = flat_vector(load_theta(trained))
     lines = [
-        "| estimator | noise / signal of the meta-gradient | ms per chunk of 10 tasks |",
-        "|---|---|---|",
+        "| estimator | θ | noise / signal of the meta-gradient | ms per chunk of 10 tasks |",
+        "|---|---|---|---|",
     ]
-    for estimator in ESTIMATORS:
-        found, seconds = [], 0.0
-        for seed in range(_REPEATS):
-            experiment = load(
-                "navigation",
-                [f"reinforcement.estimator={estimator}", f"seed={seed}", "compute.threads=1"],
-            )
-            theta = flat_vector(initial_parameters(experiment, seed=0))
-            computer = ChunkComputer(experiment, compile=False)
-            computer.run(theta, GradientJob(0, 0))
-            for iteration in range(1, iterations + 1):
-                began = time.process_time()
-                result = computer.run(theta, GradientJob(iteration, 0))
-                seconds += time.process_time() - began
-                assert result.gradient is not None
-                found.append(result.gradient / result.num_tasks)
-        gradients = np.stack(found)
-        noise = float(gradients.var(0, ddof=1).sum())
-        # The mean of so many draws has noise of its own.
-        signal = max(0.0, float((gradients.mean(0) ** 2).sum()) - noise / len(found))
-        ratio = math.sqrt(noise / signal) if signal else math.inf
-        lines.append(f"| {estimator} | {ratio:.1f} | {1e3 * seconds / len(found):.0f} |")
+    for name, theta in thetas.items():
+        for estimator in ESTIMATORS:
+            ratio, seconds = _noise(estimator, theta, iterations)
+            lines.append(f"| {estimator} | {name} | {ratio:.1f} | {1e3 * seconds:.0f} |")
     return lines
+
+
+def _noise(estimator: str, theta: FlatVector, iterations: int) -> tuple[float, float]:
+    """Noise over signal, and processor time per chunk in seconds."""
+    found, seconds = [], 0.0
+    for seed in range(_REPEATS):
+        experiment = load(
+            "navigation",
+            [f"reinforcement.estimator={estimator}", f"seed={seed}", "compute.threads=1"],
+        )
+        computer = ChunkComputer(experiment, compile=False)
+        computer.run(theta, GradientJob(0, 0))
+        for iteration in range(1, iterations + 1):
+            began = time.process_time()
+            result = computer.run(theta, GradientJob(iteration, 0))
+            seconds += time.process_time() - began
+            assert result.gradient is not None
+            found.append(result.gradient / result.num_tasks)
+    gradients = np.stack(found)
+    noise = float(gradients.var(0, ddof=1).sum())
+    # The mean of so many draws has noise of its own.
+    signal = max(0.0, float((gradients.mean(0) ** 2).sum()) - noise / len(found))
+    return math.sqrt(noise / signal) if signal else math.inf, seconds / len(found)
+
+
+def actors(turns: int = 5) -> list[str]:
+    """Environment steps per second of whole gradient jobs of cheetahs - collecting, adapting,
+    meta-gradient - by two actors against one, in turns."""
+    import ray
+
+    experiment = load("cheetah-direction", ["compute.threads=1", "cluster.cpus_per_worker=1"])
+    theta = flat_vector(initial_parameters(experiment))
+    task, outer = experiment.build_task(), experiment.outer
+    steps = outer.tasks_per_batch * task.trajectories * task.horizon * (experiment.inner.steps + 1)
+    speeds: dict[int, list[float]] = {1: [], 2: []}
+    ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
+    with ready_actors(experiment, 1) as one, ready_actors(experiment, 2) as two:
+        for turn in range(turns + 1):
+            jobs = [GradientJob(turn, chunk) for chunk in (0, 1)]
+            for number, workers in ((1, one), (2, two)):
+                began = time.perf_counter()
+                workers.run(theta, jobs)
+                speeds[number].append(steps / (time.perf_counter() - began))
+    ray.shutdown()
+    pairs = list(zip(speeds[1], speeds[2], strict=True))[1:]
+    ratio = float(np.median([b / a for a, b in pairs]))
+    single, both = (float(np.median(values)) for values in zip(*pairs, strict=True))
+    return [
+        "| cheetahs, environment steps/s, gradients included | one actor | two actors | ratio |",
+        "|---|---|---|---|",
+        f"| {steps:,} steps a round | {single:,.0f} | {both:,.0f} | {ratio:.2f}x |",
+    ]
+
+
+def curves(path: Path) -> None:
+    """Validation returns after one step of adaptation, by updates; a panel per kind of task."""
+    kinds = ("navigation", "cheetah-direction")
+    figure, grid = new_panels(11, 3.6, 1, len(kinds))
+    for axes, kind in zip(grid[0], kinds, strict=True):
+        there = [n for n in RUNS if n.startswith(kind) and (FOLDER / n / "metrics.jsonl").exists()]
+        for name, colour in zip(there, COLORS, strict=False):
+            records = map(json.loads, (FOLDER / name / "metrics.jsonl").read_text().splitlines())
+            found = [r for r in records if "validation/return_step1" in r]
+            mean = np.array([r["validation/return_step1"] for r in found])
+            half = np.array([r["validation/return_step1_ci95"] for r in found])
+            updates = [r["iteration"] for r in found]
+            label = name.removeprefix(kind).strip("-") or "as shipped"
+            axes.plot(updates, mean, color=colour, marker="o", markersize=3, label=label)
+            axes.fill_between(updates, mean - half, mean + half, color=colour, alpha=0.15)
+        axes.set_title(kind)
+        axes.set_xlabel("meta-updates")
+        axes.set_ylabel("return after 1 step")
+        legend(axes)
+    save(figure, path, "Mean over 40 validation tasks, band: CI95.")
 
 
 def speed() -> list[str]:
@@ -166,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "table", "variance", "speed"])
+    parser.add_argument("what", choices=["train", "table", "variance", "speed", "actors"])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
     arguments = parser.parse_args()
     names = arguments.names or list(RUNS)
@@ -175,8 +248,15 @@ def main() -> None:
     if arguments.what == "train":
         train(RUNS, FOLDER, names)
         return
-    made = {"table": lambda: table(names), "variance": variance, "speed": speed}
+    made = {
+        "table": lambda: table(names),
+        "variance": variance,
+        "speed": speed,
+        "actors": actors,
+    }
     print("\n".join(made[arguments.what]()))
+    if arguments.what == "table":
+        curves(Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":

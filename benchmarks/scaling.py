@@ -280,6 +280,18 @@ def simulated_nodes(
         cluster.shutdown()
 
 
+@contextlib.contextmanager
+def ready_actors(experiment: Experiment, number: int) -> Iterator[RayWorkers]:
+    """Actors of this machine, all of them up."""
+    workers = RayWorkers(experiment, False, number, print)
+    try:
+        while len(workers.pids()) < number:
+            workers._wait()
+        yield workers
+    finally:
+        workers.close()
+
+
 def machine(data: str, folder: Path) -> list[str]:
     """Strong and weak scaling of conv4 on the cores of this machine."""
     times: dict[tuple[str, int], float] = {}
@@ -288,14 +300,9 @@ def machine(data: str, folder: Path) -> list[str]:
             overrides = {"tasks_per_batch": tasks[actors - 1], "tasks_per_chunk": 8}
             base = experiment_of("small", 1, data)
             experiment = base.changed(outer=overrides)
-            workers = RayWorkers(experiment, False, actors, print)
-            try:
-                while len(workers.pids()) < actors:
-                    workers._wait()
+            with ready_actors(experiment, actors) as workers:
                 session = open_session(experiment, folder / f"{name}{actors}", workers)
                 times[name, actors] = statistics.median(iterate(session, 20, 10))
-            finally:
-                workers.close()
     lines = []
     for name, tasks, factor in (("strong", (32, 32), 2), ("weak", (16, 32), 1)):
         one, two = times[name, 1], times[name, 2]
