@@ -119,4 +119,6 @@ def _prepare(build: Callable[[Callable[[str, int, int], None]], Any]) -> None:
             bars.update(shown[what], completed=done, total=total)
 
         store = build(progress)
-    out.print(store.summary(), soft_wrap=True)
+    for name, value in store.summary().items():
+        text = ", ".join(f"{n} {of}" for of, n in value.items()) if name == "classes" else value
+        out.print(f"{name.replace('_', ' '):<13}{text}", markup=False, soft_wrap=True)

@@ -136,8 +136,8 @@ def _described(error: Exception) -> tuple[str, int]:
 def _fail(message: str, code: int) -> None:
     from pipeline.console import err
 
-    style = "yellow" if code == 130 else "bold red"
-    err.print(
-        f"[{style}]{'stopped' if code == 130 else 'error'}:[/] {escape(message)}", soft_wrap=True
+    said = (
+        f"[yellow]{escape(message)}[/]" if code == 130 else f"[bold red]error:[/] {escape(message)}"
     )
+    err.print(said, soft_wrap=True)
     raise typer.Exit(code)

@@ -163,7 +163,8 @@ class ConsoleWatcher(LiveLine, Watcher):
             for position, step in enumerate(curve.steps)
         )
         mark = "  best so far" if best else ""
-        self.say(f"validation at {iteration:,}, {self._metric_name} after steps  {values}{mark}")
+        name = f"{self._metric_name}{' in %' if self._percent else ''}"
+        self.say(f"validation at {iteration:,}, {name} after steps  {values}{mark}")
 
     def testing(self, experiment: Experiment) -> None:
         self.stop()

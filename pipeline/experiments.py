@@ -28,6 +28,7 @@ from pipeline.components import (
     resolve,
 )
 from pipeline.config import Experiment
+from pipeline.config_errors import readable
 from pipeline.sections import Outer
 from tasks.control.mdp import MDPs
 from tasks.data_root import default_root
@@ -35,8 +36,6 @@ from tasks.data_root import default_root
 EXPERIMENTS = Path(__file__).resolve().parent.parent / "tune_configs"
 RUNS = "MAML_RUNS"
 """Environment variable: the folder of runs, by default `runs` in the current folder."""
-_TYPE = re.compile(r"int|(literal|tuple)\[.*\]")
-"""How pydantic names the types that a setting may have, at the end of its path."""
 
 
 class ConfigError(Exception):
@@ -103,7 +102,8 @@ def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a run's folder. Raises ConfigError."""
     path = run_dir / "config.yaml"
     if not path.is_file():
-        why = f"it has no {path.name}" if run_dir.is_dir() else "there is no such folder"
+        there = "it is a file" if run_dir.exists() else "there is no such folder"
+        why = f"it has no {path.name}" if run_dir.is_dir() else there
         raise ConfigError("", [f"{run_dir} is not the folder of a run: {why}"])
     return load(str(path), overrides)
 
@@ -200,7 +200,7 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
     try:
         experiment = Experiment.model_validate(data)
     except ValidationError as error:
-        errors += _readable(error.errors())
+        errors += readable(error.errors())
     if task_ok:
         errors += _task_errors(data)
     if errors or experiment is None:
@@ -338,30 +338,6 @@ def _scheduler_error(outer: Outer) -> str | None:
     except ValueError as error:
         return str(error)
     return None
-
-
-def _readable(found: Sequence[Any]) -> list[str]:
-    """pydantic's errors as 'path: what is wrong, got value', one for each setting."""
-    by_path: dict[str, list[Any]] = {}
-    for error in found:
-        path = ".".join(str(part) for part in error["loc"] if not _TYPE.fullmatch(str(part)))
-        by_path.setdefault(path, []).append(error)
-    return [_message(path, errors) for path, errors in by_path.items()]
-
-
-def _message(path: str, errors: Sequence[Any]) -> str:
-    """What is wrong with a setting. One that may be of several types has an error for each."""
-    kind, text = errors[0]["type"], str(errors[0]["msg"])
-    if kind == "extra_forbidden":
-        return f"{path}: unknown setting"
-    if kind == "missing":
-        return f"{path}: missing"
-    if kind == "value_error":
-        return text.removeprefix("Value error, ")
-    wanted = text[0].lower() + text[1:]
-    for other in errors[1:]:
-        wanted += " or " + str(other["msg"]).removeprefix("Input should be ").partition(",")[0]
-    return f"{path}: {wanted}, got {errors[0]['input']!r}"
 
 
 def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:

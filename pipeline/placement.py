@@ -28,6 +28,8 @@ from pipeline.workers import threads_per_chunk
 
 _RAY_START_SECONDS = 8.0
 _ROUND_TRIP_SECONDS = 0.004
+# Iterations that are timed at most, and seconds after which no other one is.
+_MEASURED, _LONG_ENOUGH = 4, 10.0
 
 
 class Placement(NamedTuple):
@@ -74,12 +76,16 @@ def decide_workers(experiment: Experiment) -> Placement:
     actors = -(-chunks // workers) * actor.per_chunk + actor.rounds * _ROUND_TRIP_SECONDS
     saved = (here - actors) * experiment.outer.iterations
     measured = (
-        f"an uncompiled iteration takes about {1e3 * here:.1f} ms in process, "
-        f"{1e3 * actors:.1f} ms with {workers} actors"
+        f"an uncompiled iteration takes about {_as_text(here)} in process, "
+        f"{_as_text(actors)} with {workers} actors"
     )
     if saved > _RAY_START_SECONDS:
         return Placement(workers, measured)
     return Placement(0, f"{measured}: not worth starting Ray")
+
+
+def _as_text(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def on_driver(experiment: Experiment) -> Experiment:
@@ -104,13 +110,16 @@ def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads:
     torch.set_num_threads(threads)
     try:
         found = []
-        for iteration in range(4):  # the first one warms up
+        began = time.perf_counter()
+        for iteration in range(_MEASURED):  # the first one warms up
             # Each of other tasks: what is asked again is answered from what was kept.
             asked: list[tuple[Job, int]] = [(GradientJob(iteration, 0), 1)]
             if experiment.reinforcement is not None:
                 asked += usual_questions(experiment.reinforcement, iteration, theta)
             seconds = sum(count * _seconds(computer, theta, job) for job, count in asked)
             found.append(_Measured(seconds, sum(count for _, count in asked)))
+            if time.perf_counter() - began > _LONG_ENOUGH:
+                break
         return min(found)
     finally:
         torch.set_num_threads(before)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.config import Experiment
+from pipeline.workers import WorkersLost
 
 # Answers up to this size travel with the message instead of through the object store (Ray's default
 # is 100 kB): a gradient of conv4 is 450 kB. A cluster has its own setting (see cluster.yaml).
@@ -94,10 +95,16 @@ def _start_or_join(
         return
     needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
     cores = os.cpu_count() or 1
-    ray.init(
-        address="local",
-        num_cpus=max(cores, needed),
-        include_dashboard=False,
-        _system_config={"max_direct_call_object_size": _INLINE_BYTES},
-        **quiet,
-    )
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(cores, needed),
+            include_dashboard=False,
+            _system_config={"max_direct_call_object_size": _INLINE_BYTES},
+            **quiet,
+        )
+    except Exception as error:  # Ray has no type of its own for this
+        raise WorkersLost(
+            "Ray did not start on this machine, which may be too busy: try again, or train in this "
+            f"process with cluster.workers=0 ({error})"
+        ) from error

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta, write_atomically
-from pipeline.chunk import FlatVector, initial_parameters, tasks_per_chunk
+from pipeline.chunk import FlatVector, compute_device, initial_parameters, tasks_per_chunk
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve, check_tasks
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
 from pipeline.placement import Placement, decide_compile, decide_workers, on_driver
+from pipeline.ray_cluster import cluster_address
 from pipeline.ray_workers import RayWorkers
 from pipeline.report import summary, write_plots
 from pipeline.run_folder import (
@@ -35,7 +36,7 @@ from pipeline.run_folder import (
     write_results,
 )
 from pipeline.task_supply import Cut
-from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags
+from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
 from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
 from tasks.data_root import absolute_root
 
@@ -288,6 +289,10 @@ def open_session(
     experiment = with_absolute_data(experiment.changed(search=None))
     check_tasks(experiment)
     theta = initial_parameters(experiment)  # a model that does not fit leaves no folder behind
+    if cluster_address(experiment) is None:
+        compute_device(experiment)  # nor does a GPU that is not here
+    if experiment.tracking.enabled:
+        resolve_uri(experiment.tracking.uri, run_dir)
     check_writable(run_dir)
     store.check_writable()
     watcher.starting(experiment, run_dir)

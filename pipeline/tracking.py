@@ -43,6 +43,7 @@ from pipeline.mlflow_sender import (
 log = logging.getLogger(__name__)
 
 UNSENT = "unsent-tracking.jsonl"
+_STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
 class RunTracker(Protocol):
@@ -213,7 +214,7 @@ def resend(path: str | Path, timeout: float = 30.0) -> bool:
 def resolve_uri(uri: str | None, run_dir: Path) -> str:
     """The tracking store: `uri`, else MLFLOW_TRACKING_URI, else SQLite beside `run_dir`.
 
-    Raises TrackingError for a folder of files, which MLflow no longer writes.
+    Raises TrackingError for what MLflow cannot write to, such as a folder of files.
     """
     uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
@@ -222,6 +223,12 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
         raise TrackingError(
             f"tracking.uri: MLflow no longer writes to folders such as {uri}; use a database "
             "(sqlite:////absolute/path/mlflow.db) or a server (http://HOST:PORT)"
+        )
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in _STORES:
+        raise TrackingError(
+            f"tracking.uri: MLflow knows no stores like {uri}; there are {', '.join(_STORES)}: a "
+            "database (sqlite:////absolute/path/mlflow.db) or a server (http://HOST:PORT)"
         )
     database = sqlite_file(uri)
     # Absolute: another working directory must not mean another database.

@@ -138,8 +138,7 @@ def test_a_setting_of_several_types_has_one_error() -> None:
     with pytest.raises(ConfigError) as caught:
         load("sinusoid", ["cluster.workers=two", "outer.query_losses=most"])
     assert caught.value.errors == [
-        "outer.query_losses: input should be 'last', 'all' or 'annealed' or a valid tuple, "
-        "got 'most'",
+        "outer.query_losses: input should be 'last', 'all' or 'annealed' or a list, got 'most'",
         "cluster.workers: input should be 'auto' or a valid integer, got 'two'",
     ]
 
@@ -169,6 +168,9 @@ def test_the_message_says_where_to_mend(tmp_path: Path) -> None:
         ("model.kind=resnet", "model.kind: 'resnet' is none of linear, mlp, conv4"),
         ("outer.scheduler=Cosine", "outer.scheduler: 'Cosine' is none of"),
         ("outer.scheduler=StepLR", "outer.scheduler_args: StepLR refuses them"),
+        ("inner.lrr=0.1", "inner.lrr: unknown setting; did you mean inner.lr?"),
+        ("lr=0.1", "lr: unknown setting; did you mean inner.lr?"),
+        ("evaluation.steps=5", "evaluation.steps: input should be a list, got 5"),
         ("outer.momentum=0.9", "outer.momentum: only sgd has momentum"),
         ("evaluation.steps=[1,0]", "evaluation.steps: must be ascending"),
         ("evaluation.variants.big={shots: 0}", "evaluation.variants.big.shots: must be at least 1"),

@@ -18,6 +18,7 @@ FLOORS = [
     "sections",
     "search_section",
     "config",
+    "config_errors",
     "algorithms",
     "experiments",
     "search_space",

@@ -77,7 +77,6 @@ def test_every_command_works_in_order(tmp_path: Path, real_data: Path) -> None:
         if arguments[:3] == ["data", "prepare", "images"]:
             archive = real_data / "grocery" / "grocery_32.zip"
             arguments = [str(archive) if a == "photos.zip" else a for a in arguments]
-            arguments = ["51/10/20" if a == "64/16/20" else a for a in arguments]
         if arguments[0] == "ui":
             continue  # serves until it is stopped; tests/test_tracking.py does that
         if arguments[0] == "search" and "--resume" not in arguments:

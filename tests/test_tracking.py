@@ -335,6 +335,8 @@ def test_the_store_is_found(tmp_path: Path, monkeypatch) -> None:
     for folder in ("mlruns", "/abs/mlruns", "file:///abs/mlruns"):
         with pytest.raises(TrackingError, match=r"tracking\.uri: .*no longer .*sqlite:////"):
             resolve_uri(folder, run_dir)
+    with pytest.raises(TrackingError, match=r"tracking\.uri: MLflow knows no stores like foo://x"):
+        resolve_uri("foo://x", run_dir)
 
 
 def test_tracking_can_be_off() -> None:
