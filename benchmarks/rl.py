@@ -49,6 +49,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "inner.steps=0",
         "evaluation.selection_step=1",
         "evaluation.baselines=[]",
+        "outer.iterations=300",
     ),
 }
 ESTIMATORS = ("naive", "lvc", "dice")
