@@ -33,6 +33,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from machine import free_memory, loopback_bytes, machine_time, nodes_time
 from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
@@ -205,13 +206,13 @@ def iterate(session: Session, seconds: float, at_least: int) -> list[float]:
 def measured(size: str, wait: float, session: Session) -> Row:
     actors = session.num_chunks
     meta_update(session)
-    clock, processor, ray_processor = time.perf_counter(), time.process_time(), _nodes_time()
-    busy, total = _machine_time()
-    carried = _loopback_bytes()
+    clock, processor, ray_processor = time.perf_counter(), time.process_time(), nodes_time()
+    busy, total = machine_time()
+    carried = loopback_bytes()
     times = iterate(session, SECONDS, ITERATIONS)
     wall, iterations = time.perf_counter() - clock, len(times) + 2
     driver = time.process_time() - processor
-    busy_after, total_after = _machine_time()
+    busy_after, total_after = machine_time()
     typical = statistics.median(times)
     watcher: Any = session.watcher
     return Row(
@@ -224,9 +225,9 @@ def measured(size: str, wait: float, session: Session) -> Row:
         wait / typical,
         driver / wall,
         driver / iterations,
-        (_nodes_time() - ray_processor) / iterations,
+        (nodes_time() - ray_processor) / iterations,
         (busy_after - busy) / (total_after - total),
-        (_loopback_bytes() - carried) / iterations / 1e6,
+        (loopback_bytes() - carried) / iterations / 1e6,
         watcher.median("seconds/waiting"),
         watcher.median("seconds/aggregating") + watcher.median("seconds/updating"),
     )
@@ -273,7 +274,7 @@ def simulated_nodes(
         workers = WaitingWorkers(experiment, actors, min(per_process, actors))
         print(f"\n{actors} actors in {len(workers.processes)} processes on {nodes} nodes, ", end="")
         print(f"ready after {time.perf_counter() - began:.0f} s; ", end="")
-        print(f"{_free_memory() / 2**30:.1f} GiB of memory left\n", flush=True)
+        print(f"{free_memory() / 2**30:.1f} GiB of memory left\n", flush=True)
         yield workers
     finally:
         ray.shutdown()
@@ -327,40 +328,6 @@ def profile(actors: int, wait: float, size: str, data: str, folder: Path, per_pr
     print(f"{len(times) + 2} iterations of {1e3 * statistics.median(times):.1f} ms")
     for order in ("tottime", "cumtime"):
         pstats.Stats(profiler).sort_stats(order).print_stats(28)
-
-
-def _machine_time() -> tuple[int, int]:
-    """Ticks of all cores since boot: busy, and all."""
-    ticks = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
-
-
-def _nodes_time() -> float:
-    """Processor time of everything that this process has started, and is alive, in seconds."""
-    parents, ticks = {}, {}
-    for path in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            fields = path.read_text().rpartition(")")[2].split()
-            process = int(path.parent.name)
-            parents[process], ticks[process] = int(fields[1]), int(fields[11]) + int(fields[12])
-    total = 0
-    for process, spent in ticks.items():
-        ancestor = parents[process]
-        while ancestor in parents and ancestor != os.getpid():
-            ancestor = parents[ancestor]
-        total += spent if ancestor == os.getpid() else 0
-    return total / os.sysconf("SC_CLK_TCK")
-
-
-def _loopback_bytes() -> int:
-    """Received through the loopback device since boot, by everybody."""
-    lines = Path("/proc/net/dev").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
-
-
-def _free_memory() -> int:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
 
 
 def main() -> None:
