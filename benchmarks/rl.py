@@ -66,9 +66,12 @@ def table(names: list[str]) -> list[str]:
         folder = FOLDER / name
         if not (folder / "results.json").exists():
             continue
-        outer = load(str(folder / "config.yaml")).outer
+        experiment = load(str(folder / "config.yaml"))
+        outer = experiment.outer
         cost = f"{outer.iterations:,} | {minutes(folder, outer.tasks_per_batch):.0f}"
         for curve in json.loads((folder / "results.json").read_text()):
+            if curve["who"] != "trained" and name != experiment.task.kind:
+                continue  # the baselines are the same for all runs on these tasks
             pairs = zip(curve["mean"]["return"], curve["ci95"]["return"], strict=True)
             cells = " | ".join(f"{mean:.1f} ± {half:.1f}" for mean, half in pairs)
             lines.append(f"| {name} | {curve['who']} | {cells} | {cost} |")
