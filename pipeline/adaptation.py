@@ -112,6 +112,13 @@ class Adaptation:
             if name not in fast and not name.startswith(RATE)
         }
 
+    def only_last_layers(self, meta: Params) -> bool:
+        """Whether the adapted parameters come after all others, in the model's order, and the
+        others are the same in every step."""
+        adapts = [name in self.fast for name in meta if not name.startswith(RATE)]
+        stepwise = any(not name.startswith(RATE) for name in self.per_step)
+        return not all(adapts) and adapts == sorted(adapts) and not stepwise
+
     def rates_at(self, meta: Params, alpha: Tensor, step: int) -> Params:
         """The rate of every adapted parameter in a step."""
         if self.learns_rates:

@@ -28,8 +28,6 @@ from pipeline.inner_loop import hessian_vector_product
 from pipeline.meta_gradient import (
     Estimator,
     Knobs,
-    Order,
-    Stages,
     Visit,
     differentiates,
     walk_back,
@@ -37,6 +35,7 @@ from pipeline.meta_gradient import (
 )
 from pipeline.meta_loss import Batch, TaskLoss
 from pipeline.parameters import Params
+from pipeline.stages import Order, Stages
 
 
 class Diagnosis(NamedTuple):

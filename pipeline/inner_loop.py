@@ -7,10 +7,13 @@ as they are (`slow`).
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
@@ -34,7 +37,10 @@ class Adjoint(NamedTuple):
 
     point: Point
     slow: Params
+    """Empty where it is left to `slow_back`."""
     rates: Params
+    gradient: Params
+    """With respect to the inner gradient, where `slow_back` will need it."""
 
 
 def inner_step(
@@ -62,6 +68,7 @@ def inner_step_back(
     *,
     second_order: bool,
     learns_rates: bool,
+    with_slow: bool = True,
     forward: bool = True,
 ) -> Adjoint:
     """Carries a gradient back through one step.
@@ -77,10 +84,69 @@ def inner_step_back(
         pull = vjp(lambda p, g: rule.update(p, g, rates, t), point, gradient)[1]
         (before, gradient_bar), rates_bar = pull(v), {}
     if not second_order:
-        return Adjoint(before, {}, rates_bar)
-    product = hessian_vector_product(loss, point.fast, slow, support, gradient_bar, forward=forward)
+        return Adjoint(before, {}, rates_bar, {})
+    wanted, left = (slow, {}) if with_slow else ({}, slow)
+
+    def of_wanted(params: Params, examples: Any) -> Tensor:
+        return loss({**left, **params}, examples)
+
+    product = hessian_vector_product(
+        of_wanted, point.fast, wanted, support, gradient_bar, forward=forward
+    )
     fast = {name: value + product[name] for name, value in before.fast.items()}
-    return Adjoint(Point(fast, before.slots), {name: product[name] for name in slow}, rates_bar)
+    point_bar, slow_bar = Point(fast, before.slots), {name: product[name] for name in wanted}
+    return Adjoint(point_bar, slow_bar, rates_bar, {} if with_slow else gradient_bar)
+
+
+def slow_back(loss: Loss, fast: Params, slow: Params, support: Any, v: Params) -> Params:
+    """What all steps give the parameters that are not adapted, in one go: the gradient of
+    Σ_s ∇_fast L_S(θ_s) · v_s with respect to `slow`; `fast` and `v` hold θ_s and v_s, [S, ...].
+
+    Mapped over the steps, whatever comes before the adapted parameters is computed once, there and
+    back: where the head adapts, all of the body.
+    """
+
+    def of_slow(slow: Params) -> Tensor:
+        def at_step(fast: Params, v: Params) -> Tensor:
+            gradient = grad(lambda at: loss({**slow, **at}, support))(fast)
+            return torch.stack([(gradient[name] * v[name]).sum() for name in v]).sum()
+
+        return vmap(at_step)(fast, v).sum()
+
+    of_all_steps: Params = grad(of_slow)(slow)
+    return of_all_steps
+
+
+def goes_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any, steps: int) -> bool:
+    """Whether `slow_back` gives what the steps one by one give, tried on a batch of tasks.
+
+    Some second derivatives of torch (that of `mse_loss`) raise an error, or are wrong, where only
+    some of their arguments are mapped over.
+    """
+
+    def generic(like: Tensor, *leading: int) -> Tensor:
+        shape = (*leading, *like.shape)
+        return torch.arange(math.prod(shape), device=like.device).to(like).cos().reshape(shape)
+
+    points = {name: generic(value, steps) for name, value in fast.items()}
+    others = {name: generic(value) for name, value in slow.items()}
+
+    def one_by_one(examples: Any) -> list[Params]:
+        at = [{name: value[s] for name, value in points.items()} for s in range(steps)]
+        back = partial(hessian_vector_product, loss, slow=others, support=examples, forward=False)
+        return [back(point, v=point) for point in at]
+
+    try:
+        found = vmap(lambda examples: slow_back(loss, points, others, examples, points))(support)
+    except RuntimeError:
+        return False
+    expected = vmap(one_by_one)(support)
+    totals = {name: torch.stack([each[name] for each in expected]).sum(0) for name in slow}
+    largest = max(float(total.abs().max()) for total in totals.values())
+    return all(
+        torch.allclose(found[name], total, rtol=0, atol=1e-3 * largest)
+        for name, total in totals.items()
+    )
 
 
 def hessian_vector_product(

@@ -17,22 +17,21 @@ Gradients are *sums* over the tasks of the chunk; the driver divides once by the
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vmap
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from pipeline.adaptation import RATE, Adaptation, MetaSum
 from pipeline.compilation import Compiler, operator_calls
-from pipeline.inner_loop import Adjoint, Step, differentiates_forward, inner_step, inner_step_back
+from pipeline.inner_loop import Step, differentiates_forward, goes_back_at_once
 from pipeline.meta_loss import Batch, Support, TaskLoss
 from pipeline.parameters import Layout, Params
+from pipeline.stages import Order, Stages
 from pipeline.update_rules import Point
 
-Order = Literal["second", "first"]
 Estimator = Literal["gradient", "reptile"]
 
 
@@ -53,72 +52,6 @@ class MetaGradient(NamedTuple):
     metrics: dict[str, Tensor]
     """Per task, [B]: query_loss and query_<metric> after the last step, support_loss (before
     adaptation), and adapted_support_loss (before the last step)."""
-
-
-class Stages(NamedTuple):
-    """The three computations of a meta-gradient, each over all tasks of a chunk.
-
-    `shared` says that the point is θ itself, not yet one copy per task: then the first step runs as
-    one large batch instead of B small ones.
-    """
-
-    step: Callable[..., Step]
-    query: Callable[..., Any]
-    step_back: Callable[..., Adjoint]
-
-    @classmethod
-    def of(
-        cls,
-        objective: TaskLoss,
-        adaptation: Adaptation,
-        *,
-        order: Order = "second",
-        forward: bool = True,
-    ) -> Stages:
-        """The stages of an objective; `forward` as in `hessian_vector_product`."""
-        rule = adaptation.rule
-
-        def axes(shared: bool) -> int | None:
-            return None if shared else 0
-
-        def step(
-            point: Point, slow: Params, rates: Params, t: Tensor, support: Any, shared: bool
-        ) -> Step:
-            one = partial(inner_step, objective.loss, rule)
-            return vmap(one, in_dims=(axes(shared), None, None, None, 0))(
-                point, slow, rates, t, support
-            )
-
-        def query(fast: Params, slow: Params, examples: Any) -> Any:
-            def loss(fast: Params, slow: Params, examples: Any) -> Any:
-                return objective.loss_and_metrics({**slow, **fast}, examples)
-
-            one = grad_and_value(loss, argnums=(0, 1), has_aux=True)
-            return vmap(one, in_dims=(0, None, 0))(fast, slow, examples)
-
-        def step_back(
-            point: Point,
-            gradient: Params,
-            slow: Params,
-            rates: Params,
-            t: Tensor,
-            support: Any,
-            v: Point,
-            shared: bool,
-        ) -> Adjoint:
-            one = partial(
-                inner_step_back,
-                objective.loss,
-                rule,
-                second_order=order == "second",
-                learns_rates=adaptation.learns_rates,
-                forward=forward,
-            )
-            return vmap(one, in_dims=(axes(shared), 0, None, None, None, 0, 0))(
-                point, gradient, slow, rates, t, support, v
-            )
-
-        return cls(step, query, step_back)
 
 
 class Visit(NamedTuple):
@@ -183,6 +116,8 @@ def carry_back(
     the last step there must be some. `observe` is shown v_S, ..., v_0 of every task on the way.
     """
     total = MetaSum(adaptation)
+    points: list[Params] = []
+    gradient_bars: list[Params] = []
     v: Point | None = None
     for s in range(adaptation.steps - 1, -2, -1):
         at = reached(adaptation, meta, visits, s, num_tasks(batch))
@@ -198,7 +133,7 @@ def carry_back(
         if s < 0:
             break
         visit = visits[s]
-        v, slow_bar, rates_bar = stages.step_back(
+        v, slow_bar, rates_bar, gradient_bar = stages.step_back(
             visit.before,
             visit.step.gradient,
             adaptation.slow(meta, s),
@@ -210,9 +145,20 @@ def carry_back(
         )
         total.add(slow_bar, s)
         total.add(rates_bar, s, prefix=RATE)
+        if stages.slow_back is not None:
+            points.append(reached(adaptation, meta, visits, s - 1, num_tasks(batch)).fast)
+            gradient_bars.append(gradient_bar)
     assert v is not None
     total.add(v.fast, 0)
+    if stages.slow_back is not None:
+        slow, support = adaptation.slow(meta, 0), batch.support.at_step(0)
+        slow_bar = stages.slow_back(_stacked(points), slow, support, _stacked(gradient_bars))
+        total.add(slow_bar, 0)
     return total.gradient(meta)
+
+
+def _stacked(steps: list[Params]) -> Params:
+    return {name: torch.stack([step[name] for step in steps]) for name in steps[0]}
 
 
 def meta_gradient(
@@ -305,6 +251,21 @@ def differentiates(objective: TaskLoss, adaptation: Adaptation, meta: Params, ba
     return differentiates_forward(objective.loss, params, one_task)
 
 
+def shares_slow_layers(
+    objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch
+) -> bool:
+    """Whether the steps differ in nothing but the last layers, and the others can be walked through
+    once for all steps."""
+    if adaptation.steps < 2 or not adaptation.only_last_layers(meta):
+        return False
+    supports = [batch.support.at_step(s, adaptation.batch_size) for s in range(adaptation.steps)]
+    if any(support is not supports[0] for support in supports):
+        return False
+    few_tasks = pytree.tree_map(lambda t: t[:2], supports[0])
+    fast, slow = adaptation.start(meta), adaptation.slow(meta, 0)
+    return goes_back_at_once(objective.loss, fast, slow, few_tasks, adaptation.steps)
+
+
 ChunkFunction = Callable[[Tensor, Batch, Knobs], tuple[Tensor, dict[str, Tensor]]]
 """(flat meta-parameters [D], B tasks, knobs) -> (flat gradient sum [D], metrics per task [B])."""
 
@@ -338,13 +299,15 @@ def chunk_function(
 
     def build(flat: Tensor, batch: Batch, knobs: Knobs) -> ChunkFunction:
         needless = order == "first" or estimator == "reptile"
-        forward = needless or differentiates(objective, adaptation, layout.split(flat), batch)
-        eager = Stages.of(objective, adaptation, order=order, forward=forward)
+        to_try = (objective, adaptation, layout.split(flat), batch)
+        forward = needless or differentiates(*to_try)
+        at_once = not needless and shares_slow_layers(*to_try)
+        eager = Stages.of(objective, adaptation, order=order, forward=forward, at_once=at_once)
         if not compile:
             return walk_of(eager)
         compiler = Compiler()
         if checkpoint or operator_calls(walk_of(eager), flat, batch, knobs) > _LARGEST_PROGRAM:
-            return walk_of(Stages(*map(compiler.compiled, eager)))
+            return walk_of(eager.compiled(compiler))
         return compiler.compiled(walk_of(eager))
 
     def walk_of(stages: Stages) -> ChunkFunction:

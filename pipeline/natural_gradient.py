@@ -23,7 +23,6 @@ from pipeline.adaptation import Adaptation
 from pipeline.experience import CollectedBatch
 from pipeline.meta_gradient import (
     Incoming,
-    Stages,
     Visit,
     carry_back,
     num_tasks,
@@ -32,6 +31,7 @@ from pipeline.meta_gradient import (
 )
 from pipeline.parameters import Params
 from pipeline.policy_gradient import Experience, PolicyObjective
+from pipeline.stages import Stages
 from pipeline.update_rules import Point
 
 

@@ -29,6 +29,7 @@ FLOORS = [
     "adaptation",
     "inner_loop",
     "compilation",
+    "stages",
     "meta_gradient",
     "learning_curve",
     "diagnostics",
