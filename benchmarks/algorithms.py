@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -28,17 +29,6 @@ from pipeline.health import PREFIX, by_step
 from pipeline.parameters import Layout
 
 FOLDER = Path("runs/algorithms")
-_REPTILE = (
-    # Trained on ten shots in batches, as published; tested on one.
-    "algorithm=reptile",
-    "task.shots=10",
-    "inner.steps=5",
-    "evaluation.selection_step=50",
-    "outer.tasks_per_batch=5",
-    "outer.tasks_per_chunk=5",
-    "evaluation.steps=[0,5,50]",
-    "evaluation.variants={1 query: {shots: 1, queries: 1}}",
-)
 _MANY_STEPS = ("inner.steps=10", "inner.lr=0.05", "diagnostics.every=250")
 RUNS: dict[str, tuple[str, ...]] = {
     "5w1s/maml": ("omniglot-5w1s-short",),
@@ -48,7 +38,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "5w1s/fomaml": ("omniglot-5w1s-short", "algorithm=fomaml"),
     "5w1s/boil": ("omniglot-5w1s-short", "algorithm=boil"),
     "5w1s/meta-sgd": ("omniglot-5w1s-short", "algorithm=meta-sgd"),
-    "5w1s/reptile": ("omniglot-5w1s-short", *_REPTILE),
+    "5w1s/reptile": ("omniglot-5w1s-reptile",),
     "5w1s/pretrained": ("omniglot-5w1s-pretrained",),
     "20w1s/maml": ("omniglot-20w1s-short",),
     "20w1s/maml++": ("omniglot-20w1s-short", "algorithm=maml++"),
@@ -67,7 +57,7 @@ RUNS: dict[str, tuple[str, ...]] = {
         "outer.query_losses=annealed",
     ),
 }
-_SHOWN = ("", "K=10", "1 query")  # variants of the test tasks, where there are several
+_SHOWN = ("", "K=10", "1 query", "1 shot, 1 query")  # variants of the test tasks, of several
 SPEED: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("maml", "fomaml", "anil", "maml++", "meta-sgd", "boil"),
     ("inner.steps=5", "task.queries=1"): ("maml", "fomaml", "anil"),
@@ -77,7 +67,8 @@ _TURNS, _CALLS = 9, 6
 
 
 def table(names: list[str]) -> list[str]:
-    """Metric at the step that checkpoints are chosen by, and against MAML on the same tasks."""
+    """Metric at the step that checkpoints are chosen by and at the last one, and against MAML on
+    the same tasks."""
     lines = [
         "| run | after n steps | trained | random init | minus MAML, same tasks | iterations | "
         "minutes of updates |",
@@ -89,24 +80,23 @@ def table(names: list[str]) -> list[str]:
             continue
         experiment = load(str(folder / "config.yaml"))
         curves = json.loads((folder / "results.json").read_text())
-        metric = "accuracy" if "accuracy" in curves[0]["mean"] else "loss"
-        step = experiment.selection_step
-        steps = curves[0]["steps"]
-        step = step if step in steps else steps[-1]
-        cells = {}
-        for curve in curves:
-            if curve["variant"] not in _SHOWN:
-                continue
-            position = curve["steps"].index(step)
-            scale, unit = (100, " %") if metric == "accuracy" else (1, "")
-            mean, half = (scale * curve[key][metric][position] for key in ("mean", "ci95"))
-            cells[curve["who"]] = f"{mean:.2f} ± {half:.2f}{unit}"
+        shown = [curve for curve in curves if curve["variant"] in _SHOWN]
+        metric = "accuracy" if "accuracy" in shown[0]["mean"] else "loss"
+        scale, unit = (100, " %") if metric == "accuracy" else (1, "")
         base = FOLDER / name.split("/")[0] / "maml"
-        lines.append(
-            f"| {name} | {step} | {cells['trained']} | {cells.get('random init', '')} | "
-            f"{against(base, folder, step)} | {experiment.outer.iterations:,} | "
-            f"{minutes(folder, experiment.outer.tasks_per_batch):.0f} |"
-        )
+        known = shown[0]["steps"]
+        for step in sorted({experiment.selection_step, known[-1]} & set(known)):
+            cells = {}
+            for curve in shown:
+                at = known.index(step)
+                mean, half = (scale * curve[key][metric][at] for key in ("mean", "ci95"))
+                diverged = not math.isfinite(mean)
+                cells[curve["who"]] = "diverged" if diverged else f"{mean:.2f} ± {half:.2f}{unit}"
+            lines.append(
+                f"| {name} | {step} | {cells['trained']} | {cells.get('random init', '')} | "
+                f"{against(base, folder, step)} | {experiment.outer.iterations:,} | "
+                f"{minutes(folder, experiment.outer.tasks_per_batch):.0f} |"
+            )
     return lines
 
 
@@ -121,6 +111,8 @@ def against(base: Path, folder: Path, step: int) -> str:
     paired = next((c for c in found if c.variant in _SHOWN), found[0])
     scale, unit = (100, " %") if paired.metric == "accuracy" else (1, "")
     (difference,) = paired.differences
+    if not math.isfinite(difference.mean[0]):
+        return ""
     return (
         f"{scale * difference.mean[0]:+.2f} ± {scale * difference.ci95[0]:.2f}{unit} "
         f"(p = {difference.p[0]:.2g})"

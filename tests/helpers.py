@@ -32,6 +32,14 @@ class SlowSinusoid(Sinusoid):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Squares(Sinusoid):
+    """Without `mse_loss`, whose second derivative wants all of its arguments mapped over."""
+
+    def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
+        return ((prediction - target) ** 2).mean()
+
+
+@dataclass(frozen=True, kw_only=True)
 class SlowNavigation(Navigation):
     """Each time step takes a while."""
 

@@ -23,7 +23,7 @@ from pipeline.training import train
 from tasks.base import Examples, TaskBatch
 from tasks.sinusoid import Sinusoid
 from tests.conftest import experiment_of
-from tests.helpers import final_theta
+from tests.helpers import Squares, final_theta
 
 pytestmark = pytest.mark.long
 
@@ -84,6 +84,24 @@ def test_checkpointed_equals_plain(setup, programs):
     checkpointed = second_order(setup, 3, checkpoint=True, compile=True)
     assert_same(checkpointed(theta, batch, knobs), eager(theta, batch, knobs))
     assert len(programs) == 5, "step and step back, each shared and per task, and the query"
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_layers_that_are_walked_through_once_compile(setup, programs, checkpoint):
+    _, _, theta, batch = setup
+    model = mlp((1,), 1, hidden=(4,), init_std=None)
+    adaptation = Adaptation.of(model, steps=3, adapted=["head"], rates="per-layer-and-step")
+    layout = Layout.of(adaptation.meta_parameters(dict(model.named_parameters()), 0.1))
+    flat, knobs = (
+        torch.cat([theta, torch.full((layout.size - len(theta),), 0.1)]),
+        Knobs(torch.tensor(0.1)),
+    )
+    eager, compiled = (
+        chunk_function(Objective(model, Squares()), adaptation, layout, **options)
+        for options in ({}, {"checkpoint": checkpoint, "compile": True})
+    )
+    assert_same(compiled(flat, batch, knobs), eager(flat, batch, knobs))
+    assert len(programs) == (6 if checkpoint else 1), "that of all steps besides"
 
 
 def test_compiling_twice_in_a_process_gives_the_same_bits(setup, programs):
