@@ -28,6 +28,7 @@ SHIPPED = {
     "sinusoid-paper",
     "glyphs",
     "omniglot-5w1s",
+    "omniglot-5w1s-reptile",
     "omniglot-5w5s",
     "omniglot-20w1s",
     "omniglot-20w5s",
