@@ -61,6 +61,7 @@ _SHOWN = ("", "K=10", "1 query", "1 shot, 1 query")  # variants of the test task
 SPEED: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("maml", "fomaml", "anil", "maml++", "meta-sgd", "boil"),
     ("inner.steps=5", "task.queries=1"): ("maml", "fomaml", "anil"),
+    ("inner.steps=10",): ("maml", "anil"),
 }
 """Algorithms by what differs from the shipped settings."""
 _TURNS, _CALLS = 9, 6

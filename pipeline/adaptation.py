@@ -112,12 +112,19 @@ class Adaptation:
             if name not in fast and not name.startswith(RATE)
         }
 
-    def only_last_layers(self, meta: Params) -> bool:
-        """Whether the adapted parameters come after all others, in the model's order, and the
-        others are the same in every step."""
-        adapts = [name in self.fast for name in meta if not name.startswith(RATE)]
+    def adapts_last_layers(self, meta: Params) -> bool:
+        """Whether the adapted parameters come after the others, in the order in which the model
+        names them, are the smaller part, and the others are the same in every step.
+
+        A guess at what computations share, never at what they give.
+        """
+        params = {name: value for name, value in meta.items() if not name.startswith(RATE)}
+        adapts = [name in self.fast for name in params]
+        fewer = 2 * sum(params[name].numel() for name in self.fast) < sum(
+            value.numel() for value in params.values()
+        )
         stepwise = any(not name.startswith(RATE) for name in self.per_step)
-        return not all(adapts) and adapts == sorted(adapts) and not stepwise
+        return fewer and adapts == sorted(adapts) and not stepwise
 
     def rates_at(self, meta: Params, alpha: Tensor, step: int) -> Params:
         """The rate of every adapted parameter in a step."""

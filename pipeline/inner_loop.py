@@ -37,10 +37,10 @@ class Adjoint(NamedTuple):
 
     point: Point
     slow: Params
-    """Empty where it is left to `slow_back`."""
+    """Empty where it is left to `slow_back_at_once`."""
     rates: Params
-    gradient: Params
-    """With respect to the inner gradient, where `slow_back` will need it."""
+    gradient_bar: Params
+    """With respect to the inner gradient, where `slow_back_at_once` will need it."""
 
 
 def inner_step(
@@ -76,6 +76,7 @@ def inner_step_back(
     `v` is the gradient of some function with respect to the point after the step; the result is its
     gradient with respect to what went in. With plain gradient descent
     v_s = (I − α H_s) v_{s+1}, H_s = ∇²L(θ_s). First order takes the inner gradient for a constant.
+    Without `with_slow`, what is not adapted is left to `slow_back_at_once`.
     """
     if learns_rates:
         pull = vjp(lambda p, g, r: rule.update(p, g, r, t), point, gradient, rates)[1]
@@ -98,7 +99,7 @@ def inner_step_back(
     return Adjoint(point_bar, slow_bar, rates_bar, {} if with_slow else gradient_bar)
 
 
-def slow_back(loss: Loss, fast: Params, slow: Params, support: Any, v: Params) -> Params:
+def slow_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any, v: Params) -> Params:
     """What all steps give the parameters that are not adapted, in one go: the gradient of
     Σ_s ∇_fast L_S(θ_s) · v_s with respect to `slow`; `fast` and `v` hold θ_s and v_s, [S, ...].
 
@@ -117,36 +118,46 @@ def slow_back(loss: Loss, fast: Params, slow: Params, support: Any, v: Params) -
     return of_all_steps
 
 
-def goes_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any, steps: int) -> bool:
-    """Whether `slow_back` gives what the steps one by one give, tried on a batch of tasks.
+def can_go_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any) -> bool:
+    """Whether `slow_back_at_once` gives what the steps one by one give, tried on a batch of tasks.
 
-    Some second derivatives of torch (that of `mse_loss`) raise an error, or are wrong, where only
-    some of their arguments are mapped over.
+    Some second derivatives of torch (that of `mse_loss`) raise an error where only some of their
+    arguments are mapped over; that the values agree is a precaution. Two steps and numbers that
+    are no matter of chance are enough to see it.
     """
+    steps = 2
 
-    def generic(like: Tensor, *leading: int) -> Tensor:
+    def some(like: Tensor, *leading: int) -> Tensor:
         shape = (*leading, *like.shape)
         return torch.arange(math.prod(shape), device=like.device).to(like).cos().reshape(shape)
 
-    points = {name: generic(value, steps) for name, value in fast.items()}
-    others = {name: generic(value) for name, value in slow.items()}
+    points = {name: some(value, steps) for name, value in fast.items()}
+    others = {name: some(value) for name, value in slow.items()}
 
     def one_by_one(examples: Any) -> list[Params]:
         at = [{name: value[s] for name, value in points.items()} for s in range(steps)]
         back = partial(hessian_vector_product, loss, slow=others, support=examples, forward=False)
         return [back(point, v=point) for point in at]
 
+    def at_once(examples: Any) -> Params:
+        return slow_back_at_once(loss, points, others, examples, points)
+
     try:
-        found = vmap(lambda examples: slow_back(loss, points, others, examples, points))(support)
+        found = vmap(at_once)(support)
+    except torch.OutOfMemoryError:
+        raise
     except RuntimeError:
         return False
     expected = vmap(one_by_one)(support)
     totals = {name: torch.stack([each[name] for each in expected]).sum(0) for name in slow}
     largest = max(float(total.abs().max()) for total in totals.values())
-    return all(
-        torch.allclose(found[name], total, rtol=0, atol=1e-3 * largest)
-        for name, total in totals.items()
-    )
+
+    def agree(name: str, total: Tensor) -> bool:
+        # The gradient of a bias before a normalisation is rounding errors alone.
+        tolerance = max(1e-3 * float(total.abs().max()), 1e-5 * largest)
+        return torch.allclose(found[name], total, rtol=0, atol=tolerance)
+
+    return all(agree(name, total) for name, total in totals.items())
 
 
 def hessian_vector_product(

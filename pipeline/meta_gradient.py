@@ -9,6 +9,7 @@ So: walk forward and keep each θ_s, then walk back with one Hessian-vector prod
 first-order approximation takes the inner gradients for constants: the Hessians vanish, v_0 = v_S.
 Where the query loss after every step counts (multi-step loss), each joins the walk back at its
 step. Other choices - what is adapted, learned rates, other inner optimisers - are `Adaptation`'s.
+Where only a head adapts, the body's gradient Σ_s ∂(∇L_S(θ_s)·ḡ_s) comes of all steps at once.
 
 Shapes: B tasks, D meta-parameters, S steps. All tasks go through every stage at once (`vmap`).
 Gradients are *sums* over the tasks of the chunk; the driver divides once by the number of tasks.
@@ -26,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from pipeline.adaptation import RATE, Adaptation, MetaSum
 from pipeline.compilation import Compiler, operator_calls
-from pipeline.inner_loop import Step, differentiates_forward, goes_back_at_once
+from pipeline.inner_loop import Step, can_go_back_at_once, differentiates_forward
 from pipeline.meta_loss import Batch, Support, TaskLoss
 from pipeline.parameters import Layout, Params
 from pipeline.stages import Order, Stages
@@ -145,14 +146,17 @@ def carry_back(
         )
         total.add(slow_bar, s)
         total.add(rates_bar, s, prefix=RATE)
-        if stages.slow_back is not None:
+        if stages.slow_back_at_once is not None:
             points.append(reached(adaptation, meta, visits, s - 1, num_tasks(batch)).fast)
             gradient_bars.append(gradient_bar)
     assert v is not None
     total.add(v.fast, 0)
-    if stages.slow_back is not None:
-        slow, support = adaptation.slow(meta, 0), batch.support.at_step(0)
-        slow_bar = stages.slow_back(_stacked(points), slow, support, _stacked(gradient_bars))
+    if stages.slow_back_at_once is not None:
+        slow = adaptation.slow(meta, 0)
+        support = batch.support.at_step(0, adaptation.batch_size)
+        slow_bar = stages.slow_back_at_once(
+            _stacked(points), slow, support, _stacked(gradient_bars)
+        )
         total.add(slow_bar, 0)
     return total.gradient(meta)
 
@@ -251,19 +255,19 @@ def differentiates(objective: TaskLoss, adaptation: Adaptation, meta: Params, ba
     return differentiates_forward(objective.loss, params, one_task)
 
 
-def shares_slow_layers(
+def goes_back_at_once(
     objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch
 ) -> bool:
     """Whether the steps differ in nothing but the last layers, and the others can be walked through
     once for all steps."""
-    if adaptation.steps < 2 or not adaptation.only_last_layers(meta):
+    if adaptation.steps < 2 or not adaptation.adapts_last_layers(meta):
         return False
     supports = [batch.support.at_step(s, adaptation.batch_size) for s in range(adaptation.steps)]
     if any(support is not supports[0] for support in supports):
         return False
     few_tasks = pytree.tree_map(lambda t: t[:2], supports[0])
     fast, slow = adaptation.start(meta), adaptation.slow(meta, 0)
-    return goes_back_at_once(objective.loss, fast, slow, few_tasks, adaptation.steps)
+    return can_go_back_at_once(objective.loss, fast, slow, few_tasks)
 
 
 ChunkFunction = Callable[[Tensor, Batch, Knobs], tuple[Tensor, dict[str, Tensor]]]
@@ -301,7 +305,7 @@ def chunk_function(
         needless = order == "first" or estimator == "reptile"
         to_try = (objective, adaptation, layout.split(flat), batch)
         forward = needless or differentiates(*to_try)
-        at_once = not needless and shares_slow_layers(*to_try)
+        at_once = not needless and goes_back_at_once(*to_try)
         eager = Stages.of(objective, adaptation, order=order, forward=forward, at_once=at_once)
         if not compile:
             return walk_of(eager)

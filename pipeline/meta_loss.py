@@ -21,7 +21,7 @@ class Support(Protocol):
     (`experience`). A tree of tensors with leading dimension B."""
 
     def at_step(self, step: int, batch_size: int | None = None) -> Any:
-        """What a step of adaptation sees of it."""
+        """What a step of adaptation sees of it; the same object where steps see the same."""
         ...
 
 

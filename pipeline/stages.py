@@ -14,7 +14,7 @@ from torch.func import grad_and_value, vmap
 
 from pipeline.adaptation import Adaptation
 from pipeline.compilation import Compiler
-from pipeline.inner_loop import Adjoint, Step, inner_step, inner_step_back, slow_back
+from pipeline.inner_loop import Adjoint, Step, inner_step, inner_step_back, slow_back_at_once
 from pipeline.meta_loss import TaskLoss
 from pipeline.parameters import Params
 from pipeline.update_rules import Point
@@ -32,7 +32,7 @@ class Stages(NamedTuple):
     step: Callable[..., Step]
     query: Callable[..., Any]
     step_back: Callable[..., Adjoint]
-    slow_back: Callable[..., Params] | None = None
+    slow_back_at_once: Callable[..., Params] | None = None
     """The gradients of what is not adapted, of all steps at once; None: `step_back` gives them."""
 
     @classmethod
@@ -46,7 +46,7 @@ class Stages(NamedTuple):
         at_once: bool = False,
     ) -> Stages:
         """The stages of an objective; `forward` as in `hessian_vector_product`, `at_once`: with
-        `slow_back`."""
+        `slow_back_at_once`."""
         rule = adaptation.rule
 
         def axes(shared: bool) -> int | None:
@@ -91,10 +91,11 @@ class Stages(NamedTuple):
             )
 
         def all_steps_back(fast: Params, slow: Params, support: Any, v: Params) -> Params:
-            one = partial(slow_back, objective.loss)
+            one = partial(slow_back_at_once, objective.loss)
             return vmap(one, in_dims=(1, None, 0, 1))(fast, slow, support, v)
 
-        return cls(step, query, step_back, all_steps_back if at_once else None)
+        together = at_once and order == "second"
+        return cls(step, query, step_back, all_steps_back if together else None)
 
     def compiled(self, compiler: Compiler) -> Stages:
         """The same, compiled one by one."""

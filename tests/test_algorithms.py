@@ -16,19 +16,16 @@ from pipeline.algorithms import (
     DESCRIPTIONS,
     PRESETS,
 )
-from pipeline.compilation import trace
 from pipeline.config import Algorithm
 from pipeline.learning_curve import trajectory
-from pipeline.meta_gradient import Knobs, chunk_function, meta_gradient, shares_slow_layers
+from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import conv4, mlp
 from pipeline.parameters import Layout, Params
-from pipeline.stages import Stages
 from pipeline.update_rules import build_rule
 from tasks.base import Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid
-from tests.helpers import Squares
 from tests.test_meta_gradient import Images, images
 
 STEPS, ALPHA = 3, 0.05
@@ -280,73 +277,6 @@ def test_anil_leaves_the_body_alone_but_learns_it() -> None:
         layout.join(meta), batch, Knobs(torch.tensor(ALPHA))
     )
     assert all(g.abs().max() > 0 for g in layout.split(total).values())
-
-
-def body_products(steps: int, **choices: Any) -> int:
-    """How many matrix products with the seven units of the first layer a compiled meta-gradient
-    has."""
-    model = mlp((1,), 1, hidden=(7, 5), init_std=0.5)
-    batch = Squares(shots=4, queries=3).sample(0, "train", np.arange(2))
-    adaptation = Adaptation.of(model, steps=steps, **choices)
-    objective, batch = Objective(model, Squares()), batch.to("cpu", torch.float32)
-    meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
-    at_once = shares_slow_layers(objective, adaptation, meta, batch)
-    stages = Stages.of(objective, adaptation, at_once=at_once)
-    layout = Layout.of(meta)
-
-    def chunk(flat: Tensor, *leaves: Tensor) -> list[Tensor]:
-        tasks = TaskBatch(Examples(*leaves[:2]), Examples(*leaves[2:4]))
-        found = meta_gradient(stages, adaptation, layout.split(flat), tasks, Knobs(leaves[4]))
-        return [layout.join(found.gradient)]
-
-    with torch.no_grad():
-        arguments = [layout.join(meta), *batch.support, *batch.query, torch.tensor(ALPHA)]
-        graph = trace(chunk, arguments).graph
-    products = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default)
-    shapes = [[a.meta["val"].shape for a in n.args] for n in graph.nodes if n.target in products]
-    return sum(any(7 in shape for shape in of_two) for of_two in shapes)
-
-
-def test_layers_before_those_that_adapt_are_walked_through_once() -> None:
-    """There and back, support and query: no more for more steps."""
-    few, many = (body_products(steps, adapted=["head"]) for steps in (2, 3))
-    assert 0 < few == many
-    few, many = (body_products(steps) for steps in (2, 3))
-    assert few < many, "where all adapts, every step has its own"
-
-
-@pytest.mark.parametrize(
-    ("choices", "shared"),
-    [
-        ({"adapted": ["head"]}, True),
-        ({"adapted": ["head"], "rates": "per-layer-and-step"}, True),
-        ({"adapted": ["head", "4.*", "5.*"]}, True),
-        ({"adapted": ["head", "1.*"]}, False),
-        ({"adapted": ["all"]}, False),
-        ({"adapted": ["body"]}, False),
-        ({"adapted": ["head"], "steps": 1}, False),
-        ({"adapted": ["head"], "batch_size": 2}, False),
-        ({"adapted": ["head"], "per_step": ["normalisation"]}, False),
-    ],
-)
-def test_layers_are_shared_where_steps_differ_in_the_last_ones_alone(
-    choices: dict[str, Any], shared: bool
-) -> None:
-    model, judge, batch = classification()
-    adaptation = Adaptation.of(model, **{"steps": STEPS, **choices})
-    meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
-    batch = batch.to("cpu", torch.float32)
-    assert shares_slow_layers(Objective(model, judge), adaptation, meta, batch) is shared
-
-
-def test_a_loss_that_torch_cannot_differentiate_so_is_walked_step_by_step() -> None:
-    """The gradient is compared by hand above."""
-    model, judge, batch = regression()
-    adaptation = adaptation_for("anil", model)
-    meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
-    batch = batch.to("cpu", torch.float32)
-    assert not shares_slow_layers(Objective(model, judge), adaptation, meta, batch)
-    assert shares_slow_layers(Objective(model, Squares()), adaptation, meta, batch)
 
 
 @pytest.mark.parametrize("beta1", [0.0, 0.9])
