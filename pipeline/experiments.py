@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 import yaml
 from pydantic import ValidationError
 
@@ -29,6 +30,7 @@ from pipeline.components import (
 )
 from pipeline.config import Experiment
 from pipeline.config_errors import readable
+from pipeline.schedulers import build_scheduler
 from pipeline.sections import Outer
 from tasks.control.mdp import MDPs
 from tasks.data_root import default_root
@@ -329,10 +331,6 @@ def _scheduler_error(outer: Outer) -> str | None:
     """What is wrong with the scheduler, found by building it once."""
     if outer.scheduler is None:
         return None
-    import torch
-
-    from pipeline.outer_update import build_scheduler
-
     try:
         build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=outer.lr), outer)
     except ValueError as error:

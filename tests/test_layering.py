@@ -20,6 +20,7 @@ FLOORS = [
     "config",
     "config_errors",
     "algorithms",
+    "schedulers",
     "experiments",
     "search_space",
     "parameters",
@@ -95,8 +96,8 @@ FLOORS = [
     "cli",
 ]
 # Imported where it is called, because it needs what stands above it: a model builder is named by
-# the configuration, and a scheduler is checked by building it.
-BY_NAME = {("experiments", "outer_update"), ("components", "models")}
+# the configuration.
+BY_NAME = {("components", "models")}
 LIGHT = [
     "parameters",
     "models",

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.outer_update import OuterUpdate, schedulers
+from pipeline.outer_update import OuterUpdate
+from pipeline.schedulers import schedulers
 from tests.conftest import experiment_of
 
 
