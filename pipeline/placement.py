@@ -24,7 +24,7 @@ from pipeline.chunk import (
 from pipeline.config import Experiment
 from pipeline.policy_update import usual_questions
 from pipeline.ray_cluster import cluster_address, connect, worker_bundle
-from pipeline.workers import threads_per_chunk
+from pipeline.workers import on_driver, threads_per_chunk
 
 _RAY_START_SECONDS = 8.0
 _ROUND_TRIP_SECONDS = 0.004
@@ -86,13 +86,6 @@ def decide_workers(experiment: Experiment) -> Placement:
 
 def _as_text(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
-
-
-def on_driver(experiment: Experiment) -> Experiment:
-    """For a head node without GPU, whose actors will have one."""
-    if not experiment.cluster.gpus_per_worker:
-        return experiment
-    return experiment.changed(compute={"device": "cpu"})
 
 
 class _Measured(NamedTuple):

@@ -25,8 +25,8 @@ from pipeline.health_plots import plot_health
 from pipeline.learning_curve import trajectory
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
-from pipeline.placement import on_driver
 from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from pipeline.workers import on_driver
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.sinusoid import Sinusoid
 

@@ -23,7 +23,7 @@ from pipeline.config import Experiment
 from pipeline.evaluation import Curve, check_tasks
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
-from pipeline.placement import Placement, decide_compile, decide_workers, on_driver
+from pipeline.placement import Placement, decide_compile, decide_workers
 from pipeline.ray_cluster import cluster_address
 from pipeline.ray_workers import RayWorkers
 from pipeline.report import summary, write_plots
@@ -37,7 +37,7 @@ from pipeline.run_folder import (
 )
 from pipeline.task_supply import Cut
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
-from pipeline.workers import InProcess, WorkerGroup, threads_per_chunk
+from pipeline.workers import InProcess, WorkerGroup, on_driver, threads_per_chunk
 from tasks.data_root import absolute_root
 
 _PRETRAINING = "pretraining."  # names of tensors in a checkpoint

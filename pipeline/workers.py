@@ -83,6 +83,13 @@ def threads_per_chunk(experiment: Experiment, workers: int) -> int:
     return max(1, int(experiment.cluster.cpus_per_worker)) if workers else os.cpu_count() or 1
 
 
+def on_driver(experiment: Experiment) -> Experiment:
+    """For a head node without GPU, whose actors will have one."""
+    if not experiment.cluster.gpus_per_worker:
+        return experiment
+    return experiment.changed(compute={"device": "cpu"})
+
+
 @contextlib.contextmanager
 def one_compiler_per_node() -> Iterator[None]:
     """Let one process of a node compile first; the others then find its work in the cache.
