@@ -17,7 +17,6 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pipeline.analysis import FRACTIONS, Analysis, finding
-from pipeline.checkpoint import write_atomically
 from pipeline.config import Experiment
 from pipeline.estimates import Estimate, mean_and_ci95
 from pipeline.figures import (
@@ -30,6 +29,7 @@ from pipeline.figures import (
     new_panels,
     save,
 )
+from pipeline.files import write_atomically
 
 _PATHS_SHOWN = 8
 

@@ -1,4 +1,4 @@
-"""What survives a crash: checkpoints of the meta-training state, and small files written whole.
+"""What survives a crash: checkpoints of the meta-training state.
 
 A checkpoint is two files: tensors (safetensors, bit for bit), then a manifest (JSON) that names the
 tensor file and its SHA-256. The manifest is written last and moved into place, so that its
@@ -17,9 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.config import Experiment
+from pipeline.files import unique_suffix, write_atomically
 from pipeline.parameters import Params
 
 log = logging.getLogger(__name__)
@@ -109,7 +108,7 @@ class CheckpointStore:
 
         Raises CheckpointError.
         """
-        probe = self._path(f"iteration-00000000.json.{_nonce()}.tmp")
+        probe = self._path(f"iteration-00000000.json.{unique_suffix()}.tmp")
         try:
             self._fs.create_dir(self._root, recursive=True)
             self._write(probe, b"")
@@ -132,7 +131,7 @@ class CheckpointStore:
         }
         _check_json(values, "state")
         tensors = _to_bytes(state.tensors)
-        tensor_file = f"{name}-{_nonce()}.safetensors"
+        tensor_file = f"{name}-{unique_suffix()}.safetensors"
         manifest = {
             "format": _FORMAT,
             "iteration": state.iteration,
@@ -144,7 +143,7 @@ class CheckpointStore:
             },
             "state": values,
         }
-        unfinished = self._path(f"{name}.json.{_nonce()}.tmp")
+        unfinished = self._path(f"{name}.json.{unique_suffix()}.tmp")
         try:
             self._fs.create_dir(self._root, recursive=True)
             self._write(self._path(tensor_file), tensors)
@@ -280,7 +279,7 @@ class CheckpointStore:
 
 
 def save_theta(path: str | Path, params: Mapping[str, Tensor]) -> None:
-    """Write meta-parameters alone, for use outside of training. Raises CheckpointError."""
+    """Write meta-parameters alone, for use outside of training. Raises WriteError."""
     write_atomically(path, _to_bytes(params))
 
 
@@ -292,31 +291,6 @@ def load_theta(path: str | Path) -> Params:
         raise CheckpointError(
             f"{path}: no meta-parameters can be read here ({error}); "
             "it must be a theta.safetensors that a training run wrote"
-        ) from error
-
-
-def write_atomically(path: str | Path, content: str | bytes) -> None:
-    """Write a small local file so that a reader sees all of it or what was there before.
-
-    Raises CheckpointError.
-    """
-    path = Path(path)
-    data = content.encode() if isinstance(content, str) else content
-    unfinished = path.with_name(f".{path.name}.{_nonce()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with unfinished.open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
-    except OSError as error:
-        raise CheckpointError(
-            f"{path} cannot be written: {error}; choose another folder with run_dir"
         ) from error
 
 
@@ -349,7 +323,3 @@ def _check_json(value: Any, path: str) -> None:
         raise CheckpointError(
             f"{path} cannot be saved: it is a {type(value).__name__}, not a JSON value"
         )
-
-
-def _nonce() -> str:
-    return uuid.uuid4().hex[:8]

@@ -107,6 +107,7 @@ def _described(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
     from pipeline.checkpoint import CheckpointError
     from pipeline.experiments import ConfigError
+    from pipeline.files import WriteError
     from pipeline.job_package import JobError
     from pipeline.jobs import HeadLost
     from pipeline.mlflow_sender import TrackingError
@@ -122,6 +123,7 @@ def _described(error: Exception) -> tuple[str, int]:
         ConfigError
         | RunFolderError
         | CheckpointError
+        | WriteError
         | TrackingError
         | JobError
         | StoreError

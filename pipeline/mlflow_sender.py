@@ -23,7 +23,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from pipeline.checkpoint import write_atomically
+from pipeline.files import write_atomically
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from pipeline.checkpoint import CheckpointStore, TrainingState, write_atomically
+from pipeline.checkpoint import CheckpointStore, TrainingState
 from pipeline.evaluation import Curve
+from pipeline.files import write_atomically
 
 
 class RunFolderError(Exception):

@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.checkpoint import write_atomically
 from pipeline.chunk import ChunkComputer
 from pipeline.config import Experiment
 from pipeline.evaluation import check_tasks
 from pipeline.experiments import ConfigError, load
+from pipeline.files import write_atomically
 from pipeline.mlflow_sender import TrackingError
 from pipeline.ray_cluster import connect, refuse_or_wait
 from pipeline.run_folder import RunFolderError, check_writable

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.checkpoint import write_atomically
 from pipeline.config import Experiment
 from pipeline.experiments import with_settings
+from pipeline.files import write_atomically
 from pipeline.search_plots import plot_cost, plot_learning_curves, plot_search
 from pipeline.search_trial import (
     COMPLETE,

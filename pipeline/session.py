@@ -17,10 +17,11 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.algorithms import name_of
-from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta, write_atomically
+from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta
 from pipeline.chunk import FlatVector, compute_device, initial_parameters, tasks_per_chunk
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve, check_tasks
+from pipeline.files import write_atomically
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
 from pipeline.placement import Placement, decide_compile, decide_workers

@@ -15,8 +15,8 @@ from pipeline.checkpoint import (
     TrainingState,
     load_theta,
     save_theta,
-    write_atomically,
 )
+from pipeline.files import WriteError, write_atomically
 
 
 def state(iteration: int, **changes: object) -> TrainingState:
@@ -353,7 +353,7 @@ def test_write_atomically(tmp_path: Path, monkeypatch) -> None:
     assert path.read_bytes() == "ä".encode()
     write_atomically(path, b"second")
     monkeypatch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(CheckpointError, match=r"results\.json cannot be written: disk full"):
+    with pytest.raises(WriteError, match=r"results\.json cannot be written: disk full"):
         write_atomically(path, b"third")
     assert path.read_bytes() == b"second"
     assert [file.name for file in path.parent.iterdir()] == ["results.json"]

@@ -57,6 +57,7 @@ FLOORS = [
     "policy_update",
     "placement",
     "health",
+    "files",
     "checkpoint",
     "mlflow_sender",
     "tracking",
