@@ -46,9 +46,10 @@ def evaluate(
 ) -> None:
     """Meta-test a finished run on tasks that it was not trained on."""
     from pipeline.console import curves_table, err, out
-    from pipeline.evaluation import evaluate_run, parameters_of
+    from pipeline.evaluation import evaluate_run
     from pipeline.experiments import load_run
     from pipeline.report import check_video, write_video
+    from pipeline.run_folder import parameters_of
 
     loaded = load_run(run_dir, overrides or [])
     if video is not None:
@@ -157,9 +158,9 @@ def analyze(
     from pipeline.analysis import finding
     from pipeline.analysis_report import ability_rows, layer_rows, protocol_text, write_analysis
     from pipeline.console import err, out, plain_table
-    from pipeline.evaluation import parameters_of
     from pipeline.experiments import load_run
     from pipeline.mlflow_sender import TrackingError
+    from pipeline.run_folder import parameters_of
     from pipeline.runs import log_to_run
 
     loaded = load_run(run_dir, overrides or [])

@@ -19,17 +19,10 @@ import numpy.typing as npt
 from pipeline.chunk import flat_vector
 from pipeline.config import Experiment
 from pipeline.estimates import mean_and_ci95
-from pipeline.evaluation import (
-    Curve,
-    Exam,
-    Which,
-    check_tasks,
-    curve_of,
-    parameters_of,
-    task_by_task,
-)
+from pipeline.evaluation import Curve, Exam, check_tasks, curve_of, task_by_task
 from pipeline.experiments import ConfigError, load_run
 from pipeline.parameters import Params
+from pipeline.run_folder import Which, parameters_of
 from pipeline.workers import InProcess
 
 

@@ -7,16 +7,16 @@ its protocol.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.algorithms import name_of
-from pipeline.checkpoint import CheckpointError, CheckpointStore, load_theta
 from pipeline.chunk import (
     EvaluationJob,
     FlatVector,
@@ -27,7 +27,8 @@ from pipeline.chunk import (
 from pipeline.config import Experiment
 from pipeline.domain import EVALUATION_SEED, Judged
 from pipeline.estimates import interval, mean_and_ci95
-from pipeline.parameters import Layout, Params
+from pipeline.files import write_atomically
+from pipeline.run_folder import Which, parameters_of
 from pipeline.workers import InProcess, WorkerGroup
 from tasks.base import SPLITS, Classification, Supervised, TaskDistribution
 from tasks.control.mdp import MDPs
@@ -37,7 +38,6 @@ _NORMALISATION = {
     "batch-affine": "statistics of the current batch, support and query apart; scale and bias",
     "none": "none",
 }
-Which = Literal["final", "best"]
 TRAINED, RANDOM = "trained", "random init"
 ORACLE, CENTROID = "oracle", "nearest centroid"
 BASELINES = (RANDOM, ORACLE, CENTROID)
@@ -200,31 +200,6 @@ def evaluate_run(
         )
 
 
-def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:
-    """The meta-parameters of a run: those of the last iteration, or of the best validation.
-
-    Raises CheckpointError.
-    """
-    if checkpoint == "final":
-        theta = load_theta(run_dir / "theta.safetensors")
-    else:
-        store = CheckpointStore.of_run(experiment, run_dir)
-        state = store.best()
-        if state is None:
-            raise CheckpointError(
-                f"{store.folder} holds no checkpoint that was the best on validation"
-            )
-        theta = {
-            name.removeprefix("theta."): value
-            for name, value in state.tensors.items()
-            if name.startswith("theta.")
-        }
-    layout = Layout.of(initial_parameters(experiment))
-    if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
-        raise CheckpointError(f"the parameters in {run_dir} do not fit the model of config.yaml")
-    return {name: theta[name] for name, _ in layout.shapes}
-
-
 def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
     """Raise what sampling would raise later: missing or damaged data, too few classes, no oracle.
 
@@ -288,6 +263,12 @@ def protocol(experiment: Experiment, exam: Exam) -> dict[str, Any]:
         ),
         "ci95": "1.96 sd / sqrt(tasks)",
     }
+
+
+def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
+    """Write results.json."""
+    content = json.dumps([curve.to_json() for curve in curves], indent=1)
+    write_atomically(run_dir / "results.json", content)
 
 
 def as_series(curves: Sequence[Curve], metric: str) -> dict[str, dict[str, Any]]:

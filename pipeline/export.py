@@ -21,8 +21,8 @@ import numpy as np
 
 from pipeline.adapter import Adapter, Recipe
 from pipeline.config import Experiment
-from pipeline.evaluation import Which, parameters_of
 from pipeline.mlflow_sender import TrackingError
+from pipeline.run_folder import Which, parameters_of
 from pipeline.runs import find_run, store_of_folder
 
 HOST, PORT = "127.0.0.1", 5001

@@ -13,12 +13,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
-from pipeline.checkpoint import CheckpointStore, TrainingState
-from pipeline.evaluation import Curve
+from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainingState, load_theta
+from pipeline.chunk import initial_parameters
+from pipeline.config import Experiment
 from pipeline.files import write_atomically
+from pipeline.parameters import Layout, Params
+
+Which = Literal["final", "best"]
+"""Whose parameters: those of the last iteration, or of the best validation."""
 
 
 class RunFolderError(Exception):
@@ -54,6 +60,31 @@ def state_to_resume(store: CheckpointStore) -> TrainingState:
     return state
 
 
+def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:
+    """The meta-parameters of a run: those of the last iteration, or of the best validation.
+
+    Raises CheckpointError.
+    """
+    if checkpoint == "final":
+        theta = load_theta(run_dir / "theta.safetensors")
+    else:
+        store = CheckpointStore.of_run(experiment, run_dir)
+        state = store.best()
+        if state is None:
+            raise CheckpointError(
+                f"{store.folder} holds no checkpoint that was the best on validation"
+            )
+        theta = {
+            name.removeprefix("theta."): value
+            for name, value in state.tensors.items()
+            if name.startswith("theta.")
+        }
+    layout = Layout.of(initial_parameters(experiment))
+    if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
+        raise CheckpointError(f"the parameters in {run_dir} do not fit the model of config.yaml")
+    return {name: theta[name] for name, _ in layout.shapes}
+
+
 class History:
     """RUN_DIR/metrics.jsonl."""
 
@@ -77,12 +108,6 @@ class History:
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _iteration_of(line) <= iteration]
             write_atomically(self._path, "".join(line + "\n" for line in kept))
-
-
-def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
-    """Write results.json."""
-    content = json.dumps([curve.to_json() for curve in curves], indent=1)
-    write_atomically(run_dir / "results.json", content)
 
 
 def _iteration_of(line: str) -> int:

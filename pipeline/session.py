@@ -20,7 +20,7 @@ from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta
 from pipeline.chunk import FlatVector, compute_device, initial_parameters, tasks_per_chunk
 from pipeline.config import Experiment
-from pipeline.evaluation import Curve, check_tasks
+from pipeline.evaluation import Curve, check_tasks, write_results
 from pipeline.files import write_atomically
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
@@ -34,7 +34,6 @@ from pipeline.run_folder import (
     check_writable,
     refuse_to_overwrite,
     state_to_resume,
-    write_results,
 )
 from pipeline.task_supply import Cut
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri

@@ -58,7 +58,7 @@ def test_what_does_not_adapt_does_not_change(glyphs: dict[str, Any]) -> None:
 def test_abilities_are_those_of_evaluations(glyphs: dict[str, Any], tmp_path: Path) -> None:
     experiment = experiment_of(glyphs)
     train(experiment, tmp_path / "run")
-    from pipeline.evaluation import parameters_of
+    from pipeline.run_folder import parameters_of
 
     theta = parameters_of(experiment, tmp_path / "run")
     found = analyze(experiment, theta, num_tasks=12, queries=2)

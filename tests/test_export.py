@@ -23,7 +23,7 @@ from pipeline.adapter import Adapter
 from pipeline.chunk import flat_vector
 from pipeline.config import Experiment
 from pipeline.domain import EVALUATION_SEED
-from pipeline.evaluation import Exam, parameters_of, task_by_task
+from pipeline.evaluation import Exam, task_by_task
 from pipeline.experiments import load_run
 from pipeline.export import (
     HOST,
@@ -35,6 +35,7 @@ from pipeline.export import (
     requirements,
 )
 from pipeline.mlflow_sender import client_class
+from pipeline.run_folder import parameters_of
 from pipeline.runs import find_run
 from pipeline.training import train
 from pipeline.workers import InProcess
