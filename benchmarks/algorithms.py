@@ -22,10 +22,12 @@ from pathlib import Path
 import torch
 from trained import minutes, train
 
-from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import GradientJob
 from pipeline.comparison import compare_runs
 from pipeline.experiments import ConfigError, load
 from pipeline.health import PREFIX, by_step
+from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout
 
 FOLDER = Path("runs/algorithms")

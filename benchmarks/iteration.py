@@ -20,9 +20,11 @@ from typing import Any
 
 import torch
 
-from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import GradientJob
 from pipeline.config import Experiment
 from pipeline.experiments import load
+from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout
 from pipeline.session import Watcher, open_session
 from pipeline.training import meta_update, train

@@ -27,10 +27,13 @@ from scaling import ready_actors
 from trained import minutes, train
 
 from pipeline.checkpoint import load_theta
-from pipeline.chunk import ChunkComputer, FlatVector, GradientJob, flat_vector, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import GradientJob
 from pipeline.experience import rollout
 from pipeline.experiments import load
 from pipeline.figures import COLORS, legend, new_panels, save
+from pipeline.learner import initial_parameters
+from pipeline.parameters import FlatVector, flat_vector
 from pipeline.policies import GAUSSIAN
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys

@@ -39,11 +39,14 @@ from torch import Tensor
 
 from pipeline.algorithms import Phase
 from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job, initial_parameters
+from pipeline.chunk import ChunkComputer
 from pipeline.chunk_actor import ChunkActor
+from pipeline.chunk_jobs import ChunkResult, Job
 from pipeline.config import Experiment
 from pipeline.experiments import load
+from pipeline.learner import initial_parameters
 from pipeline.meta_gradient import ChunkFunction, Knobs
+from pipeline.parameters import FlatVector
 from pipeline.ray_workers import _JOBS_AHEAD, RayWorkers
 from pipeline.session import Session, Watcher
 from pipeline.training import meta_update

@@ -20,10 +20,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.chunk import adaptation_of, meta_parameters_of
 from pipeline.components import build_model
 from pipeline.config import Experiment
 from pipeline.experiments import from_dict, load_run
+from pipeline.learner import adaptation_of, meta_parameters_of
 from pipeline.learning_curve import trajectory
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Layout, Params

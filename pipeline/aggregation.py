@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.chunk import ChunkResult
+from pipeline.chunk_jobs import ChunkResult
 
 
 class Aggregate(NamedTuple):

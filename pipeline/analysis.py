@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from pipeline.adaptation import Adaptation, matching
-from pipeline.chunk import adaptation_of, model_of
 from pipeline.config import Experiment
 from pipeline.domain import EVALUATION_SEED
 from pipeline.estimates import Estimate
+from pipeline.learner import adaptation_of, model_of
 from pipeline.learning_curve import Adapted, trajectory
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params

@@ -8,7 +8,6 @@ Both worker groups, in process and Ray, call `ChunkComputer.run` and nothing els
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,181 +15,32 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.adaptation import Adaptation
 from pipeline.algorithms import Phase, phase_at, phases, query_weights_at
+from pipeline.chunk_jobs import (
+    CandidateJob,
+    ChunkResult,
+    Cut,
+    DiagnosisJob,
+    EvaluationJob,
+    FisherJob,
+    GradientJob,
+    Job,
+    tasks_per_chunk,
+)
 from pipeline.compilation import Work, worth_compiling
-from pipeline.components import build_model
 from pipeline.config import Experiment
 from pipeline.control import ControlDomain
 from pipeline.diagnostics import diagnose
-from pipeline.domain import Domain, Judged, Taken
+from pipeline.domain import Domain, Taken
 from pipeline.experience import Collected
+from pipeline.learner import adaptation_of, compute_device, initial_parameters, model_of
 from pipeline.meta_gradient import ChunkFunction, Knobs, num_tasks
 from pipeline.meta_loss import Batch
-from pipeline.parameters import Layout, Params
+from pipeline.parameters import FlatVector, Layout, Params
 from pipeline.programs import program_of
 from pipeline.supervised import SupervisedDomain
-from pipeline.task_supply import Cut
-from pipeline.update_rules import build_rule
 from tasks.base import supervised
 from tasks.control.mdp import MDPs
-
-FlatVector = npt.NDArray[np.floating[Any]]
-
-
-@dataclass(frozen=True)
-class GradientJob:
-    """Compute chunk `chunk` of the meta-batch of `iteration`."""
-
-    iteration: int
-    chunk: int
-
-
-@dataclass(frozen=True)
-class DiagnosisJob:
-    """Look into the meta-gradient of validation tasks `first` .. `first + count - 1`, as it is
-    computed in `iteration`."""
-
-    iteration: int
-    first: int
-    count: int
-
-
-@dataclass(frozen=True)
-class EvaluationJob:
-    """Adapt to tasks `first` .. `first + count - 1` of a split and report every step of `steps`."""
-
-    split: str
-    first: int
-    count: int
-    steps: tuple[int, ...]
-    changes: dict[str, Any] = field(default_factory=dict)
-    """Task settings that differ from the experiment's."""
-    judged: Judged = "model"
-    """The task distribution's oracle instead of the model, or a classifier on the model's features
-    that needs no adaptation."""
-
-
-@dataclass(frozen=True)
-class FisherJob:
-    """Multiply a direction [D] by the Fisher matrix at θ, on the trajectories of a chunk."""
-
-    iteration: int
-    chunk: int
-    direction: FlatVector
-
-
-@dataclass(frozen=True)
-class CandidateJob:
-    """Judge another θ [D] on the trajectories that θ collected for a chunk; with a weight for the
-    inner KL, also its gradient."""
-
-    iteration: int
-    chunk: int
-    candidate: FlatVector
-    inner_kl_weight: float | None = None
-
-
-Job = GradientJob | EvaluationJob | DiagnosisJob | FisherJob | CandidateJob
-FOLLOW_UPS = (FisherJob, CandidateJob)
-"""Jobs about trajectories that a gradient job collected."""
-
-
-@dataclass(frozen=True)
-class ChunkResult:
-    """What comes back for a job."""
-
-    job: Job
-    num_tasks: int
-    gradient: FlatVector | None
-    """Sum over the tasks of their meta-gradients or Fisher products, [D]; for a diagnosis of
-    second and first order, [2, D]; None for an evaluation."""
-    metrics: dict[str, npt.NDArray[Any]]
-    """Per task: [steps, B] for an evaluation or a diagnosis, else [B]."""
-    seconds_sampling: float
-    seconds_computing: float
-
-
-def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int) -> int:
-    """From the model and the meta-batch alone, so that results do not depend on the workers.
-
-    A small model is cheaper in one piece (the cost is in calls, not in arithmetic); a large one is
-    cut in four, so that workers can share the batch and memory stays bounded.
-    """
-    if num_parameters < 20_000:
-        return tasks_per_batch
-    return max(1, -(-tasks_per_batch // 4))
-
-
-def model_of(experiment: Experiment, seed: int | None = None) -> torch.nn.Module:
-    """The experiment's model, its initial parameters drawn from the run's seed (or another)."""
-    task = experiment.build_task()
-    return build_model(
-        experiment.model.kind,
-        experiment.model.settings,
-        task.input_shape,
-        task.output_size,
-        experiment.seed if seed is None else seed,
-    )
-
-
-def adaptation_of(experiment: Experiment, model: torch.nn.Module) -> Adaptation:
-    """How the experiment adapts this model. Raises ValueError naming the setting."""
-    inner = experiment.inner
-    try:
-        return Adaptation.of(
-            model,
-            steps=inner.steps,
-            adapted=inner.adapted,
-            not_adapted=inner.not_adapted,
-            per_step=inner.per_step,
-            rates=inner.rates,
-            rule=build_rule(inner.optimizer, inner.momentum, inner.beta1),
-            batch_size=inner.batch_size,
-            later_factor=inner.later_lr_factor,
-        )
-    except ValueError as error:
-        raise ValueError(f"inner.{error}") from error
-
-
-def initial_parameters(experiment: Experiment, seed: int | None = None) -> Params:
-    """The meta-parameters at initialisation, on the CPU, in the compute precision."""
-    return meta_parameters_of(experiment, model_of(experiment, seed))
-
-
-def meta_parameters_of(experiment: Experiment, model: torch.nn.Module) -> Params:
-    """The model's named parameters, and what else the algorithm learns."""
-    dtype = getattr(torch, experiment.compute.dtype)
-    params = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
-    return adaptation_of(experiment, model).meta_parameters(params, experiment.inner.lr)
-
-
-def flat_vector(theta: Params) -> FlatVector:
-    """Parameters as workers take them."""
-    flat: FlatVector = Layout.of(theta).join(theta).numpy()
-    return flat
-
-
-def tasks_per_chunk(experiment: Experiment, num_parameters: int) -> int:
-    """Tasks in a chunk; the last chunk of a meta-batch may have fewer."""
-    outer = experiment.outer
-    return outer.tasks_per_chunk or default_tasks_per_chunk(num_parameters, outer.tasks_per_batch)
-
-
-def in_chunks(experiment: Experiment, num_parameters: int, num_tasks: int) -> list[tuple[int, int]]:
-    """First task and number of tasks of every chunk, where tasks are looked at, not trained on."""
-    size = tasks_per_chunk(experiment, num_parameters)
-    return [(first, min(size, num_tasks - first)) for first in range(0, num_tasks, size)]
-
-
-def compute_device(experiment: Experiment) -> torch.device:
-    """Where chunks are computed. Raises ValueError where a GPU is asked for and there is none."""
-    name = experiment.compute.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("compute.device: cuda was asked for, but torch sees no GPU here")
-    return torch.device(name)
 
 
 class ChunkComputer:

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import ChunkResult, Job
 from pipeline.config import Experiment
+from pipeline.parameters import FlatVector
 from pipeline.workers import one_compiler_per_node, threads_per_chunk
 
 _IDLE = 2e-3  # seconds without a job, after which a worker prepares tasks of the next iteration

@@ -16,12 +16,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.chunk import flat_vector
 from pipeline.config import Experiment
 from pipeline.estimates import mean_and_ci95
 from pipeline.evaluation import Curve, Exam, check_tasks, curve_of, task_by_task
 from pipeline.experiments import ConfigError, load_run
-from pipeline.parameters import Params
+from pipeline.parameters import Params, flat_vector
 from pipeline.run_folder import Which, parameters_of
 from pipeline.workers import InProcess
 

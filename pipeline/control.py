@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.adaptation import Adaptation
+from pipeline.chunk_jobs import Cut, Judged
 from pipeline.compilation import Work
 from pipeline.config import Experiment
-from pipeline.domain import EVALUATION_SEED, Indices, Judged, Taken, Variants
+from pipeline.domain import EVALUATION_SEED, Indices, Taken, Variants
 from pipeline.experience import Collected, CollectedBatch, collect, expert_returns
 from pipeline.inner_loop import has_forward_derivatives
 from pipeline.natural_gradient import (
@@ -28,7 +29,6 @@ from pipeline.policies import distribution_of
 from pipeline.policy_gradient import PolicyObjective
 from pipeline.programs import fisher_program_of
 from pipeline.sections import Reinforcement
-from pipeline.task_supply import Cut
 from tasks.control.mdp import MDPs
 from tasks.random import task_keys
 

@@ -7,19 +7,19 @@ chunks, workers, the driver - is the same for both and asks through this interfa
 from __future__ import annotations
 
 import json
-from typing import Any, Generic, Literal, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from pipeline.chunk_jobs import Judged
 from pipeline.config import Experiment
 from pipeline.meta_loss import Batch, TaskLoss
 from pipeline.parameters import Params
 from tasks.base import TaskDistribution
 
 Indices = npt.NDArray[np.int64]
-Judged = Literal["model", "oracle", "nearest centroid"]
 EVALUATION_SEED = 0
 """Validation and test tasks are the same for every run, whatever its seed: curves can be paired."""
 

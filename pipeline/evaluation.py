@@ -17,17 +17,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.algorithms import name_of
-from pipeline.chunk import (
-    EvaluationJob,
-    FlatVector,
-    flat_vector,
-    in_chunks,
-    initial_parameters,
-)
+from pipeline.chunk_jobs import EvaluationJob, Judged, in_chunks
 from pipeline.config import Experiment
-from pipeline.domain import EVALUATION_SEED, Judged
+from pipeline.domain import EVALUATION_SEED
 from pipeline.estimates import interval, mean_and_ci95
 from pipeline.files import write_atomically
+from pipeline.learner import initial_parameters
+from pipeline.parameters import FlatVector, flat_vector
 from pipeline.run_folder import Which, parameters_of
 from pipeline.workers import InProcess, WorkerGroup
 from tasks.base import SPLITS, Classification, Supervised, TaskDistribution

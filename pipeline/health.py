@@ -11,9 +11,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.adaptation import RATE
-from pipeline.chunk import ChunkResult, DiagnosisJob, FlatVector, in_chunks
+from pipeline.chunk_jobs import ChunkResult, DiagnosisJob, in_chunks
 from pipeline.config import Experiment
-from pipeline.parameters import Layout
+from pipeline.parameters import FlatVector, Layout
 
 PREFIX = "diagnostics/"
 EXPLODES, VANISHES = 30.0, 1 / 30

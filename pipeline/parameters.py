@@ -9,10 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
+FlatVector = npt.NDArray[np.floating[Any]]
+"""Parameters as workers and the driver exchange them: one vector [D] on the CPU."""
 Params = dict[str, Tensor]
 
 
@@ -48,3 +53,9 @@ class Layout:
     def join(self, params: Mapping[str, Tensor]) -> Tensor:
         """The flat vector [D] of parameters."""
         return torch.cat([params[name].reshape(-1) for name, _ in self.shapes])
+
+
+def flat_vector(theta: Params) -> FlatVector:
+    """Parameters as workers take them."""
+    flat: FlatVector = Layout.of(theta).join(theta).numpy()
+    return flat

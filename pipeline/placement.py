@@ -13,15 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.chunk import (
-    ChunkComputer,
-    FlatVector,
-    GradientJob,
-    Job,
-    flat_vector,
-    initial_parameters,
-)
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import GradientJob, Job
 from pipeline.config import Experiment
+from pipeline.learner import initial_parameters
+from pipeline.parameters import FlatVector, flat_vector
 from pipeline.policy_update import usual_questions
 from pipeline.ray_cluster import cluster_address, connect, worker_bundle
 from pipeline.workers import on_driver, threads_per_chunk

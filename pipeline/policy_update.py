@@ -23,8 +23,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.aggregation import Aggregate, all_finite
-from pipeline.chunk import CandidateJob, ChunkResult, FisherJob, FlatVector, Job
+from pipeline.chunk_jobs import CandidateJob, ChunkResult, FisherJob, Job
 from pipeline.outer_update import OuterUpdate
+from pipeline.parameters import FlatVector
 from pipeline.sections import Reinforcement
 
 Vector = npt.NDArray[np.float64]

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.adaptation import matching
-from pipeline.chunk import initial_parameters
 from pipeline.components import build_model
 from pipeline.config import Experiment
+from pipeline.learner import initial_parameters
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
 from pipeline.session import Diverged

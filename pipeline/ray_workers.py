@@ -22,9 +22,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.chunk import FOLLOW_UPS, ChunkResult, FlatVector, GradientJob, Job
 from pipeline.chunk_actor import ChunkActor
+from pipeline.chunk_jobs import FOLLOW_UPS, ChunkResult, GradientJob, Job
 from pipeline.config import Experiment
+from pipeline.parameters import FlatVector
 from pipeline.ray_cluster import (
     as_text,
     cluster_address,

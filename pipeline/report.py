@@ -13,7 +13,7 @@ import torch
 from torch.func import vmap
 
 from pipeline.algorithms import name_of
-from pipeline.chunk import ChunkComputer, adaptation_of, flat_vector, model_of
+from pipeline.chunk import ChunkComputer
 from pipeline.comparison import PairedComparison
 from pipeline.config import Experiment
 from pipeline.control_plots import Courses, Paths, animate_paths, plot_courses, plot_paths
@@ -22,9 +22,10 @@ from pipeline.evaluation import TRAINED, Curve, as_series, cell, metric_label
 from pipeline.figures import after_steps
 from pipeline.health import PREFIX
 from pipeline.health_plots import plot_health
+from pipeline.learner import adaptation_of, model_of
 from pipeline.learning_curve import trajectory
 from pipeline.meta_loss import Objective
-from pipeline.parameters import Params
+from pipeline.parameters import Params, flat_vector
 from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
 from pipeline.workers import on_driver
 from tasks.control.mdp import MDPs, Trajectories

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainingState, load_theta
-from pipeline.chunk import initial_parameters
 from pipeline.config import Experiment
 from pipeline.files import write_atomically
+from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout, Params
 
 Which = Literal["final", "best"]

@@ -18,12 +18,13 @@ from torch import Tensor
 
 from pipeline.algorithms import name_of
 from pipeline.checkpoint import CheckpointStore, TrainingState, save_theta
-from pipeline.chunk import FlatVector, compute_device, initial_parameters, tasks_per_chunk
+from pipeline.chunk_jobs import Cut, tasks_per_chunk
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve, check_tasks, write_results
 from pipeline.files import write_atomically
+from pipeline.learner import compute_device, initial_parameters
 from pipeline.outer_update import OuterUpdate
-from pipeline.parameters import Params
+from pipeline.parameters import FlatVector, Params
 from pipeline.placement import Placement, decide_compile, decide_workers
 from pipeline.ray_cluster import cluster_address
 from pipeline.ray_workers import RayWorkers
@@ -35,7 +36,6 @@ from pipeline.run_folder import (
     refuse_to_overwrite,
     state_to_resume,
 )
-from pipeline.task_supply import Cut
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
 from pipeline.workers import InProcess, WorkerGroup, on_driver, threads_per_chunk
 from tasks.data_root import absolute_root

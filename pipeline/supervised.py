@@ -9,13 +9,14 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from pipeline.adaptation import Adaptation
+from pipeline.chunk_jobs import Cut, Judged
 from pipeline.config import Experiment
-from pipeline.domain import EVALUATION_SEED, Indices, Judged, Taken, Variants
+from pipeline.domain import EVALUATION_SEED, Indices, Taken, Variants
 from pipeline.learning_curve import adaptation_curve
 from pipeline.meta_loss import Objective
 from pipeline.parameters import Params
 from pipeline.representations import head_inputs, nearest_centroid
-from pipeline.task_supply import Cut, TaskSupply
+from pipeline.task_supply import TaskSupply
 from tasks.base import Examples, Supervised, TaskBatch
 
 

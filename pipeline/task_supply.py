@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
+from pipeline.chunk_jobs import Cut
 from tasks.base import Supervised, TaskBatch
 
 _BLOCK_BYTES = 2**18
@@ -17,28 +17,6 @@ _LONGEST_BLOCK = 64  # iterations that are sampled at once
 class _Chunk(NamedTuple):
     iteration: int
     chunk: int
-
-
-class Cut(NamedTuple):
-    """A meta-batch in chunks; the last may have fewer tasks."""
-
-    per_batch: int
-    per_chunk: int
-
-    @property
-    def num_chunks(self) -> int:
-        """Chunks of a meta-batch."""
-        return -(-self.per_batch // self.per_chunk)
-
-    @property
-    def even(self) -> bool:
-        """Whether all chunks have the same number of tasks; else the last has fewer."""
-        return self.per_batch % self.per_chunk == 0
-
-    def members(self, chunk: int) -> npt.NDArray[np.int64]:
-        """Positions in the meta-batch of a chunk's tasks."""
-        first = chunk * self.per_chunk
-        return np.arange(first, min(first + self.per_chunk, self.per_batch))
 
 
 class TaskSupply:

@@ -27,8 +27,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.chunk import compute_device
 from pipeline.config import Experiment
+from pipeline.learner import compute_device
 from pipeline.parameters import Layout
 from pipeline.placement import room_for_workers
 from pipeline.pretraining import Pretrainer, narrowed

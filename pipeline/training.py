@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.aggregation import Aggregate, aggregate
-from pipeline.chunk import GradientJob
+from pipeline.chunk_jobs import GradientJob
 from pipeline.config import Experiment
 from pipeline.evaluation import Curve, Exam, adaptation_curve_of, meta_test
 from pipeline.health import diagnosis_jobs, health, theta_ran_away, warnings_of, why_not_finite

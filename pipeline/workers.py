@@ -15,8 +15,10 @@ from typing import NamedTuple, Protocol
 import torch
 from filelock import FileLock, Timeout
 
-from pipeline.chunk import ChunkComputer, ChunkResult, FlatVector, Job
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import ChunkResult, Job
 from pipeline.config import Experiment
+from pipeline.parameters import FlatVector
 
 Notice = Callable[[str], None]
 """Receives a line for a person: a worker died, a chunk was issued again, ..."""

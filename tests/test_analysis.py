@@ -13,9 +13,9 @@ from matplotlib.figure import Figure
 
 from pipeline.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze, finding
 from pipeline.analysis_report import ability_rows, layer_rows, write_analysis
-from pipeline.chunk import initial_parameters
 from pipeline.estimates import Estimate
 from pipeline.evaluation import evaluate_run
+from pipeline.learner import initial_parameters
 from pipeline.mlflow_sender import client_class
 from pipeline.runs import find_run
 from pipeline.training import train

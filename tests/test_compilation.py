@@ -13,12 +13,14 @@ import torch
 
 from pipeline import compilation
 from pipeline.adaptation import Adaptation
-from pipeline.chunk import ChunkComputer, FisherJob, GradientJob, flat_vector, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import FisherJob, GradientJob
 from pipeline.compilation import Compiler, Work, worth_compiling
+from pipeline.learner import initial_parameters
 from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import mlp
-from pipeline.parameters import Layout
+from pipeline.parameters import Layout, flat_vector
 from pipeline.training import train
 from tasks.base import Examples, TaskBatch
 from tasks.sinusoid import Sinusoid

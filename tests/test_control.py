@@ -17,21 +17,16 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from pipeline import chunk, control, experience
-from pipeline.chunk import (
-    FOLLOW_UPS,
-    CandidateJob,
-    ChunkComputer,
-    FisherJob,
-    GradientJob,
-    flat_vector,
-    initial_parameters,
-)
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import FOLLOW_UPS, CandidateJob, FisherJob, GradientJob
 from pipeline.cli import app
 from pipeline.comparison import compare_runs, recipes
 from pipeline.compilation import Work, worth_compiling
 from pipeline.config import Experiment
 from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, from_dict, load, load_run
+from pipeline.learner import initial_parameters
+from pipeline.parameters import flat_vector
 from pipeline.placement import decide_compile, decide_workers
 from pipeline.policy_gradient import Estimator
 from pipeline.policy_update import usual_questions

@@ -134,7 +134,9 @@ def test_quadratics_have_closed_forms() -> None:
 
 
 def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
-    from pipeline.chunk import ChunkComputer, DiagnosisJob, GradientJob, initial_parameters
+    from pipeline.chunk import ChunkComputer
+    from pipeline.chunk_jobs import DiagnosisJob, GradientJob
+    from pipeline.learner import initial_parameters
 
     gradients = {}
     for order in ("second", "first"):

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import ChunkComputer, EvaluationJob, flat_vector, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import EvaluationJob
 from pipeline.domain import EVALUATION_SEED
 from pipeline.evaluation import Exam, adaptation_curve_of, evaluate_run, meta_test
+from pipeline.learner import initial_parameters
+from pipeline.parameters import flat_vector
 from pipeline.training import train
 from pipeline.workers import InProcess
 from tasks.glyphs import prepare_glyphs

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 
 from pipeline.adapter import Adapter
-from pipeline.chunk import flat_vector
 from pipeline.config import Experiment
 from pipeline.domain import EVALUATION_SEED
 from pipeline.evaluation import Exam, task_by_task
@@ -35,6 +34,7 @@ from pipeline.export import (
     requirements,
 )
 from pipeline.mlflow_sender import client_class
+from pipeline.parameters import flat_vector
 from pipeline.run_folder import parameters_of
 from pipeline.runs import find_run
 from pipeline.training import train

@@ -20,7 +20,9 @@ import yaml
 
 from pipeline import ray_workers
 from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import GradientJob
+from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout
 from pipeline.ray_workers import RayWorkers
 from pipeline.session import Diverged, Interrupted

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.chunk import ChunkComputer, flat_vector, initial_parameters
+from pipeline.chunk import ChunkComputer
 from pipeline.components import build_task, kinds
 from pipeline.evaluation import check_tasks
 from pipeline.experience import rollout
 from pipeline.experiments import ConfigError, from_dict, load
+from pipeline.learner import initial_parameters
+from pipeline.parameters import flat_vector
 from pipeline.policies import distribution_of
 from pipeline.report import write_video
 from pipeline.training import train

@@ -19,8 +19,10 @@ from pipeline.algorithms import (
     phases,
     query_weights_at,
 )
-from pipeline.chunk import ChunkComputer, EvaluationJob, GradientJob, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import EvaluationJob, GradientJob
 from pipeline.experiments import ConfigError, from_dict, load
+from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout
 from pipeline.session import Interrupted
 from pipeline.training import train

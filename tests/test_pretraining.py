@@ -14,9 +14,9 @@ from torch import nn
 
 from pipeline import train_workers, training
 from pipeline.checkpoint import load_theta
-from pipeline.chunk import initial_parameters
 from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, load
+from pipeline.learner import initial_parameters
 from pipeline.pretraining import Pretrainer, narrowed, wide_model
 from pipeline.session import Interrupted, TrainingFailed
 from pipeline.train_workers import number_of_workers

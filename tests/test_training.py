@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from pipeline.aggregation import aggregate
-from pipeline.chunk import ChunkComputer, GradientJob, initial_parameters
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import GradientJob
+from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout
 from pipeline.run_folder import RunFolderError
 from pipeline.training import train

@@ -13,22 +13,15 @@ from torch.autograd.functional import hessian
 
 from pipeline.adaptation import Adaptation
 from pipeline.aggregation import aggregate
-from pipeline.chunk import (
-    ChunkComputer,
-    ChunkResult,
-    FisherJob,
-    GradientJob,
-    Job,
-    flat_vector,
-    initial_parameters,
-    model_of,
-)
+from pipeline.chunk import ChunkComputer
+from pipeline.chunk_jobs import ChunkResult, FisherJob, GradientJob, Job
 from pipeline.config import Experiment
 from pipeline.experience import CollectedBatch, collect
+from pipeline.learner import initial_parameters, model_of
 from pipeline.learning_curve import trajectory
 from pipeline.natural_gradient import fisher_product, judge, proximal_gradient
 from pipeline.outer_update import OuterUpdate
-from pipeline.parameters import Layout, Params
+from pipeline.parameters import Layout, Params, flat_vector
 from pipeline.policies import GAUSSIAN, gaussian_policy
 from pipeline.policy_gradient import PolicyObjective
 from pipeline.policy_update import Questions, conjugate_gradients, policy_update
