@@ -25,8 +25,9 @@ from pipeline.chunk_jobs import GradientJob
 from pipeline.config import Experiment
 from pipeline.experiments import load
 from pipeline.learner import initial_parameters
+from pipeline.opening import open_session
 from pipeline.parameters import Layout
-from pipeline.session import Watcher, open_session
+from pipeline.session import Watcher
 from pipeline.training import meta_update, train
 
 TURNS, ITERATIONS_PER_TURN = 8, 12

@@ -37,7 +37,6 @@ from machine import free_memory, loopback_bytes, machine_time, nodes_time
 from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
-from pipeline.algorithms import Phase
 from pipeline.checkpoint import CheckpointStore
 from pipeline.chunk import ChunkComputer
 from pipeline.chunk_actor import ChunkActor
@@ -47,6 +46,7 @@ from pipeline.experiments import load
 from pipeline.learner import initial_parameters
 from pipeline.meta_gradient import ChunkFunction, Knobs
 from pipeline.parameters import FlatVector
+from pipeline.phases import Phase
 from pipeline.ray_workers import _JOBS_AHEAD, RayWorkers
 from pipeline.session import Session, Watcher
 from pipeline.training import meta_update

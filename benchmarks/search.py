@@ -21,9 +21,10 @@ from pathlib import Path
 
 from pipeline.config import Experiment
 from pipeline.experiments import load, with_settings
+from pipeline.opening import open_session
 from pipeline.search import search
 from pipeline.search_trial import base_experiment
-from pipeline.session import Watcher, open_session
+from pipeline.session import Watcher
 from pipeline.training import meta_train
 
 

@@ -15,7 +15,6 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.algorithms import Phase, phase_at, phases, query_weights_at
 from pipeline.chunk_jobs import (
     CandidateJob,
     ChunkResult,
@@ -37,6 +36,7 @@ from pipeline.learner import adaptation_of, compute_device, initial_parameters, 
 from pipeline.meta_gradient import ChunkFunction, Knobs, num_tasks
 from pipeline.meta_loss import Batch
 from pipeline.parameters import FlatVector, Layout, Params
+from pipeline.phases import Phase, phase_at, phases, query_weights_at
 from pipeline.programs import program_of
 from pipeline.supervised import SupervisedDomain
 from tasks.base import supervised

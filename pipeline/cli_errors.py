@@ -76,7 +76,7 @@ def resumable(watcher: Any, command: str) -> Iterator[None]:
         watcher.stop()
         if not watcher.has_started:
             raise
-        from pipeline.session import Diverged, Interrupted, TrainingFailed
+        from pipeline.endings import Diverged, Interrupted, TrainingFailed
 
         if not isinstance(error, Diverged):
             watcher.say(f"to continue: {command}")
@@ -106,13 +106,13 @@ def ui_command(experiment: Any, run_dir: Path) -> str:
 def _described(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
     from pipeline.checkpoint import CheckpointError
+    from pipeline.endings import Interrupted, TrainingFailed
     from pipeline.experiments import ConfigError
     from pipeline.files import WriteError
     from pipeline.job_package import JobError
     from pipeline.jobs import HeadLost
     from pipeline.mlflow_sender import TrackingError
     from pipeline.run_folder import RunFolderError
-    from pipeline.session import Interrupted, TrainingFailed
     from pipeline.workers import WorkersLost
     from tasks.image_store import StoreError
 

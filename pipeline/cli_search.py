@@ -37,11 +37,11 @@ def search(
     (`maml config show sinusoid-search`). Ends with a table, an answer in words, and best.yaml.
     """
     from pipeline.console import out
+    from pipeline.endings import TrainingFailed
     from pipeline.experiments import ConfigError, load, new_run_dir
     from pipeline.search import load_search
     from pipeline.search import search as run_search
     from pipeline.search_console import SearchConsole, search_table
-    from pipeline.session import TrainingFailed
 
     if resume is not None:
         folder = resume.expanduser().absolute()

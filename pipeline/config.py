@@ -13,8 +13,7 @@ from pydantic import Field, model_validator
 
 from pipeline.components import build_task
 from pipeline.search_section import Search
-from pipeline.section import Section
-from pipeline.sections import (
+from pipeline.settings import (
     Checkpointing,
     Cluster,
     Component,
@@ -26,6 +25,7 @@ from pipeline.sections import (
     Outer,
     Pretraining,
     Reinforcement,
+    Section,
     Tracking,
 )
 from tasks.base import TaskDistribution

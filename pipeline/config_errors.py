@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from pipeline.config import Experiment
-from pipeline.section import Section
+from pipeline.settings import Section
 
 _TYPE = re.compile(r"int|(literal|tuple)\[.*\]")
 """How pydantic names the types that a setting may have, at the end of its path."""

@@ -28,7 +28,7 @@ from pipeline.parameters import Params
 from pipeline.policies import distribution_of
 from pipeline.policy_gradient import PolicyObjective
 from pipeline.programs import fisher_program_of
-from pipeline.sections import Reinforcement
+from pipeline.settings import Reinforcement
 from tasks.control.mdp import MDPs
 from tasks.random import task_keys
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pipeline.adaptation import Adaptation
-from pipeline.inner_loop import hessian_vector_product
+from pipeline.inner_loop import Order, Stages, hessian_vector_product
 from pipeline.meta_gradient import (
     Estimator,
     Knobs,
@@ -35,7 +35,6 @@ from pipeline.meta_gradient import (
 )
 from pipeline.meta_loss import Batch, TaskLoss
 from pipeline.parameters import Params
-from pipeline.stages import Order, Stages
 
 
 class Diagnosis(NamedTuple):

@@ -25,7 +25,7 @@ from pipeline.learning_curve import trajectory
 from pipeline.parameters import Params
 from pipeline.policies import Distribution, distribution_of, log_std_of
 from pipeline.policy_gradient import Experience, PolicyObjective, mean_over_steps
-from pipeline.sections import Reinforcement
+from pipeline.settings import Reinforcement
 from tasks.base import as_tensor
 from tasks.control.mdp import (
     ACTING,

@@ -31,7 +31,7 @@ from pipeline.components import (
 from pipeline.config import Experiment
 from pipeline.config_errors import readable
 from pipeline.schedulers import build_scheduler
-from pipeline.sections import Outer
+from pipeline.settings import Outer
 from tasks.control.mdp import MDPs
 from tasks.data_root import default_root
 

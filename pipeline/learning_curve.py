@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from pipeline.adaptation import Adaptation
+from pipeline.inner_loop import Stages
 from pipeline.meta_gradient import num_tasks
 from pipeline.meta_loss import Batch, Support, TaskLoss
 from pipeline.parameters import Params
-from pipeline.stages import Stages
 
 
 class Adapted(NamedTuple):

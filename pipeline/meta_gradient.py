@@ -27,10 +27,9 @@ from torch.utils import _pytree as pytree
 
 from pipeline.adaptation import RATE, Adaptation, MetaSum
 from pipeline.compilation import Compiler, operator_calls
-from pipeline.inner_loop import Step, can_go_back_at_once, differentiates_forward
+from pipeline.inner_loop import Order, Stages, Step, can_go_back_at_once, differentiates_forward
 from pipeline.meta_loss import Batch, Support, TaskLoss
 from pipeline.parameters import Layout, Params
-from pipeline.stages import Order, Stages
 from pipeline.update_rules import Point
 
 Estimator = Literal["gradient", "reptile"]

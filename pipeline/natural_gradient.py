@@ -21,6 +21,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from pipeline.adaptation import Adaptation
 from pipeline.experience import CollectedBatch
+from pipeline.inner_loop import Stages
 from pipeline.meta_gradient import (
     Incoming,
     Visit,
@@ -31,7 +32,6 @@ from pipeline.meta_gradient import (
 )
 from pipeline.parameters import Params
 from pipeline.policy_gradient import Experience, PolicyObjective
-from pipeline.stages import Stages
 from pipeline.update_rules import Point
 
 

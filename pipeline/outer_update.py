@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.aggregation import all_finite
 from pipeline.parameters import Layout, Params
 from pipeline.schedulers import build_scheduler
-from pipeline.sections import Outer
+from pipeline.settings import Outer
 
 
 class OuterUpdate:

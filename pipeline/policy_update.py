@@ -26,7 +26,7 @@ from pipeline.aggregation import Aggregate, all_finite
 from pipeline.chunk_jobs import CandidateJob, ChunkResult, FisherJob, Job
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import FlatVector
-from pipeline.sections import Reinforcement
+from pipeline.settings import Reinforcement
 
 Vector = npt.NDArray[np.float64]
 Ask = Callable[[Sequence[Job]], Sequence[ChunkResult]]

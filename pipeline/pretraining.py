@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.adaptation import matching
 from pipeline.components import build_model
 from pipeline.config import Experiment
+from pipeline.endings import Diverged
 from pipeline.learner import initial_parameters
 from pipeline.outer_update import OuterUpdate
 from pipeline.parameters import Params
-from pipeline.session import Diverged
 from tasks.base import supervised
 from tasks.random import integers, task_keys
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from pipeline.adaptation import Adaptation
-from pipeline.algorithms import Phase
 from pipeline.compilation import Compiler
 from pipeline.components import resolve
 from pipeline.config import Experiment
@@ -24,6 +23,7 @@ from pipeline.meta_gradient import ChunkFunction, chunk_function
 from pipeline.meta_loss import TaskLoss
 from pipeline.natural_gradient import fisher_product
 from pipeline.parameters import Layout, Params
+from pipeline.phases import Phase
 from pipeline.policy_gradient import PolicyObjective
 
 _Program = TypeVar("_Program", bound=Callable[..., Any])

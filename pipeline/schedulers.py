@@ -6,7 +6,7 @@ import inspect
 
 import torch
 
-from pipeline.sections import Outer
+from pipeline.settings import Outer
 
 # Schedulers that cannot be written in YAML, or that need more than the iteration.
 _UNSUITABLE = {"LRScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau"} | {

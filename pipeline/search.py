@@ -22,10 +22,12 @@ from typing import Literal
 
 from pipeline.chunk import ChunkComputer
 from pipeline.config import Experiment
+from pipeline.endings import Interrupted, Interruption
 from pipeline.evaluation import check_tasks
 from pipeline.experiments import ConfigError, load
 from pipeline.files import write_atomically
 from pipeline.mlflow_sender import TrackingError
+from pipeline.opening import with_absolute_data
 from pipeline.ray_cluster import connect, refuse_or_wait
 from pipeline.run_folder import RunFolderError, check_writable
 from pipeline.search_report import best_of, in_words, outcomes, ranked, write_report
@@ -49,7 +51,6 @@ from pipeline.search_tune import (
     scheduler_of,
     trial_lacks,
 )
-from pipeline.session import Interrupted, Interruption, with_absolute_data
 from pipeline.tracking import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
 
 _CONNECTING = 60.0  # seconds that MLflow has to answer; trials are nested in the search's run

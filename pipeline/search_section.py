@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer, model_validator
 
-from pipeline.section import Section
+from pipeline.settings import Section
 
 
 class Domain(Section):

@@ -21,12 +21,14 @@ from typing import Any
 
 from pipeline.checkpoint import CheckpointError, CheckpointStore, TrainingState
 from pipeline.config import Experiment
+from pipeline.endings import Interrupted
 from pipeline.evaluation import Curve
 from pipeline.experiments import with_settings
+from pipeline.opening import open_session, origin
 from pipeline.ray_cluster import worker_bundle
 from pipeline.search_section import Search
 from pipeline.search_space import in_flight, settings_of
-from pipeline.session import Interrupted, Session, Watcher, open_session, origin
+from pipeline.session import Session, Watcher
 from pipeline.training import meta_train, validate
 
 WORST = 1e30

@@ -28,12 +28,13 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Experiment
+from pipeline.endings import Diverged, Interrupted, TrainingFailed
 from pipeline.learner import compute_device
 from pipeline.parameters import Layout
 from pipeline.placement import room_for_workers
 from pipeline.pretraining import Pretrainer, narrowed
 from pipeline.ray_cluster import connect, lacking, refuse_or_wait, worker_bundle
-from pipeline.session import Diverged, Interrupted, Session, TrainingFailed
+from pipeline.session import Session
 
 _POLL = 0.2  # seconds between looks at the board
 _MAX_FAILURES = 3  # lost workers before a run is given up

@@ -17,11 +17,13 @@ from pathlib import Path
 from pipeline.aggregation import Aggregate, aggregate
 from pipeline.chunk_jobs import GradientJob
 from pipeline.config import Experiment
+from pipeline.endings import Diverged, Interrupted
 from pipeline.evaluation import Curve, Exam, adaptation_curve_of, meta_test
 from pipeline.health import diagnosis_jobs, health, theta_ran_away, warnings_of, why_not_finite
+from pipeline.opening import open_session
 from pipeline.policy_update import Questions, policy_update
 from pipeline.pretraining import check_pretraining
-from pipeline.session import Diverged, Interrupted, Session, Watcher, open_session
+from pipeline.session import Session, Watcher
 from pipeline.train_workers import pretrain
 from pipeline.workers import Round
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from pipeline import inner_loop
 from pipeline.adaptation import Adaptation, Rates
 from pipeline.compilation import trace
+from pipeline.inner_loop import Stages
 from pipeline.meta_gradient import Knobs, goes_back_at_once, meta_gradient
 from pipeline.meta_loss import Objective
 from pipeline.models import mlp
 from pipeline.parameters import Layout, Params
-from pipeline.stages import Stages
 from pipeline.update_rules import RuleName, build_rule
 from tasks.base import Examples, TaskBatch
 from tests.helpers import Squares

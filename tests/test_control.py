@@ -23,6 +23,7 @@ from pipeline.cli import app
 from pipeline.comparison import compare_runs, recipes
 from pipeline.compilation import Work, worth_compiling
 from pipeline.config import Experiment
+from pipeline.endings import Diverged
 from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, from_dict, load, load_run
 from pipeline.learner import initial_parameters
@@ -32,8 +33,7 @@ from pipeline.policy_gradient import Estimator
 from pipeline.policy_update import usual_questions
 from pipeline.search_space import possible_experiments
 from pipeline.search_trial import criterion
-from pipeline.sections import Reinforcement
-from pipeline.session import Diverged
+from pipeline.settings import Reinforcement
 from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta

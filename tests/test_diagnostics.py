@@ -14,6 +14,7 @@ from torch.func import functional_call
 from pipeline.adaptation import Adaptation
 from pipeline.checkpoint import load_theta
 from pipeline.diagnostics import diagnose
+from pipeline.endings import Diverged
 from pipeline.experiments import ConfigError
 from pipeline.health import EXPLODES, health, verdict, warnings_of, why_not_finite
 from pipeline.meta_gradient import Knobs
@@ -21,7 +22,6 @@ from pipeline.meta_loss import Objective
 from pipeline.models import linear, mlp
 from pipeline.parameters import Layout
 from pipeline.report import read_diagnoses
-from pipeline.session import Diverged
 from pipeline.training import train
 from tasks.base import TaskBatch
 from tasks.quadratic import Quadratic

@@ -22,10 +22,10 @@ from pipeline import ray_workers
 from pipeline.checkpoint import CheckpointStore
 from pipeline.chunk import ChunkComputer
 from pipeline.chunk_jobs import GradientJob
+from pipeline.endings import Diverged, Interrupted
 from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout
 from pipeline.ray_workers import RayWorkers
-from pipeline.session import Diverged, Interrupted
 from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, by_name, final_theta

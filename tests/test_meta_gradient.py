@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.adaptation import Adaptation
+from pipeline.inner_loop import Stages
 from pipeline.learning_curve import adaptation_curve
 from pipeline.meta_gradient import Knobs, chunk_function
 from pipeline.meta_loss import Objective
 from pipeline.models import conv4, linear, mlp
 from pipeline.parameters import Layout
-from pipeline.stages import Stages
 from pipeline.update_rules import Point
 from tasks.base import Classification, Examples, TaskBatch
 from tasks.quadratic import Quadratic

@@ -15,10 +15,10 @@ from torch.func import vmap
 from pipeline.adaptation import Adaptation
 from pipeline.advantages import advantages, discounted_sums, fitted, standardised
 from pipeline.experience import CollectedBatch, PerStep
+from pipeline.inner_loop import Stages
 from pipeline.meta_gradient import Knobs, meta_gradient
 from pipeline.policies import CATEGORICAL, GAUSSIAN, distribution_of, gaussian_policy
 from pipeline.policy_gradient import Estimator, Experience, PolicyObjective, surrogate
-from pipeline.stages import Stages
 from tasks.control.mdp import Trajectories, masked, still_going
 from tasks.random import task_keys
 from tests.two_states import HORIZON, Paths, all_paths, table

@@ -12,19 +12,14 @@ from torch import nn
 
 from pipeline import compilation
 from pipeline.adaptation import Adaptation
-from pipeline.algorithms import (
-    FAMILY,
-    PRESETS,
-    name_of,
-    phases,
-    query_weights_at,
-)
+from pipeline.algorithms import FAMILY, PRESETS, name_of
 from pipeline.chunk import ChunkComputer
 from pipeline.chunk_jobs import EvaluationJob, GradientJob
+from pipeline.endings import Interrupted
 from pipeline.experiments import ConfigError, from_dict, load
 from pipeline.learner import initial_parameters
 from pipeline.parameters import Layout
-from pipeline.session import Interrupted
+from pipeline.phases import phases, query_weights_at
 from pipeline.training import train
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta

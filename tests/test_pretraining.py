@@ -14,11 +14,11 @@ from torch import nn
 
 from pipeline import train_workers, training
 from pipeline.checkpoint import load_theta
+from pipeline.endings import Interrupted, TrainingFailed
 from pipeline.evaluation import evaluate_run
 from pipeline.experiments import ConfigError, load
 from pipeline.learner import initial_parameters
 from pipeline.pretraining import Pretrainer, narrowed, wide_model
-from pipeline.session import Interrupted, TrainingFailed
 from pipeline.train_workers import number_of_workers
 from pipeline.training import train
 from tasks.random import integers, task_keys

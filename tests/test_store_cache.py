@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pipeline.experiments import ConfigError, from_dict
-from pipeline.sections import Data
+from pipeline.settings import Data
 from tasks.data_root import DATA_ROOT, absolute_root
 from tasks.glyphs import Glyphs
 from tasks.image_folder import ImageFolder

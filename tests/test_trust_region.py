@@ -25,7 +25,7 @@ from pipeline.parameters import Layout, Params, flat_vector
 from pipeline.policies import GAUSSIAN, gaussian_policy
 from pipeline.policy_gradient import PolicyObjective
 from pipeline.policy_update import Questions, conjugate_gradients, policy_update
-from pipeline.sections import Reinforcement
+from pipeline.settings import Reinforcement
 from pipeline.update_rules import RuleName, build_rule
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
