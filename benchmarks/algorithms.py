@@ -22,13 +22,13 @@ from pathlib import Path
 import torch
 from trained import minutes, train
 
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import GradientJob
-from pipeline.comparison import compare_runs
-from pipeline.experiments import ConfigError, load
-from pipeline.health import PREFIX, by_step
-from pipeline.learner import initial_parameters
-from pipeline.parameters import Layout
+from pipeline.config.loading import ConfigError, load
+from pipeline.evaluation.comparison import compare_runs
+from pipeline.evaluation.health import PREFIX, by_step
+from pipeline.maml.parameters import Layout
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import GradientJob
+from pipeline.worker.learner import initial_parameters
 
 FOLDER = Path("runs/algorithms")
 _MANY_STEPS = ("inner.steps=10", "inner.lr=0.05", "diagnostics.every=250")

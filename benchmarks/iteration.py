@@ -20,15 +20,15 @@ from typing import Any
 
 import torch
 
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import GradientJob
-from pipeline.config import Experiment
-from pipeline.experiments import load
-from pipeline.learner import initial_parameters
-from pipeline.opening import open_session
-from pipeline.parameters import Layout
-from pipeline.session import Watcher
-from pipeline.training import meta_update, train
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import load
+from pipeline.maml.parameters import Layout
+from pipeline.training.loop import meta_update, train
+from pipeline.training.opening import open_session
+from pipeline.training.session import Watcher
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import GradientJob
+from pipeline.worker.learner import initial_parameters
 
 TURNS, ITERATIONS_PER_TURN = 8, 12
 

@@ -44,11 +44,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.adaptation import Adaptation
-from pipeline.meta_gradient import Knobs, chunk_function
-from pipeline.meta_loss import Objective
-from pipeline.models import conv4
-from pipeline.parameters import Layout
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.meta_gradient import Knobs, chunk_function
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import conv4
+from pipeline.maml.parameters import Layout
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
 
 TARGET = 2.0  # many steps with checkpoint over one step
@@ -83,7 +83,7 @@ def compilation_must_succeed() -> Iterator[None]:
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
-    logger = logging.getLogger("pipeline.compilation")
+    logger = logging.getLogger("pipeline.maml.compilation")
     logger.addHandler(handler)
     try:
         yield

@@ -35,11 +35,11 @@ from memory import NoiseImages, compilation_must_succeed, hardware, use_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.adaptation import Adaptation
-from pipeline.meta_gradient import Knobs, chunk_function
-from pipeline.meta_loss import Objective
-from pipeline.models import Conv3x3, conv4, mlp
-from pipeline.parameters import Layout
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.meta_gradient import Knobs, chunk_function
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import Conv3x3, conv4, mlp
+from pipeline.maml.parameters import Layout
 from tasks.base import Examples, TaskBatch, TaskDistribution
 from tasks.sinusoid import Sinusoid
 

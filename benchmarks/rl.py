@@ -26,15 +26,15 @@ import torch
 from scaling import ready_actors
 from trained import minutes, train
 
-from pipeline.checkpoint import load_theta
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import GradientJob
-from pipeline.experience import rollout
-from pipeline.experiments import load
-from pipeline.figures import COLORS, legend, new_panels, save
-from pipeline.learner import initial_parameters
-from pipeline.parameters import FlatVector, flat_vector
-from pipeline.policies import GAUSSIAN
+from pipeline.config.loading import load
+from pipeline.evaluation.plot_style import COLORS, legend, new_panels, save
+from pipeline.maml.parameters import FlatVector, flat_vector
+from pipeline.rl.policies import GAUSSIAN
+from pipeline.rl.rollouts import rollout
+from pipeline.runs.checkpoint import load_theta
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import GradientJob
+from pipeline.worker.learner import initial_parameters
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
 

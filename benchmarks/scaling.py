@@ -37,19 +37,19 @@ from machine import free_memory, loopback_bytes, machine_time, nodes_time
 from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
-from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_actor import ChunkActor
-from pipeline.chunk_jobs import ChunkResult, Job
-from pipeline.config import Experiment
-from pipeline.experiments import load
-from pipeline.learner import initial_parameters
-from pipeline.meta_gradient import ChunkFunction, Knobs
-from pipeline.parameters import FlatVector
-from pipeline.phases import Phase
-from pipeline.ray_workers import _JOBS_AHEAD, RayWorkers
-from pipeline.session import Session, Watcher
-from pipeline.training import meta_update
+from pipeline.cluster.actor import ChunkActor
+from pipeline.cluster.ray_group import _JOBS_AHEAD, RayWorkers
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import load
+from pipeline.config.phases import Phase
+from pipeline.maml.meta_gradient import ChunkFunction, Knobs
+from pipeline.maml.parameters import FlatVector
+from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.training.loop import meta_update
+from pipeline.training.session import Session, Watcher
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import ChunkResult, Job
+from pipeline.worker.learner import initial_parameters
 from tasks.base import TaskBatch
 
 ACTORS = (1, 2, 4, 8, 16, 32, 64)

@@ -19,13 +19,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeline.config import Experiment
-from pipeline.experiments import load, with_settings
-from pipeline.opening import open_session
-from pipeline.search import search
-from pipeline.search_trial import base_experiment
-from pipeline.session import Watcher
-from pipeline.training import meta_train
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import load, with_settings
+from pipeline.search.run import search
+from pipeline.search.trial import base_experiment
+from pipeline.training.loop import meta_train
+from pipeline.training.opening import open_session
+from pipeline.training.session import Watcher
 
 
 def settings_of_trials() -> list[dict[str, object]]:

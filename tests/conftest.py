@@ -16,8 +16,8 @@ from matplotlib.figure import Figure
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ["RAY_ADDRESS"] = "local"
 
-from pipeline.config import Experiment
-from pipeline.experiments import from_dict
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import from_dict
 
 
 def pytest_configure() -> None:

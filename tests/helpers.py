@@ -11,8 +11,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from pipeline.checkpoint import load_theta
-from pipeline.session import Watcher
+from pipeline.runs.checkpoint import load_theta
+from pipeline.training.session import Watcher
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
 from tasks.control.mdp import Step
 from tasks.control.navigation import Navigation, Plane

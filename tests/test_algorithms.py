@@ -11,18 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.adaptation import RATE, Adaptation
-from pipeline.algorithms import (
-    DESCRIPTIONS,
-    PRESETS,
-)
-from pipeline.config import Algorithm
-from pipeline.learning_curve import trajectory
-from pipeline.meta_gradient import Knobs, chunk_function
-from pipeline.meta_loss import Objective
-from pipeline.models import conv4, mlp
-from pipeline.parameters import Layout, Params
-from pipeline.update_rules import build_rule
+from pipeline.config.algorithms import DESCRIPTIONS, PRESETS
+from pipeline.config.experiment import Algorithm
+from pipeline.maml.adaptation import RATE, Adaptation
+from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.meta_gradient import Knobs, chunk_function
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import conv4, mlp
+from pipeline.maml.parameters import Layout, Params
+from pipeline.maml.update_rules import build_rule
 from tasks.base import Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid

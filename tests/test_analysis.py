@@ -11,14 +11,14 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from pipeline.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze, finding
-from pipeline.analysis_report import ability_rows, layer_rows, write_analysis
-from pipeline.estimates import Estimate
-from pipeline.evaluation import evaluate_run
-from pipeline.learner import initial_parameters
-from pipeline.mlflow_sender import client_class
-from pipeline.runs import find_run
-from pipeline.training import train
+from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze, finding
+from pipeline.evaluation.analysis_page import ability_rows, layer_rows, write_analysis
+from pipeline.evaluation.meta_test import evaluate_run
+from pipeline.maml.estimates import Estimate
+from pipeline.runs.catalog import find_run
+from pipeline.runs.mlflow_sender import client_class
+from pipeline.training.loop import train
+from pipeline.worker.learner import initial_parameters
 from tests.conftest import experiment_of
 from tests.test_cli import maml
 
@@ -58,7 +58,7 @@ def test_what_does_not_adapt_does_not_change(glyphs: dict[str, Any]) -> None:
 def test_abilities_are_those_of_evaluations(glyphs: dict[str, Any], tmp_path: Path) -> None:
     experiment = experiment_of(glyphs)
     train(experiment, tmp_path / "run")
-    from pipeline.run_folder import parameters_of
+    from pipeline.runs.folder import parameters_of
 
     theta = parameters_of(experiment, tmp_path / "run")
     found = analyze(experiment, theta, num_tasks=12, queries=2)
@@ -118,7 +118,7 @@ def made_up(**abilities: float) -> Analysis:
     names = {"none": NONE, "all": ALL, "head": HEAD, "body": BODY, "centroid": CENTROID}
     values = {names[key]: estimate(value) for key, value in abilities.items()}
     full = values[ALL].mean
-    from pipeline.analysis import LayerChange
+    from pipeline.evaluation.analysis import LayerChange
 
     return Analysis(
         "accuracy",

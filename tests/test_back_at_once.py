@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import inner_loop
-from pipeline.adaptation import Adaptation, Rates
-from pipeline.compilation import trace
-from pipeline.inner_loop import Stages
-from pipeline.meta_gradient import Knobs, goes_back_at_once, meta_gradient
-from pipeline.meta_loss import Objective
-from pipeline.models import mlp
-from pipeline.parameters import Layout, Params
-from pipeline.update_rules import RuleName, build_rule
+from pipeline.maml import inner_loop
+from pipeline.maml.adaptation import Adaptation, Rates
+from pipeline.maml.compilation import trace
+from pipeline.maml.inner_loop import Stages
+from pipeline.maml.meta_gradient import Knobs, goes_back_at_once, meta_gradient
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import mlp
+from pipeline.maml.parameters import Layout, Params
+from pipeline.maml.update_rules import RuleName, build_rule
 from tasks.base import Examples, TaskBatch
 from tests.helpers import Squares
 from tests.test_algorithms import (

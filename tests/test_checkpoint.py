@@ -9,14 +9,14 @@ import pyarrow.fs
 import pytest
 import torch
 
-from pipeline.checkpoint import (
+from pipeline.runs.checkpoint import (
     CheckpointError,
     CheckpointStore,
     TrainingState,
     load_theta,
     save_theta,
 )
-from pipeline.files import WriteError, write_atomically
+from pipeline.runs.files import WriteError, write_atomically
 
 
 def state(iteration: int, **changes: object) -> TrainingState:

@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.algorithms import PRESETS
-from pipeline.checkpoint import CheckpointStore, load_theta
+from pipeline.config.algorithms import PRESETS
+from pipeline.runs.checkpoint import CheckpointStore, load_theta
 from tests.warm import warm
 
 

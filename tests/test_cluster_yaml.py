@@ -18,8 +18,8 @@ from ray.autoscaler._private.resource_demand_scheduler import (
 )
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from pipeline.experiments import apply_overrides, load
-from pipeline.jobs import JOB_RUNS
+from pipeline.cluster.submission import JOB_RUNS
+from pipeline.config.loading import apply_overrides, load
 from tests.test_cli import maml
 from tests.test_readme import blocks
 

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.comparison import compare_runs, difference
-from pipeline.console import curves_table, out
-from pipeline.experiments import ConfigError, load_run
-from pipeline.training import train
+from pipeline.cli.console import curves_table, out
+from pipeline.config.loading import ConfigError, load_run
+from pipeline.evaluation.comparison import compare_runs, difference
+from pipeline.training.loop import train
 from tests.conftest import experiment_of
 from tests.test_cli import maml
 

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import compilation
-from pipeline.adaptation import Adaptation
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import FisherJob, GradientJob
-from pipeline.compilation import Compiler, Work, worth_compiling
-from pipeline.learner import initial_parameters
-from pipeline.meta_gradient import Knobs, chunk_function
-from pipeline.meta_loss import Objective
-from pipeline.models import mlp
-from pipeline.parameters import Layout, flat_vector
-from pipeline.training import train
+from pipeline.maml import compilation
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.compilation import Compiler, Work, worth_compiling
+from pipeline.maml.meta_gradient import Knobs, chunk_function
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import mlp
+from pipeline.maml.parameters import Layout, flat_vector
+from pipeline.training.loop import train
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import FisherJob, GradientJob
+from pipeline.worker.learner import initial_parameters
 from tasks.base import Examples, TaskBatch
 from tasks.sinusoid import Sinusoid
 from tests.conftest import experiment_of

@@ -16,25 +16,27 @@ from matplotlib.figure import Figure
 from PIL import Image
 from typer.testing import CliRunner
 
-from pipeline import chunk, control, experience
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import FOLLOW_UPS, CandidateJob, FisherJob, GradientJob
-from pipeline.cli import app
-from pipeline.comparison import compare_runs, recipes
-from pipeline.compilation import Work, worth_compiling
-from pipeline.config import Experiment
-from pipeline.endings import Diverged
-from pipeline.evaluation import evaluate_run
-from pipeline.experiments import ConfigError, from_dict, load, load_run
-from pipeline.learner import initial_parameters
-from pipeline.parameters import flat_vector
-from pipeline.placement import decide_compile, decide_workers
-from pipeline.policy_gradient import Estimator
-from pipeline.policy_update import usual_questions
-from pipeline.search_space import possible_experiments
-from pipeline.search_trial import criterion
-from pipeline.settings import Reinforcement
-from pipeline.training import train
+from pipeline.cli.main import app
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import ConfigError, from_dict, load, load_run
+from pipeline.config.settings import Reinforcement
+from pipeline.evaluation.comparison import compare_runs, recipes
+from pipeline.evaluation.meta_test import evaluate_run
+from pipeline.maml.compilation import Work, worth_compiling
+from pipeline.maml.parameters import flat_vector
+from pipeline.rl import rollouts as experience
+from pipeline.rl.policy_loss import Estimator
+from pipeline.search.space import possible_experiments
+from pipeline.search.trial import criterion
+from pipeline.training.endings import Diverged
+from pipeline.training.loop import train
+from pipeline.training.placement import decide_compile, decide_workers
+from pipeline.training.trust_region import usual_questions
+from pipeline.worker import chunk
+from pipeline.worker import reinforcement as control
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import FOLLOW_UPS, CandidateJob, FisherJob, GradientJob
+from pipeline.worker.learner import initial_parameters
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta
 from tests.test_meta_gradient import Cube

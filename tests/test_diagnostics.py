@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.adaptation import Adaptation
-from pipeline.checkpoint import load_theta
-from pipeline.diagnostics import diagnose
-from pipeline.endings import Diverged
-from pipeline.experiments import ConfigError
-from pipeline.health import EXPLODES, health, verdict, warnings_of, why_not_finite
-from pipeline.meta_gradient import Knobs
-from pipeline.meta_loss import Objective
-from pipeline.models import linear, mlp
-from pipeline.parameters import Layout
-from pipeline.report import read_diagnoses
-from pipeline.training import train
+from pipeline.config.loading import ConfigError
+from pipeline.evaluation.health import EXPLODES, health, verdict, warnings_of, why_not_finite
+from pipeline.evaluation.run_report import read_diagnoses
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.diagnostics import diagnose
+from pipeline.maml.meta_gradient import Knobs
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import linear, mlp
+from pipeline.maml.parameters import Layout
+from pipeline.runs.checkpoint import load_theta
+from pipeline.training.endings import Diverged
+from pipeline.training.loop import train
 from tasks.base import TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid
@@ -134,9 +134,9 @@ def test_quadratics_have_closed_forms() -> None:
 
 
 def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
-    from pipeline.chunk import ChunkComputer
-    from pipeline.chunk_jobs import DiagnosisJob, GradientJob
-    from pipeline.learner import initial_parameters
+    from pipeline.worker.chunk import ChunkComputer
+    from pipeline.worker.jobs import DiagnosisJob, GradientJob
+    from pipeline.worker.learner import initial_parameters
 
     gradients = {}
     for order in ("second", "first"):

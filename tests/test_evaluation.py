@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import EvaluationJob
-from pipeline.domain import EVALUATION_SEED
-from pipeline.evaluation import Exam, adaptation_curve_of, evaluate_run, meta_test
-from pipeline.learner import initial_parameters
-from pipeline.parameters import flat_vector
-from pipeline.training import train
-from pipeline.workers import InProcess
+from pipeline.cluster.group import InProcess
+from pipeline.evaluation.meta_test import Exam, adaptation_curve_of, evaluate_run, meta_test
+from pipeline.maml.parameters import flat_vector
+from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.training.loop import train
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import EvaluationJob
+from pipeline.worker.learner import initial_parameters
+from pipeline.worker.task_source import EVALUATION_SEED
 from tasks.glyphs import prepare_glyphs
 from tasks.image_folder import prepare_images
 from tasks.omniglot import prepare_omniglot

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.components import kinds
-from pipeline.experiments import (
+from pipeline.config.components import kinds
+from pipeline.config.loading import (
     ConfigError,
     apply_overrides,
     experiments,

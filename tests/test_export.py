@@ -19,12 +19,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.adapter import Adapter
-from pipeline.config import Experiment
-from pipeline.domain import EVALUATION_SEED
-from pipeline.evaluation import Exam, task_by_task
-from pipeline.experiments import load_run
-from pipeline.export import (
+from pipeline.cluster.group import InProcess
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import load_run
+from pipeline.evaluation.meta_test import Exam, task_by_task
+from pipeline.maml.parameters import flat_vector
+from pipeline.runs.catalog import find_run
+from pipeline.runs.export import (
     HOST,
     PORT,
     REQUIREMENTS,
@@ -33,12 +34,11 @@ from pipeline.export import (
     request_to,
     requirements,
 )
-from pipeline.mlflow_sender import client_class
-from pipeline.parameters import flat_vector
-from pipeline.run_folder import parameters_of
-from pipeline.runs import find_run
-from pipeline.training import train
-from pipeline.workers import InProcess
+from pipeline.runs.folder import parameters_of
+from pipeline.runs.mlflow_sender import client_class
+from pipeline.runs.predictor import Adapter
+from pipeline.training.loop import train
+from pipeline.worker.task_source import EVALUATION_SEED
 from tests.conftest import experiment_of
 from tests.ports import free_port
 from tests.test_cli import clean_environment, maml
@@ -173,7 +173,7 @@ def test_two_files_are_enough(run: Path, tmp_path: Path) -> None:
 
 def test_the_code_imports_nothing_that_is_not_required() -> None:
     script = (
-        "import sys; before = set(sys.modules); import pipeline.adapter, tasks.omniglot\n"
+        "import sys; before = set(sys.modules); import pipeline.runs.predictor, tasks.omniglot\n"
         "import tasks.glyphs, tasks.image_folder, tasks.sinusoid, tasks.quadratic\n"
         "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
     )

@@ -18,15 +18,15 @@ import pytest
 import torch
 import yaml
 
-from pipeline import ray_workers
-from pipeline.checkpoint import CheckpointStore
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import GradientJob
-from pipeline.endings import Diverged, Interrupted
-from pipeline.learner import initial_parameters
-from pipeline.parameters import Layout
-from pipeline.ray_workers import RayWorkers
-from pipeline.training import train
+from pipeline.cluster import ray_group as ray_workers
+from pipeline.cluster.ray_group import RayWorkers
+from pipeline.maml.parameters import Layout
+from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.training.endings import Diverged, Interrupted
+from pipeline.training.loop import train
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import GradientJob
+from pipeline.worker.learner import initial_parameters
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, by_name, final_theta
 

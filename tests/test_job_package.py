@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.job_package import LIMIT, JobError, files_to_ship, packed
+from pipeline.cluster.job_package import LIMIT, JobError, files_to_ship, packed
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,7 +61,11 @@ def test_the_project_travels_with_any_folder(tmp_path: Path) -> None:
     """Its code as it is here, so that nodes need only its dependencies."""
     for folder in (tmp_path, ROOT):
         files = files_to_ship(folder)
-        for name in ("pipeline/cli.py", "tasks/omniglot_splits.json", "tune_configs/sinusoid.yaml"):
+        for name in (
+            "pipeline/cli/__main__.py",
+            "tasks/omniglot_splits.json",
+            "tune_configs/sinusoid.yaml",
+        ):
             assert files[name].read_bytes() == (ROOT / name).read_bytes()
         assert not [name for name in files if "__pycache__" in name or ".venv" in name]
     assert "pyproject.toml" in own(ROOT)

@@ -20,10 +20,16 @@ import ray
 import torch
 import yaml
 
-from pipeline.checkpoint import CheckpointStore
-from pipeline.job_package import JobError
-from pipeline.jobs import Head, default_address, default_name, job_environment, what_to_know
-from pipeline.training import train
+from pipeline.cluster.job_package import JobError
+from pipeline.cluster.submission import (
+    Head,
+    default_address,
+    default_name,
+    job_environment,
+    what_to_know,
+)
+from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.training.loop import train
 from tests.cluster import TOKEN, Cluster, running_cluster
 from tests.conftest import experiment_of
 from tests.helpers import final_theta

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.adaptation import Adaptation
-from pipeline.inner_loop import Stages
-from pipeline.learning_curve import adaptation_curve
-from pipeline.meta_gradient import Knobs, chunk_function
-from pipeline.meta_loss import Objective
-from pipeline.models import conv4, linear, mlp
-from pipeline.parameters import Layout
-from pipeline.update_rules import Point
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.inner_loop import Stages
+from pipeline.maml.learning_curve import adaptation_curve
+from pipeline.maml.meta_gradient import Knobs, chunk_function
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import conv4, linear, mlp
+from pipeline.maml.parameters import Layout
+from pipeline.maml.update_rules import Point
 from tasks.base import Classification, Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid
@@ -273,7 +273,7 @@ def test_a_model_without_forward_derivative_is_differentiated_in_reverse():
 
 
 def test_forward_and_reverse_differentiation_agree():
-    from pipeline.inner_loop import hessian_vector_product
+    from pipeline.maml.inner_loop import hessian_vector_product
 
     (objective, layout, theta), batch = pool_conv()
     support = Examples(batch.support.x[0], batch.support.y[0])

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pipeline.runs import find_run
-from pipeline.search import search
-from pipeline.training import train
+from pipeline.runs.catalog import find_run
+from pipeline.search.run import search
+from pipeline.training.loop import train
 from tests.conftest import experiment_of
 from tests.ports import free_port
 from tests.test_cli import clean_environment

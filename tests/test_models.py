@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from pipeline.models import BatchNorm, Conv3x3, MaxPool2x2, conv4, linear, mlp
+from pipeline.maml.models import BatchNorm, Conv3x3, MaxPool2x2, conv4, linear, mlp
 
 
 def num_parameters(model):

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.chunk import ChunkComputer
-from pipeline.components import build_task, kinds
-from pipeline.evaluation import check_tasks
-from pipeline.experience import rollout
-from pipeline.experiments import ConfigError, from_dict, load
-from pipeline.learner import initial_parameters
-from pipeline.parameters import flat_vector
-from pipeline.policies import distribution_of
-from pipeline.report import write_video
-from pipeline.training import train
+from pipeline.config.components import build_task, kinds
+from pipeline.config.loading import ConfigError, from_dict, load
+from pipeline.evaluation.meta_test import check_tasks
+from pipeline.evaluation.run_report import write_video
+from pipeline.maml.parameters import flat_vector
+from pipeline.rl.policies import distribution_of
+from pipeline.rl.rollouts import rollout
+from pipeline.training.loop import train
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.learner import initial_parameters
 from tasks.control import gym
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.random import task_keys

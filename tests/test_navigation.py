@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.experience import expert_returns, rollout
-from pipeline.policies import GAUSSIAN
+from pipeline.rl.policies import GAUSSIAN
+from pipeline.rl.rollouts import expert_returns, rollout
 from tasks.control.mdp import Trajectories
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.outer_update import OuterUpdate
-from pipeline.schedulers import schedulers
+from pipeline.config.schedulers import schedulers
+from pipeline.training.outer_update import OuterUpdate
 from tests.conftest import experiment_of
 
 

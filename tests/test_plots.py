@@ -10,8 +10,8 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.health_plots import plot_health
-from pipeline.plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from pipeline.evaluation.curve_plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from pipeline.evaluation.health_plots import plot_health
 
 STEPS = list(range(11))
 

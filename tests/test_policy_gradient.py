@@ -12,13 +12,13 @@ from torch import Tensor
 from torch.autograd.functional import hessian
 from torch.func import vmap
 
-from pipeline.adaptation import Adaptation
-from pipeline.advantages import advantages, discounted_sums, fitted, standardised
-from pipeline.experience import CollectedBatch, PerStep
-from pipeline.inner_loop import Stages
-from pipeline.meta_gradient import Knobs, meta_gradient
-from pipeline.policies import CATEGORICAL, GAUSSIAN, distribution_of, gaussian_policy
-from pipeline.policy_gradient import Estimator, Experience, PolicyObjective, surrogate
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.inner_loop import Stages
+from pipeline.maml.meta_gradient import Knobs, meta_gradient
+from pipeline.rl.advantages import advantages, discounted_sums, fitted, standardised
+from pipeline.rl.policies import CATEGORICAL, GAUSSIAN, distribution_of, gaussian_policy
+from pipeline.rl.policy_loss import Estimator, Experience, PolicyObjective, surrogate
+from pipeline.rl.rollouts import CollectedBatch, PerStep
 from tasks.control.mdp import Trajectories, masked, still_going
 from tasks.random import task_keys
 from tests.two_states import HORIZON, Paths, all_paths, table

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import compilation
-from pipeline.adaptation import Adaptation
-from pipeline.algorithms import FAMILY, PRESETS, name_of
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import EvaluationJob, GradientJob
-from pipeline.endings import Interrupted
-from pipeline.experiments import ConfigError, from_dict, load
-from pipeline.learner import initial_parameters
-from pipeline.parameters import Layout
-from pipeline.phases import phases, query_weights_at
-from pipeline.training import train
+from pipeline.config.algorithms import FAMILY, PRESETS, name_of
+from pipeline.config.loading import ConfigError, from_dict, load
+from pipeline.config.phases import phases, query_weights_at
+from pipeline.maml import compilation
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.parameters import Layout
+from pipeline.training.endings import Interrupted
+from pipeline.training.loop import train
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import EvaluationJob, GradientJob
+from pipeline.worker.learner import initial_parameters
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta
 

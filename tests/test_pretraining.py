@@ -12,15 +12,16 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline import train_workers, training
-from pipeline.checkpoint import load_theta
-from pipeline.endings import Interrupted, TrainingFailed
-from pipeline.evaluation import evaluate_run
-from pipeline.experiments import ConfigError, load
-from pipeline.learner import initial_parameters
-from pipeline.pretraining import Pretrainer, narrowed, wide_model
-from pipeline.train_workers import number_of_workers
-from pipeline.training import train
+from pipeline.config.loading import ConfigError, load
+from pipeline.evaluation.meta_test import evaluate_run
+from pipeline.runs.checkpoint import load_theta
+from pipeline.training import loop as training
+from pipeline.training import ray_train as train_workers
+from pipeline.training.endings import Interrupted, TrainingFailed
+from pipeline.training.loop import train
+from pipeline.training.pretraining import Pretrainer, narrowed, wide_model
+from pipeline.training.ray_train import number_of_workers
+from pipeline.worker.learner import initial_parameters
 from tasks.random import integers, task_keys
 from tests.conftest import experiment_of
 from tests.helpers import Recorder

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.meta_loss import Objective
-from pipeline.models import linear
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.models import linear
 from tasks.base import Examples
 from tasks.quadratic import Quadratic
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from pipeline.training import train
+from pipeline.training.loop import train
 from tests.conftest import experiment_of
 from tests.test_cli import clean_environment
 from tests.test_training import final_theta

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.func import vmap
 
-from pipeline.models import conv4, mlp
-from pipeline.representations import (
+from pipeline.maml.models import conv4, mlp
+from pipeline.maml.representations import (
     head_inputs,
     layer_outputs,
     linear_cka,

@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cli import app
-from pipeline.mlflow_sender import TrackingError, client_class
-from pipeline.runs import Run, compare, find_run, list_runs
-from pipeline.tracking import Tracker
-from pipeline.training import train
+from pipeline.cli.main import app
+from pipeline.runs.catalog import Run, compare, find_run, list_runs
+from pipeline.runs.mlflow_sender import TrackingError, client_class
+from pipeline.runs.tracker import Tracker
+from pipeline.training.loop import train
 from tests.conftest import experiment_of
 from tests.test_cli import maml
 

@@ -12,16 +12,16 @@ import pandas
 import pytest
 import torch
 
-from pipeline.algorithms import name_of
-from pipeline.checkpoint import CheckpointStore
-from pipeline.experiments import from_dict, load, load_run, with_settings
-from pipeline.run_folder import RunFolderError
-from pipeline.search import search
-from pipeline.search_console import SearchConsole
-from pipeline.search_report import compare_orders
-from pipeline.search_trial import COMPLETE, FAILED, STOPPED, Criterion, TrialResult
-from pipeline.search_tune import SearchWatcher
-from pipeline.training import train
+from pipeline.cli.search_console import SearchConsole
+from pipeline.config.algorithms import name_of
+from pipeline.config.loading import from_dict, load, load_run, with_settings
+from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.runs.folder import RunFolderError
+from pipeline.search.report import compare_orders
+from pipeline.search.run import search
+from pipeline.search.trial import COMPLETE, FAILED, STOPPED, Criterion, TrialResult
+from pipeline.search.tune import SearchWatcher
+from pipeline.training.loop import train
 from tests.helpers import final_theta
 
 pytestmark = pytest.mark.long

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.experiments import ConfigError, experiments, from_dict, load
-from pipeline.run_folder import RunFolderError
-from pipeline.search import load_search, search
-from pipeline.search_space import corners, possible_experiments, settings_of, within
-from pipeline.search_trial import Criterion, base_experiment, bundles, criterion
+from pipeline.config.loading import ConfigError, experiments, from_dict, load
+from pipeline.runs.folder import RunFolderError
+from pipeline.search.run import load_search, search
+from pipeline.search.space import corners, possible_experiments, settings_of, within
+from pipeline.search.trial import Criterion, base_experiment, bundles, criterion
 
 
 def searching(quick: dict[str, Any], space: Any, **search: Any) -> Any:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.mlflow_ui import serve
-from pipeline.tracking import (
+from pipeline.runs.mlflow_ui import serve
+from pipeline.runs.tracker import (
     UNSENT,
     NullTracker,
     RunTracker,
@@ -197,7 +197,7 @@ def wait_for(condition) -> None:
 @contextlib.contextmanager
 def serving(store: str, port: int, end: signal.Signals = signal.SIGINT) -> Iterator[None]:
     """A user who calls `serve`, and ends it with Ctrl-C (or `kill`)."""
-    script = f"from pipeline.mlflow_ui import serve; serve({store!r}, port={port})"
+    script = f"from pipeline.runs.mlflow_ui import serve; serve({store!r}, port={port})"
     process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE)
 
     def up() -> bool:

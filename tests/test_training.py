@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.aggregation import aggregate
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import GradientJob
-from pipeline.learner import initial_parameters
-from pipeline.parameters import Layout
-from pipeline.run_folder import RunFolderError
-from pipeline.training import train
+from pipeline.maml.parameters import Layout
+from pipeline.runs.folder import RunFolderError
+from pipeline.training.aggregation import aggregate
+from pipeline.training.loop import train
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import GradientJob
+from pipeline.worker.learner import initial_parameters
 from tests.conftest import experiment_of
 from tests.helpers import final_theta
 

@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from pipeline.adaptation import Adaptation
-from pipeline.aggregation import aggregate
-from pipeline.chunk import ChunkComputer
-from pipeline.chunk_jobs import ChunkResult, FisherJob, GradientJob, Job
-from pipeline.config import Experiment
-from pipeline.experience import CollectedBatch, collect
-from pipeline.learner import initial_parameters, model_of
-from pipeline.learning_curve import trajectory
-from pipeline.natural_gradient import fisher_product, judge, proximal_gradient
-from pipeline.outer_update import OuterUpdate
-from pipeline.parameters import Layout, Params, flat_vector
-from pipeline.policies import GAUSSIAN, gaussian_policy
-from pipeline.policy_gradient import PolicyObjective
-from pipeline.policy_update import Questions, conjugate_gradients, policy_update
-from pipeline.settings import Reinforcement
-from pipeline.update_rules import RuleName, build_rule
+from pipeline.config.experiment import Experiment
+from pipeline.config.settings import Reinforcement
+from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.parameters import Layout, Params, flat_vector
+from pipeline.maml.update_rules import RuleName, build_rule
+from pipeline.rl.fisher import fisher_product, judge, proximal_gradient
+from pipeline.rl.policies import GAUSSIAN, gaussian_policy
+from pipeline.rl.policy_loss import PolicyObjective
+from pipeline.rl.rollouts import CollectedBatch, collect
+from pipeline.training.aggregation import aggregate
+from pipeline.training.outer_update import OuterUpdate
+from pipeline.training.trust_region import Questions, conjugate_gradients, policy_update
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import ChunkResult, FisherJob, GradientJob, Job
+from pipeline.worker.learner import initial_parameters, model_of
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
 from tests.conftest import experiment_of

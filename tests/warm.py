@@ -25,11 +25,11 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = (
     "ray",
     "ray.tune",
-    "pipeline.cli_errors",
-    "pipeline.console",
-    "pipeline.jobs",
-    "pipeline.search",
-    "pipeline.training",
+    "pipeline.cli.errors",
+    "pipeline.cli.console",
+    "pipeline.cluster.submission",
+    "pipeline.search.run",
+    "pipeline.training.loop",
     "torch._dynamo",
     "matplotlib.backends.backend_agg",
     "mlflow.store.tracking.sqlalchemy_store",
@@ -109,7 +109,7 @@ def _child(request: dict[str, Any]) -> int:
         os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     sys.argv = ["maml", *request["arguments"]]
-    from pipeline.cli import main
+    from pipeline.cli.main import main
 
     try:
         main()
@@ -122,7 +122,7 @@ def _child(request: dict[str, Any]) -> int:
 
 
 def _serve() -> None:
-    from pipeline.mlflow_sender import client_class
+    from pipeline.runs.mlflow_sender import client_class
 
     client_class()  # sets what MLflow must be told before it is imported
     for name in MODULES:

@@ -1,0 +1,1 @@
+"""The `maml` command: the only part that parses arguments or prints."""

@@ -1,0 +1,179 @@
+"""`maml submit` and `maml jobs`: commands as jobs of a Ray cluster."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.cli.errors import reporting_errors
+
+if TYPE_CHECKING:
+    from pipeline.cluster.submission import Head, Job
+
+jobs_app = typer.Typer(
+    invoke_without_command=True, help="List the jobs of a Ray cluster; their logs; stop one."
+)
+
+Address = Annotated[
+    str | None,
+    typer.Option(
+        help="the head's dashboard, http://HEAD:8265; by default RAY_API_SERVER_ADDRESS, "
+        "else this machine's (or a tunnel's)",
+        show_default=False,
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="ID", help="as `maml jobs` lists it")]
+
+
+@reporting_errors
+def submit(
+    arguments: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="COMMAND", help="any maml command after --, such as: -- train omniglot-5w1s"
+        ),
+    ],
+    address: Address = None,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="show its output, end with its exit code")
+    ] = False,
+    name: Annotated[
+        str | None, typer.Option(help="the job's ID; by default made from the command")
+    ] = None,
+    env: Annotated[
+        list[str] | None, typer.Option(metavar="K=V", help="environment variable of the job")
+    ] = None,
+) -> None:
+    """Run a maml command as a job of a Ray cluster.
+
+    The current folder travels with it: what git knows of it, at most 100 MiB packed. Data does not:
+    nodes read it from data.root, a path that all see or a URI.
+
+    MLFLOW_TRACKING_URI and MAML_DATA_ROOT are passed on.
+    """
+    from pipeline.cli.console import err, out
+    from pipeline.cluster.job_package import packed
+    from pipeline.cluster.submission import default_name, job_environment, what_to_know
+
+    if arguments[0] == "maml":
+        arguments = arguments[1:]
+    if not arguments:
+        raise ValueError("give a command to run: maml submit -- train sinusoid")
+    environment = job_environment(_parsed(env or []))
+    head = _head(address)
+    head.check_versions()
+    for line in what_to_know(arguments, Path.cwd(), environment):
+        err.print(line, markup=False, soft_wrap=True)
+    with packed(Path.cwd()) as package:
+        job = head.submit(arguments, package, name or default_name(arguments), environment)
+    out.print(f"job     {job.id}", markup=False, soft_wrap=True)
+    if follow:
+        _follow(head, job.id, address)
+    out.print(f"output  {_command('logs', job.id, address)} --follow", markup=False, soft_wrap=True)
+    out.print(f"stop    {_command('stop', job.id, address)}", markup=False, soft_wrap=True)
+
+
+@jobs_app.callback()
+@reporting_errors
+def jobs(context: typer.Context, address: Address = None) -> None:
+    """List the jobs of a Ray cluster, newest first."""
+    if context.invoked_subcommand is not None:
+        return
+    from pipeline.cli.console import duration, out
+
+    head = _head(address)
+    found = head.jobs()
+    if not found:
+        out.print(f"no jobs on {head.address}")
+        return
+    width = max(len(job.id) for job in found)  # IDs are typed again: they are never cut
+    for job in found:
+        began = time.strftime("%Y-%m-%d %H:%M", time.localtime(job.started)) if job.started else ""
+        took = duration((job.ended or time.time()) - job.started) if job.started else ""
+        command = job.command.replace("python -m pipeline.cli", "maml", 1)
+        line = f"{job.id:{width}}  {job.status.lower():9}  {began:16}  {took:>8}  {command}"
+        out.print(line, markup=False, soft_wrap=True)
+
+
+@jobs_app.command("logs")
+@reporting_errors
+def jobs_logs(
+    job: JobId,
+    follow: Annotated[
+        bool, typer.Option("--follow", help="go on until the job ends; end with its exit code")
+    ] = False,
+    address: Address = None,
+) -> None:
+    """Show what a job has written."""
+    head = _head(address)
+    if follow:
+        _follow(head, job, address)
+    _write(head.logs(job))
+
+
+@jobs_app.command("stop")
+@reporting_errors
+def jobs_stop(job: JobId, address: Address = None) -> None:
+    """Stop a job as Ctrl-C would: a training writes a checkpoint."""
+    from pipeline.cli.console import out
+
+    head = _head(address)
+    before = head.job(job)
+    after = head.stop(job) if before.exit_code is None else before
+    already = "" if before.exit_code is None else "had already ended: "
+    out.print(f"{job} {already}{after.status.lower()}", markup=False, soft_wrap=True)
+
+
+def _head(address: str | None) -> Head:
+    from pipeline.cluster.submission import Head, default_address
+
+    return Head(address or default_address())
+
+
+def _follow(head: Head, job: str, address: str | None) -> None:
+    """Show a job's output until it ends, and end as it did."""
+    from pipeline.cli.console import err
+
+    try:
+        ended = head.follow(job, _write)
+    except KeyboardInterrupt:
+        err.print(
+            f"{job} goes on without being followed\n"
+            f"output  {_command('logs', job, address)} --follow\n"
+            f"stop    {_command('stop', job, address)}",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(130) from None
+    err.print(_ending(ended), markup=False, soft_wrap=True)
+    raise typer.Exit(ended.exit_code or 0)
+
+
+def _ending(job: Job) -> str:
+    """How a job ended, in words; its message only where its output does not say why."""
+    if job.status == "STOPPED":
+        return f"{job.id} was stopped"
+    if job.driver_exit_code is None and job.status == "FAILED":
+        return f"{job.id} failed before its command ended: {job.message}"
+    return f"{job.id} ended with exit code {job.exit_code}"
+
+
+def _command(verb: str, job: str, address: str | None) -> str:
+    return f"maml jobs {verb} {job}" + (f" --address {address}" if address else "")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _parsed(pairs: list[str]) -> dict[str, str]:
+    """`--env K=V`, as a mapping."""
+    for pair in pairs:
+        if not pair.partition("=")[1] or not pair.partition("=")[0]:
+            raise ValueError(f"--env: must look like NAME=value, got {pair!r}")
+    return dict(pair.split("=", 1) for pair in pairs)

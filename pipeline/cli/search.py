@@ -1,0 +1,75 @@
+"""`maml search`: try settings with Ray Tune."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.cli.errors import StopRequest, reporting_errors, resumable, typed, ui_command
+
+
+@reporting_errors
+def search(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            help="a shipped experiment or a YAML file with a search section", show_default=False
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            help="settings to change, such as search.samples=4 search.scheduler=none "
+            "'search.space.inner.lr={uniform: [0.1, 0.5]}'",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option(help="continue the search in this folder: finished trials are kept"),
+    ] = None,
+) -> None:
+    """Search for the best settings: many short trainings with Ray Tune, ranked by validation.
+
+    The `search:` section of the experiment names the settings and their ranges
+    (`maml config show sinusoid-search`). Ends with a table, an answer in words, and best.yaml.
+    """
+    from pipeline.cli.console import out
+    from pipeline.cli.search_console import SearchConsole, search_table
+    from pipeline.config.loading import ConfigError, load, new_run_dir
+    from pipeline.search.run import load_search
+    from pipeline.search.run import search as run_search
+    from pipeline.training.endings import TrainingFailed
+
+    if resume is not None:
+        folder = resume.expanduser().absolute()
+        if overrides:
+            raise ConfigError("the overrides", ["a resumed search keeps its settings"])
+        loaded = load_search(folder, experiment)
+    else:
+        loaded = load(experiment, overrides or [])
+        folder = new_run_dir(loaded)
+
+    watcher = SearchConsole()
+    stop = StopRequest(watcher, "stopping and saving the search (again to stop at once)")
+    with resumable(watcher, f"maml search {experiment} --resume {typed(folder)}"):
+        result = run_search(
+            loaded,
+            folder,
+            resume=resume is not None,
+            watcher=watcher,
+            should_stop=lambda: stop.requested,
+        )
+    watcher.stop()
+    # Wider than a narrow terminal if it must be: no number is cut.
+    out.print(search_table(result), width=max(out.width, 120), crop=False)
+    for line in result.words:
+        watcher.say(line)
+    watcher.say(f"search folder  {folder}")
+    if result.best is None:
+        raise TrainingFailed("no trial has a result; the table says why each one failed")
+    watcher.say(f"train in full  maml train {typed(folder / 'best.yaml')}")
+    if loaded.tracking.enabled:
+        watcher.say(f"MLflow         {ui_command(loaded, folder)}")

@@ -1,0 +1,108 @@
+"""The process that computes chunks for a driver elsewhere: what Ray starts on the nodes."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+from pipeline.cluster.group import one_compiler_per_node, threads_per_chunk
+from pipeline.config.experiment import Experiment
+from pipeline.maml.parameters import FlatVector
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import ChunkResult, Job
+
+_IDLE = 2e-3  # seconds without a job, after which a worker prepares tasks of the next iteration
+
+_T = TypeVar("_T")
+
+
+class ChunkActor:
+    """The Ray actor: a `ChunkComputer` in a process of its own.
+
+    One thread computes, one job after the other; Ray's threads meanwhile carry the answer to the
+    job before and the arguments of the next one.
+    """
+
+    def __init__(self, experiment: Experiment, compile: bool, import_paths: list[str]):
+        # A task or model of the user's own is imported as the driver would.
+        sys.path += [path for path in import_paths if path not in sys.path]
+        # Without this, N actors would start N x cores threads.
+        torch.set_num_threads(threads_per_chunk(experiment, 1))
+        self._experiment, self._compile = experiment.without_gpu(), compile
+        self._computer: ChunkComputer | None = None
+        self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._compute, name="compute", daemon=True).start()
+
+    def ready(self) -> tuple[int, list[str]]:
+        """Build and warm up everything; returns the process id, and warnings for the driver."""
+        return os.getpid(), self._computed(self._build)
+
+    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
+        """Compute a job at θ."""
+
+        def work() -> ChunkResult:
+            self._build()
+            assert self._computer is not None
+            return self._computer.run(theta, job)
+
+        return self._computed(work)
+
+    def _computed(self, work: Callable[[], _T]) -> _T:
+        """What `work` returns or raises on the computing thread."""
+        future: Future[_T] = Future()
+        self._work.put((work, future))
+        return future.result()
+
+    def _compute(self) -> None:
+        while True:
+            try:
+                # The answer to the last job leaves first.
+                work, future = self._work.get(timeout=_IDLE)
+            except Empty:
+                if self._prepared_ahead():
+                    continue
+                work, future = self._work.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+    def _prepared_ahead(self) -> bool:
+        """Use idle time for the next iteration; False if there is nothing to do."""
+        try:
+            return self._computer is not None and self._computer.prepare_ahead()
+        except Exception:
+            return True  # the job itself will meet the error, and report it
+
+    def _build(self) -> list[str]:
+        if self._computer is not None:
+            return []
+        warnings = _Warnings()
+        logging.getLogger("pipeline").addHandler(warnings)
+        try:
+            computer = ChunkComputer(self._experiment, self._compile)
+            with one_compiler_per_node():
+                computer.warm_up()
+        finally:
+            logging.getLogger("pipeline").removeHandler(warnings)
+        self._computer = computer
+        return warnings.lines
+
+
+class _Warnings(logging.Handler):
+    """Collects warnings: what an actor writes to its log nobody reads."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.lines: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())

@@ -1,0 +1,110 @@
+"""Which Ray: a running cluster or one of our own; whether it has room."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.cluster.group import WorkersLost
+from pipeline.config.experiment import Experiment
+
+# Answers up to this size travel with the message instead of through the object store (Ray's default
+# is 100 kB): a gradient of conv4 is 450 kB. A cluster has its own setting (see cluster.yaml).
+_INLINE_BYTES = 2**21
+
+
+def cluster_address(experiment: Experiment) -> str | None:
+    """The address of a running Ray cluster, or None for a local one."""
+    address = experiment.cluster.address or os.environ.get("RAY_ADDRESS")
+    return None if address in (None, "", "local") else address
+
+
+def connect(experiment: Experiment, size: int) -> bool:
+    """Make sure that Ray is there; True if it was started here and is ours to stop."""
+    import ray
+
+    if ray.is_initialized():
+        return False
+    address = cluster_address(experiment)
+    quiet = {"log_to_driver": False, "logging_level": "ERROR"}
+    # Ray would take SIGTERM for itself, and end a run without a checkpoint.
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        _start_or_join(experiment, size, address, quiet)
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
+    return True
+
+
+def worker_bundle(experiment: Experiment) -> dict[str, float]:
+    """What a worker takes, as Ray names it."""
+    cluster = experiment.cluster
+    amounts = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    return {kind: amount for kind, amount in amounts.items() if amount}
+
+
+def lacking(who: str, bundles: Sequence[Mapping[str, float]]) -> str:
+    """What Ray has too little of for all bundles at once, whoever uses it now, in words; '' if it
+    has enough. The last bundle is that of a worker; `who` is as "a trial takes 2 workers of"."""
+    import ray
+
+    there = ray.cluster_resources()
+    total = {kind: sum(b.get(kind, 0.0) for b in bundles) for kind in ("CPU", "GPU")}
+    short = {kind: amount for kind, amount in total.items() if amount > there.get(kind, 0.0)}
+    each = as_text(bundles[-1])
+    if short:
+        together = f", together {as_text(short)}" if len(bundles) > 1 else ""
+        return (
+            f"cluster.workers: {who} {each}{together}, and Ray has "
+            f"{as_text({kind: there.get(kind, 0.0) for kind in short})}: lower "
+            "cluster.workers, cluster.cpus_per_worker or cluster.gpus_per_worker"
+        )
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if any(all(n <= node.get(kind, 0.0) for kind, n in bundles[-1].items()) for node in nodes):
+        return ""
+    return f"cluster.cpus_per_worker: no node of the Ray cluster has {each}"
+
+
+def refuse_or_wait(experiment: Experiment, missing: str, notice: Callable[[str], None]) -> None:
+    """Act on what `lacking` says. Raises ValueError where Ray cannot grow."""
+    if missing and cluster_address(experiment) is None:
+        raise ValueError(missing)
+    if missing:
+        notice(f"{missing}; waiting for the cluster to grow")
+
+
+def as_text(amounts: Mapping[str, float]) -> str:
+    """Resources in words."""
+    return ", ".join(f"{amount:g} {kind}" for kind, amount in amounts.items())
+
+
+def _start_or_join(
+    experiment: Experiment, size: int, address: str | None, quiet: dict[str, Any]
+) -> None:
+    import ray
+
+    if address is not None:
+        # A running cluster has its own resources; naming any here would be an error.
+        ray.init(address=address, **quiet)
+        return
+    needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
+    cores = os.cpu_count() or 1
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(cores, needed),
+            include_dashboard=False,
+            _system_config={"max_direct_call_object_size": _INLINE_BYTES},
+            **quiet,
+        )
+    except Exception as error:  # Ray has no type of its own for this
+        raise WorkersLost(
+            "Ray did not start on this machine, which may be too busy: try again, or train in this "
+            f"process with cluster.workers=0 ({error})"
+        ) from error

@@ -1,0 +1,108 @@
+"""Who runs the jobs of an iteration: the interface of worker groups, and the group without actors.
+
+`ray_group` holds the other group. Both call `ChunkComputer.run` and nothing else, so that local
+and distributed runs share every computation; only the transport differs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from filelock import FileLock, Timeout
+
+from pipeline.config.experiment import Experiment
+from pipeline.maml.parameters import FlatVector
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import ChunkResult, Job
+
+Notice = Callable[[str], None]
+"""Receives a line for a person: a worker died, a chunk was issued again, ..."""
+
+
+class WorkersLost(Exception):
+    """No worker is left, and none will come back."""
+
+
+class Round(NamedTuple):
+    """The answers to the jobs of one `run`, in the order of the jobs."""
+
+    results: list[ChunkResult]
+    busiest_seconds: float
+    """Sampling and computing of the worker that had most to do: what the driver cannot avoid."""
+
+
+class WorkerGroup(Protocol):
+    """Runs jobs, wherever."""
+
+    size: int
+    """Number of actors; 0 in process."""
+
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
+        """Blocks until every job is answered. `theta` is a flat vector [D]."""
+        ...
+
+    def close(self) -> None:
+        """Give back what was taken."""
+        ...
+
+
+class InProcess:
+    """The group without actors."""
+
+    size = 0
+
+    def __init__(self, experiment: Experiment, compile: bool, *, warm_up: bool = True):
+        self._threads_before = torch.get_num_threads()
+        torch.set_num_threads(threads_per_chunk(experiment, 0))
+        self._computer = ChunkComputer(experiment, compile)
+        if warm_up:
+            with one_compiler_per_node():
+                self._computer.warm_up()
+
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
+        results = [self._computer.run(theta, job) for job in jobs]
+        return Round(results, sum(r.seconds_sampling + r.seconds_computing for r in results))
+
+    def close(self) -> None:
+        torch.set_num_threads(self._threads_before)
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def threads_per_chunk(experiment: Experiment, workers: int) -> int:
+    """Threads that compute a chunk: as configured, one per CPU of an actor, or all cores here."""
+    if experiment.compute.threads is not None:
+        return experiment.compute.threads
+    return max(1, int(experiment.cluster.cpus_per_worker)) if workers else os.cpu_count() or 1
+
+
+def on_driver(experiment: Experiment) -> Experiment:
+    """For a head node without GPU, whose actors will have one."""
+    if not experiment.cluster.gpus_per_worker:
+        return experiment
+    return experiment.changed(compute={"device": "cpu"})
+
+
+@contextlib.contextmanager
+def one_compiler_per_node() -> Iterator[None]:
+    """Let one process of a node compile first; the others then find its work in the cache.
+
+    The lock is the operating system's: it ends with the process that holds it. A courtesy, not a
+    must: after ten minutes (a stopped process?) one compiles all the same.
+    """
+    lock = FileLock(os.path.join(tempfile.gettempdir(), f"maml-compile-{os.getuid()}.lock"))
+    with contextlib.suppress(Timeout):
+        lock.acquire(timeout=600)
+    try:
+        yield
+    finally:
+        lock.release()

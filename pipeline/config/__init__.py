@@ -1,0 +1,1 @@
+"""What is asked for: YAML and overrides become one Experiment that checks itself."""

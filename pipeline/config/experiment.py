@@ -1,0 +1,222 @@
+"""The whole experiment as one typed, self-validating schema; `loading` reads it from YAML.
+
+The sections `task` and `model` hold a `kind` and the settings of whatever that kind names - a task
+distribution's or a model builder's keyword parameters (see `components`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, model_validator
+
+from pipeline.config.components import build_task
+from pipeline.config.search import Search
+from pipeline.config.settings import (
+    Checkpointing,
+    Cluster,
+    Component,
+    Compute,
+    Data,
+    Diagnostics,
+    Evaluation,
+    Inner,
+    Outer,
+    Pretraining,
+    Reinforcement,
+    Section,
+    Tracking,
+)
+from tasks.base import TaskDistribution
+from tasks.data_root import absolute_root
+
+Algorithm = Literal["maml", "fomaml", "reptile", "anil", "boil", "meta-sgd", "maml++"]
+
+
+class Experiment(Section):
+    """One meta-training run, complete."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    seed: int = Field(0, ge=0, lt=2**63)
+    run_dir: str | None = Field(None, description="null: runs/NAME-DATE-TIME")
+    algorithm: Algorithm = Field(
+        "maml", description="fills in the settings of the family that are not given"
+    )
+    task: Component
+    model: Component
+    inner: Inner = Inner()
+    outer: Outer
+    reinforcement: Reinforcement | None = Field(
+        None, description="of tasks to act in; filled in for them"
+    )
+    compute: Compute = Compute()
+    cluster: Cluster = Cluster()
+    evaluation: Evaluation = Evaluation()
+    diagnostics: Diagnostics = Diagnostics()
+    pretraining: Pretraining | None = Field(
+        None, description="null: meta-learning; else ordinary training and fine-tuning"
+    )
+    tracking: Tracking = Tracking()
+    checkpoint: Checkpointing = Checkpointing()
+    data: Data = Field(default_factory=Data)
+    search: Search | None = Field(None, description="what `maml search` tries")
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Experiment:
+        inner, outer = self.inner, self.outer
+        if outer.estimator == "reptile":
+            wrong = {
+                "inner.order: reptile has no second order": inner.order != "first",
+                "inner.rates: reptile has no gradient by which rates could be learned": (
+                    inner.rates != "fixed"
+                ),
+                "inner.per_step: reptile has no gradient for what does not adapt": inner.per_step,
+                "outer.query_losses: reptile looks at no query loss": outer.query_losses != "last",
+            }
+            if found := [what for what, is_so in wrong.items() if is_so]:
+                raise ValueError("; ".join(found))
+        weights = outer.query_losses
+        if not isinstance(weights, str) and (
+            len(weights) != inner.steps or min(weights) < 0 or not sum(weights)
+        ):
+            raise ValueError(
+                f"outer.query_losses: needs a weight of at least 0 for each of inner.steps "
+                f"({inner.steps}), not all 0, got {list(weights)}"
+            )
+        if self.pretraining is not None:
+            wrong = {
+                "algorithm: pretraining has none of the family": self.algorithm != "maml",
+                "inner.rates: pretraining learns no inner rates": inner.rates != "fixed",
+                "inner.per_step: pretraining knows no steps": inner.per_step,
+                "diagnostics.every: pretraining has no meta-gradient": self.diagnostics.every,
+                "search: tries meta-learning only, not pretraining": self.search is not None,
+            }
+            if found := [what for what, is_so in wrong.items() if is_so]:
+                raise ValueError("; ".join(found))
+        if self.reinforcement is not None:
+            wrong = {
+                "outer.estimator: reptile is for supervised tasks": outer.estimator == "reptile",
+                "outer.query_losses: trajectories of the query come from the last step alone": (
+                    outer.query_losses != "last"
+                ),
+                "inner.batch_size: each step has trajectories of its own": inner.batch_size,
+                "pretraining: is for supervised tasks; inner.steps=0 trains one policy for all "
+                "tasks": self.pretraining is not None,
+                "diagnostics.every: reinforcement learning records its own with every update": (
+                    self.diagnostics.every
+                ),
+                "inner.order: annealed is for supervised tasks": inner.order == "annealed",
+                "inner.per_step: trajectories would not be those of the policy that a step looks "
+                "at": inner.per_step,
+                "inner.rates: without inner.steps there are none to learn": (
+                    inner.rates != "fixed" and not inner.steps
+                ),
+                "inner.checkpoint: is for supervised tasks": inner.checkpoint,
+            }
+            if self.reinforcement.update == "trpo":
+                wrong |= {
+                    f"outer.{name}: reinforcement.update=trpo has its own way to move, within "
+                    "reinforcement.max_kl": getattr(outer, name) != Outer.model_fields[name].default
+                    for name in ("lr", "optimizer", "weight_decay", "clip_norm", "clip_value")
+                } | {
+                    "outer.scheduler: reinforcement.update=trpo has no rate": (
+                        outer.scheduler is not None
+                    )
+                }
+            if found := [what for what, is_so in wrong.items() if is_so]:
+                raise ValueError("; ".join(found))
+        elif not inner.steps:
+            raise ValueError("inner.steps: must be at least 1, got 0")
+        if inner.rates != "fixed" and outer.weight_decay:
+            raise ValueError("outer.weight_decay: would pull the learned inner.rates to zero")
+        return self
+
+    @property
+    def second_order_from(self) -> int:
+        """The iteration at which annealed order becomes second."""
+        return self.inner.second_order_from or max(1, self.outer.iterations // 3)
+
+    @property
+    def query_losses_until(self) -> int:
+        """The iteration from which annealed query losses are the last one alone."""
+        return self.outer.query_losses_until or max(1, self.outer.iterations // 15)
+
+    @property
+    def validate_every(self) -> int:
+        """Iterations between validations."""
+        return self.evaluation.every or max(1, self.outer.iterations // 10)
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Iterations between checkpoints."""
+        return self.checkpoint.every or self.validate_every
+
+    @property
+    def track_every(self) -> int:
+        """Iterations whose means make one MLflow record."""
+        return self.tracking.every or max(1, self.outer.iterations // 1000)
+
+    @property
+    def selection_step(self) -> int:
+        """The adaptation step whose validation metric chooses the best checkpoint."""
+        chosen = self.evaluation.selection_step
+        return self.inner.steps if chosen is None else chosen
+
+    @property
+    def report_steps(self) -> tuple[int, ...]:
+        """The adaptation steps that evaluations report."""
+        if self.evaluation.steps is not None:
+            return self.evaluation.steps
+        return tuple(sorted({*range(self.inner.steps + 1), 10}))
+
+    def build_task(self, **changes: Any) -> TaskDistribution:
+        """The task distribution, with some settings changed (`evaluation.variants`)."""
+        settings = {**self.task.settings, **changes}
+        return build_task(self.task.kind, settings, absolute_root(self.data.root))
+
+    def changed(self, **changes: Any) -> Experiment:
+        """A copy with some settings of sections, or whole ones, as they are to be; not checked:
+        `changed(compute={"device": "cpu"}, search=None)`."""
+        sections = {
+            name: getattr(self, name).model_copy(update=change)
+            for name, change in changes.items()
+            if isinstance(change, dict)
+        }
+        return self.model_copy(update={**changes, **sections})
+
+    def without_gpu(self) -> Experiment:
+        """For a process that was given no GPU: `auto` must not take one that it sees.
+
+        Ray hides none from those that asked for none: all would crowd onto the first.
+        """
+        if self.cluster.gpus_per_worker or self.compute.device != "auto":
+            return self
+        return self.changed(compute={"device": "cpu"})
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting by its dotted path, as MLflow parameters."""
+
+        def walk(prefix: str, value: Any) -> dict[str, Any]:
+            if isinstance(value, dict) and value:
+                return {
+                    path: leaf
+                    for key, inner in value.items()
+                    for path, leaf in walk(f"{prefix}{key}.", inner).items()
+                }
+            return {prefix[:-1]: value}
+
+        return walk("", self.plain())
+
+    def plain(self) -> dict[str, Any]:
+        """The resolved configuration as plain values; loading them gives the same experiment."""
+        dump = self.model_dump(mode="json")
+        for section in ("search", "pretraining", "reinforcement"):
+            if dump[section] is None:
+                del dump[section]
+        return dump
+
+    def to_yaml(self) -> str:
+        """`plain` as a file."""
+        return str(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,361 @@
+"""Experiments: from a name or a YAML file and overrides to a validated configuration.
+
+An experiment is a YAML file of `tune_configs/` (found by name) or anywhere (by path), plus
+overrides such as `inner.lr=0.1`. `load` resolves it into an `Experiment`: every default filled in,
+every error in one `ConfigError` that names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import yaml
+from pydantic import ValidationError
+
+from pipeline.config.algorithms import choose, expand
+from pipeline.config.components import (
+    POLICIES,
+    ComponentError,
+    build_task,
+    check_settings,
+    component_schema,
+    kinds,
+    resolve,
+)
+from pipeline.config.errors import readable
+from pipeline.config.experiment import Experiment
+from pipeline.config.schedulers import build_scheduler
+from pipeline.config.settings import Outer
+from tasks.control.mdp import MDPs
+from tasks.data_root import default_root
+
+EXPERIMENTS = Path(__file__).resolve().parents[2] / "tune_configs"
+RUNS = "MAML_RUNS"
+"""Environment variable: the folder of runs, by default `runs` in the current folder."""
+
+
+class ConfigError(Exception):
+    """All that is wrong with an experiment; `str()` is the message for a person."""
+
+    def __init__(self, source: str, errors: Sequence[str]):
+        """`source`: what the errors are in; '' for an error that says so itself."""
+        self.errors = list(errors)
+        plural = "error" if len(self.errors) == 1 else "errors"
+        title = f"{len(self.errors)} {plural} in {source}:\n  " if source else ""
+        super().__init__(title + "\n  ".join(self.errors))
+
+
+def experiments() -> dict[str, str]:
+    """Names of the shipped experiments and their descriptions."""
+    return {
+        path.stem: str((yaml.safe_load(path.read_text()) or {}).get("description", ""))
+        for path in sorted(EXPERIMENTS.glob("*.yaml"))
+    }
+
+
+def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a shipped name or a YAML file, with overrides like `inner.lr=0.1`.
+
+    Raises ConfigError.
+    """
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml") and not path.is_file():
+        path = EXPERIMENTS / f"{name_or_path}.yaml"
+    if not path.is_file():
+        raise ConfigError(
+            "",
+            [
+                f"{name_or_path!r} is neither a YAML file nor a shipped experiment "
+                f"(there are: {', '.join(experiments())})"
+            ],
+        )
+    try:
+        data = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(str(path), [f"not YAML: {error}"]) from None
+    if not isinstance(data, dict):
+        raise ConfigError(str(path), ["must hold sections (task:, model:, inner:, ...)"])
+    data.setdefault("name", re.sub(r"[^A-Za-z0-9._-]", "-", path.stem).lstrip("._-") or "run")
+    try:
+        return from_dict(apply_overrides(data, overrides), source=str(path))
+    except ConfigError as error:
+        if not overrides:
+            raise
+        raise ConfigError(_to_blame(path, data, overrides), error.errors) from None
+
+
+def _to_blame(path: Path, data: dict[str, Any], overrides: Sequence[str]) -> str:
+    """What a person has to mend: the overrides, or the file too if it is wrong without them."""
+    given = " ".join(overrides)
+    try:
+        from_dict(data)
+    except ConfigError:
+        return f"{path} with {given}"
+    return given
+
+
+def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run's folder. Raises ConfigError."""
+    path = run_dir / "config.yaml"
+    if not path.is_file():
+        there = "it is a file" if run_dir.exists() else "there is no such folder"
+        why = f"it has no {path.name}" if run_dir.is_dir() else there
+        raise ConfigError("", [f"{run_dir} is not the folder of a run: {why}"])
+    return load(str(path), overrides)
+
+
+# What may change when a run is continued: none of it changes what has been computed so far.
+_RESUMABLE = (
+    "outer.iterations",
+    "cluster.",
+    "evaluation.",
+    "diagnostics.",
+    "tracking.",
+    "checkpoint.",
+    "data.",
+)
+
+
+def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a run that is to be continued. Raises ConfigError.
+
+    The run's own configuration counts; overrides may change how long it goes on and everything
+    that does not touch its results.
+    """
+    before = load_run(run_dir)
+    name = load(name_or_path).name if Path(name_or_path).is_file() else name_or_path
+    if name != before.name:
+        raise ConfigError("", [f"{run_dir} holds a run of {before.name}, not of {name}"])
+    after = load_run(run_dir, overrides)
+    was, now = before.flat(), after.flat()
+    errors = [
+        f"{path}: was {was.get(path)!r}; a resumed run cannot change it to {now.get(path)!r}"
+        for path in sorted({*was, *now})
+        if was.get(path) != now.get(path) and not path.startswith(_RESUMABLE)
+    ]
+    if errors:
+        raise ConfigError("the overrides", errors)
+    return after
+
+
+def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`data` with every `path=value` set; values are read as YAML. Raises ConfigError."""
+    data = _copied(data)
+    errors = []
+    # The algorithm first: it takes back what another one has set.
+    for override in sorted(overrides, key=lambda o: not o.startswith("algorithm=")):
+        path, equals, text = override.partition("=")
+        keys = path.split(".")
+        if not equals or not all(keys):
+            errors.append(f"override {override!r}: must look like inner.lr=0.1")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            errors.append(f"override {override!r}: the value is not YAML")
+            continue
+        _set(data, keys, value)
+    if errors:
+        raise ConfigError("the overrides", errors)
+    return data
+
+
+def with_settings(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
+    """The experiment with settings changed, by their paths, and all of it checked again.
+
+    Raises ConfigError.
+    """
+    data = experiment.plain()
+    for path, value in sorted(settings.items(), key=lambda item: item[0] != "algorithm"):
+        _set(data, path.split("."), value)
+    return from_dict(data, source=", ".join(f"{path}={value}" for path, value in settings.items()))
+
+
+def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experiment:
+    """Validate and resolve; every error is reported at once. Raises ConfigError."""
+    errors: list[str] = []
+    data = _copied(data)
+    expand(data, _resolved_model(data))
+    task_ok = False
+    for section in ("task", "model"):
+        component = data.get(section)
+        if isinstance(component, dict) and isinstance(component.get("kind"), str):
+            settings = {key: value for key, value in component.items() if key != "kind"}
+            try:
+                resolved = check_settings(section, component["kind"], settings)
+                data[section] = {"kind": component["kind"], **resolved}
+                task_ok = task_ok or section == "task"
+            except ComponentError as error:
+                errors += error.errors
+    if task_ok and _is_acted(data["task"]["kind"]):
+        data.setdefault("reinforcement", {})
+        errors += _policy_errors(data)
+    elif task_ok:
+        errors += _supervised_errors(data)
+    experiment = None
+    try:
+        experiment = Experiment.model_validate(data)
+    except ValidationError as error:
+        errors += readable(error.errors())
+    if task_ok:
+        errors += _task_errors(data)
+    if errors or experiment is None:
+        raise ConfigError(source, errors)
+    if bad := _scheduler_error(experiment.outer):
+        raise ConfigError(source, [bad])
+    return experiment
+
+
+def _is_acted(kind: str) -> bool:
+    return issubclass(cast(type, resolve("task", kind)), MDPs)
+
+
+def _supervised_errors(data: dict[str, Any]) -> list[str]:
+    """What supervised tasks have no use for."""
+    supervised = f"{data['task']['kind']} tasks are supervised"
+    errors = []
+    if data.get("reinforcement") is not None:
+        errors.append(f"reinforcement: {supervised}")
+    if (kind := _model_kind(data)) in POLICIES.values():
+        errors.append(f"model.kind: {kind} is for tasks to act in, and {supervised}")
+    return errors
+
+
+def _model_kind(data: dict[str, Any]) -> Any:
+    model = data.get("model")
+    return model.get("kind") if isinstance(model, dict) else None
+
+
+def _policy_errors(data: dict[str, Any]) -> list[str]:
+    """What keeps a model from being a policy for these tasks."""
+    kind = _model_kind(data)
+    try:
+        task = cast(MDPs, build_task(*_task_of(data), _data_root(data)))
+    except ValueError:
+        return []  # reported by `_task_errors`
+    wanted = POLICIES[task.actions]
+    if kind not in kinds("model") or kind == wanted:
+        return []
+    return [f"model.kind: {task.actions} actions need {wanted} or one of your own, got {kind!r}"]
+
+
+def _task_of(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Kind and settings."""
+    return data["task"]["kind"], {k: v for k, v in data["task"].items() if k != "kind"}
+
+
+def _data_root(data: dict[str, Any]) -> str:
+    section = data.get("data")
+    return str(section.get("root", default_root()) if isinstance(section, dict) else default_root())
+
+
+def runs_folder() -> Path:
+    """The absolute folder of the runs that have no place of their own."""
+    return Path(os.environ.get(RUNS) or "runs").expanduser().absolute()
+
+
+def _resolved_model(data: dict[str, Any]) -> dict[str, Any]:
+    """The model's settings, defaults included; nothing where they are wrong (reported later)."""
+    model = data.get("model")
+    if not isinstance(model, dict) or not isinstance(model.get("kind"), str):
+        return {}
+    settings = {key: value for key, value in model.items() if key != "kind"}
+    try:
+        return check_settings("model", model["kind"], settings)
+    except ComponentError:
+        return {}
+
+
+def new_run_dir(experiment: Experiment) -> Path:
+    """The absolute folder of a new run."""
+    if experiment.run_dir is not None:
+        return Path(experiment.run_dir).expanduser().absolute()
+    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    folder = runs_folder() / f"{experiment.name}-{stamp}"
+    attempt = 2
+    while folder.exists():
+        folder = folder.with_name(f"{experiment.name}-{stamp}-{attempt}")
+        attempt += 1
+    return folder
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of an experiment, the settings of the built-in kinds included."""
+    schema = Experiment.model_json_schema()
+    for section in ("task", "model"):
+        schema["properties"][section] = {
+            "anyOf": [
+                *(component_schema(section, kind) for kind in kinds(section)),
+                {
+                    "type": "object",
+                    "properties": {"kind": {"type": "string", "pattern": "^[\\w.]+:\\w+$"}},
+                    "required": ["kind"],
+                    "title": "your own, by dotted path",
+                },
+            ]
+        }
+    return schema
+
+
+def _task_errors(data: dict[str, Any]) -> list[str]:
+    """Errors that only the task distribution itself can see, of the task and of its variants."""
+    kind, settings = _task_of(data)
+    evaluation = data.get("evaluation")
+    variants = (evaluation.get("variants") if isinstance(evaluation, dict) else None) or {}
+    if not isinstance(variants, dict):
+        variants = {}
+    errors = []
+    for prefix, changes in [
+        ("task", {}),
+        *((f"evaluation.variants.{n}", c) for n, c in variants.items()),
+    ]:
+        if not isinstance(changes, dict):
+            continue  # reported by the schema
+        try:
+            changed = check_settings(prefix, kind, {**settings, **changes}, section="task")
+            build_task(kind, changed, _data_root(data))
+        except ComponentError as error:
+            errors += error.errors
+        except ValueError as error:
+            errors.append(f"{prefix}.{error}")
+    return errors
+
+
+def _scheduler_error(outer: Outer) -> str | None:
+    """What is wrong with the scheduler, found by building it once."""
+    if outer.scheduler is None:
+        return None
+    try:
+        build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=outer.lr), outer)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:
+    """Put a value where the keys lead to, in place."""
+    node = data
+    for key in keys[:-1]:
+        if not isinstance(node.get(key), dict):
+            node[key] = {}
+        node = node[key]
+    # Another kind has other settings: those of the kind in the file do not apply to it.
+    if keys[-1] == "kind" and node.get("kind") != value:
+        node.clear()
+    if list(keys) == ["algorithm"]:
+        choose(data, value)
+    if list(keys) == ["inner", "order"] and value != "annealed":
+        node.pop("second_order_from", None)
+    node[keys[-1]] = value
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _copied(inner) for key, inner in value.items()}
+    return value

@@ -1,0 +1,52 @@
+"""Schedules of the outer rate: torch's own, named by the configuration."""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+
+from pipeline.config.settings import Outer
+
+# Schedulers that cannot be written in YAML, or that need more than the iteration.
+_UNSUITABLE = {"LRScheduler", "LambdaLR", "MultiplicativeLR", "ReduceLROnPlateau"} | {
+    "SequentialLR",
+    "ChainedScheduler",
+    "SWALR",
+}
+_LENGTHS = ("T_max", "total_iters", "total_steps")
+
+
+def schedulers() -> list[str]:
+    """Names of the torch schedulers that `outer.scheduler` accepts."""
+    base = torch.optim.lr_scheduler.LRScheduler
+    return sorted(
+        name
+        for name, value in vars(torch.optim.lr_scheduler).items()
+        if inspect.isclass(value)
+        and issubclass(value, base)
+        and not name.startswith("_")
+        and name not in _UNSUITABLE
+    )
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, outer: Outer
+) -> torch.optim.lr_scheduler.LRScheduler | None:
+    """The scheduler that the configuration names. Raises ValueError naming the field."""
+    if outer.scheduler is None:
+        return None
+    if outer.scheduler not in schedulers():
+        raise ValueError(
+            f"outer.scheduler: {outer.scheduler!r} is none of {', '.join(schedulers())}"
+        )
+    factory = getattr(torch.optim.lr_scheduler, outer.scheduler)
+    arguments = dict(outer.scheduler_args)
+    for name in _LENGTHS:
+        if name in inspect.signature(factory).parameters:
+            arguments.setdefault(name, outer.iterations)
+    try:
+        scheduler: torch.optim.lr_scheduler.LRScheduler = factory(optimizer, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"outer.scheduler_args: {outer.scheduler} refuses them: {error}") from None
+    return scheduler

@@ -1,0 +1,1 @@
+"""What parameters are worth, in numbers, figures and words."""

@@ -1,0 +1,178 @@
+"""Runs against each other on the very same test tasks: adaptation curves, and paired differences.
+
+The difference of two runs is taken task by task, so what makes a task easy or hard cancels: its
+interval is much narrower than those of the two means suggest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.cluster.group import InProcess
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import ConfigError, load_run
+from pipeline.evaluation.meta_test import Curve, Exam, check_tasks, curve_of, task_by_task
+from pipeline.maml.estimates import mean_and_ci95
+from pipeline.maml.parameters import Params, flat_vector
+from pipeline.runs.folder import Which, parameters_of
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One run minus another, over the same tasks."""
+
+    one: str
+    other: str
+    mean: list[float]
+    """By step, as the curves."""
+    ci95: list[float]
+    """Half the width of the interval of `mean`, from the differences of single tasks."""
+    p: list[float]
+    """Two-sided p-value of a paired test (normal approximation: meant for 30 tasks and more)."""
+
+
+@dataclass(frozen=True)
+class PairedComparison:
+    """Runs on one kind of test tasks."""
+
+    variant: str
+    """Name of the changed task settings (`evaluation.variants`), or ''."""
+    metric: str
+    steps: tuple[int, ...]
+    curves: list[Curve]
+    """One per run; `who` is the run."""
+    differences: list[Difference]
+    """Every later run minus every earlier one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+def compare_runs(
+    run_dirs: Sequence[Path],
+    *,
+    split: str = "test",
+    num_tasks: int | None = None,
+    steps: tuple[int, ...] | None = None,
+    checkpoint: Which = "final",
+    overrides: Sequence[str] = (),
+) -> list[PairedComparison]:
+    """Evaluate finished runs on the same tasks, in this process; one result per variant of these.
+
+    Raises ConfigError where their tasks differ, CheckpointError.
+    """
+    experiments = [load_run(run_dir, overrides) for run_dir in run_dirs]
+    names = _names(run_dirs, experiments)
+    _refuse_other_tasks(names, experiments)
+    variants = [
+        variant
+        for variant in experiments[0].evaluation.variants
+        if all(
+            e.evaluation.variants.get(variant) == experiments[0].evaluation.variants[variant]
+            for e in experiments
+        )
+    ] or [""]
+    report = steps or tuple(sorted({step for e in experiments for step in e.report_steps}))
+    count = num_tasks or min(e.evaluation.tasks for e in experiments)
+    exams = [Exam(split, count, report, variant) for variant in variants]
+    thetas = [
+        parameters_of(experiment, run_dir, checkpoint)
+        for experiment, run_dir in zip(experiments, run_dirs, strict=True)
+    ]
+    for experiment in experiments:
+        check_tasks(experiment, (split,))
+    _refuse_other_data(names, experiments)
+    measured = [_measured(e, theta, exams) for e, theta in zip(experiments, thetas, strict=True)]
+    metric = experiments[0].build_task().primary_metric
+    found = []
+    for exam, by_run in zip(exams, zip(*measured, strict=True), strict=True):
+        curves = [
+            curve_of(experiment, by_task, exam, name)
+            for experiment, by_task, name in zip(experiments, by_run, names, strict=True)
+        ]
+        values = [by_task[metric] for by_task in by_run]
+        differences = [
+            difference(names[j], values[j], names[i], values[i])
+            for i, j in combinations(range(len(names)), 2)
+        ]
+        found.append(PairedComparison(exam.variant, metric, report, curves, differences))
+    return found
+
+
+def recipes(found: Sequence[PairedComparison]) -> dict[str, list[str]]:
+    """How the runs were trained and adapt to the test tasks, where they differ: one value a run,
+    a dash for a run that has none."""
+    protocols = [curve.protocol for curve in found[0].curves]
+    keys = dict.fromkeys(key for protocol in protocols for key in protocol)
+    values = {key: [str(p.get(key, "–")) for p in protocols] for key in keys}
+    return {key.replace("_", " "): each for key, each in values.items() if len(set(each)) > 1}
+
+
+def _measured(
+    experiment: Experiment, theta: Params, exams: Sequence[Exam]
+) -> list[dict[str, npt.NDArray[Any]]]:
+    """Metrics of single tasks, exam by exam."""
+    flat = flat_vector(theta)
+    with InProcess(experiment, compile=False, warm_up=False) as workers:
+        return [task_by_task(workers, experiment, flat, exam) for exam in exams]
+
+
+def difference(
+    one: str, values: npt.NDArray[Any], other: str, of_other: npt.NDArray[Any]
+) -> Difference:
+    """`values` minus `of_other`, both [steps, tasks] with the same tasks in the same order."""
+    mean, ci95 = mean_and_ci95(values.astype(np.float64) - of_other.astype(np.float64))
+    p = [_p_value(m, c / 1.96) for m, c in zip(mean.tolist(), ci95.tolist(), strict=True)]
+    return Difference(one, other, mean.tolist(), ci95.tolist(), p)
+
+
+def _p_value(mean: float, standard_error: float) -> float:
+    if not math.isfinite(mean) or not math.isfinite(standard_error):
+        return math.nan
+    if standard_error == 0:
+        return 1.0 if mean == 0 else 0.0
+    return math.erfc(abs(mean) / standard_error / math.sqrt(2))
+
+
+def _names(run_dirs: Sequence[Path], experiments: Sequence[Experiment]) -> list[str]:
+    """The experiments' names where they tell the runs apart, else the folders."""
+    names = [experiment.name for experiment in experiments]
+    if len(set(names)) == len(names):
+        return names
+    folders = [run_dir.absolute().name for run_dir in run_dirs]
+    return folders if len(set(folders)) == len(folders) else [str(path) for path in run_dirs]
+
+
+def _refuse_other_tasks(names: Sequence[str], experiments: Sequence[Experiment]) -> None:
+    """Only numbers on the same tasks can be compared. Raises ConfigError."""
+    tasks = [experiment.task.model_dump(mode="json") for experiment in experiments]
+    errors = []
+    for key in dict.fromkeys(key for task in tasks for key in task):
+        values = [task.get(key) for task in tasks]
+        if any(value != values[0] for value in values):
+            each = ", ".join(f"{v!r} in {n}" for n, v in zip(names, values, strict=True))
+            errors.append(
+                f"task.{key}: {each}; only runs on the same tasks can be compared "
+                f"(--set task.{key}=VALUE tests all of them with one value)"
+            )
+    if errors:
+        raise ConfigError("the runs", errors)
+
+
+def _refuse_other_data(names: Sequence[str], experiments: Sequence[Experiment]) -> None:
+    """The same settings may name other data. Raises ConfigError."""
+    hashes = [e.build_task().protocol().get("content_hash") for e in experiments]
+    if any(each != hashes[0] for each in hashes):
+        roots = ", ".join(f"{e.data.root} in {n}" for e, n in zip(experiments, names, strict=True))
+        raise ConfigError(
+            "the runs", [f"data.root: {roots}; the image stores there are not the same"]
+        )

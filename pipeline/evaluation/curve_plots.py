@@ -1,0 +1,147 @@
+"""Figures of a run. All input is plain dictionaries and sequences, as a results file has it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import MaxNLocator
+
+from pipeline.evaluation.plot_style import (
+    COLORS,
+    GREY,
+    MARKERS,
+    after_steps,
+    is_logarithmic,
+    label_metric,
+    legend,
+    new_figure,
+    new_panels,
+    save,
+)
+
+
+def plot_adaptation_curve(
+    curves: Mapping[str, Mapping[str, Sequence[float]]],
+    path: str | Path,
+    *,
+    metric: str = "loss",
+    title: str = "Adaptation to new tasks",
+    caption: str = "",
+) -> None:
+    """A metric over gradient steps on new tasks: mean and 95% confidence interval per series.
+
+    `curves` maps a series' name to {"steps", "mean", "ci95"}, three sequences of the same length
+    (ci95 is half the width of the interval). `metric` names the y axis; 'accuracy' is a fraction
+    and drawn in percent. `caption` is for the protocol.
+    """
+    figure, axes = new_figure(7.2, 4.6)
+    logarithmic = is_logarithmic(metric, [curve["mean"] for curve in curves.values()])
+    for index, (name, curve) in enumerate(curves.items()):
+        color = COLORS[index % len(COLORS)]
+        steps, mean = list(curve["steps"]), list(curve["mean"])
+        low = [m - c for m, c in zip(mean, curve["ci95"], strict=True)]
+        high = [m + c for m, c in zip(mean, curve["ci95"], strict=True)]
+        marker = MARKERS[index % len(MARKERS)]
+        label = f"{name} (= 0)" if logarithmic and not any(mean) else name
+        axes.plot(steps, mean, color=color, marker=marker, markersize=5, label=label)
+        axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
+    label_metric(axes, metric, logarithmic)
+    axes.set_xlabel("gradient steps")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title)
+    legend(axes)
+    save(figure, path, caption or "bands: 95% confidence intervals")
+
+
+def plot_sinusoid_fits(
+    path: str | Path,
+    tasks: Sequence[Mapping[str, Any]],
+    *,
+    title: str = "Fits before and after adaptation",
+    caption: str = "",
+) -> None:
+    """Regression tasks side by side: truth, support points, and the fit after some gradient steps.
+
+    Each task holds {"x_grid", "truth", "support_x", "support_y", "fits": {steps: y over x_grid}},
+    and optionally a "title".
+    """
+    columns = min(2, len(tasks))
+    rows = math.ceil(len(tasks) / columns)
+    size = 3.6 * columns + 1.8, 2.5 * rows + 0.9
+    figure, grid = new_panels(*size, rows, columns, sharex=True, sharey=True)
+    for axes, task in zip(grid.flat, tasks, strict=False):
+        axes.plot(task["x_grid"], task["truth"], color=GREY, linewidth=3, alpha=0.5, label="truth")
+        for index, (steps, fit) in enumerate(sorted(task["fits"].items(), key=lambda f: int(f[0]))):
+            axes.plot(
+                task["x_grid"],
+                fit,
+                color=COLORS[index % len(COLORS)],
+                linestyle=("--", "-.", "-")[min(index, 2)],
+                label=after_steps(int(steps)),
+            )
+        axes.plot(
+            task["support_x"],
+            task["support_y"],
+            linestyle="none",
+            marker="o",
+            color="black",
+            markersize=5,
+            label="support points",
+        )
+        axes.set_title(task.get("title", ""), fontsize="medium")
+    for axes in grid.flat[len(tasks) :]:
+        axes.set_axis_off()
+    figure.suptitle(title)
+    for axes in grid.flat[max(0, len(tasks) - columns) : len(tasks)]:  # nothing is below them
+        axes.set_xlabel("x")
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel("y")
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    save(figure, path, caption)
+
+
+def plot_training(
+    history: Mapping[str, Sequence[float]],
+    path: str | Path,
+    *,
+    metric: str = "loss",
+    title: str = "Meta-training",
+    caption: str = "",
+) -> None:
+    """A metric by iteration.
+
+    `history` holds "iteration" and one sequence of that length per series, for example "support"
+    (the loss that adaptation starts from) and "query" (the one that is meta-learned). Long series
+    are drawn faintly, with their moving mean on top.
+    """
+    figure, axes = new_figure(7.2, 4.2)
+    iterations = list(history["iteration"])
+    series = {name: list(values) for name, values in history.items() if name != "iteration"}
+    window = max(1, len(iterations) // 50)
+    smooth = {name: _moving_mean(values, window) for name, values in series.items()}
+    for index, name in enumerate(series):
+        color = COLORS[index % len(COLORS)]
+        if window > 1:
+            axes.plot(iterations, series[name], color=color, alpha=0.25, linewidth=0.8)
+        axes.plot(iterations, smooth[name], color=color, linewidth=1.8, label=name)
+    label_metric(axes, metric, is_logarithmic(metric, list(smooth.values())))
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title)
+    legend(axes)
+    save(figure, path, caption)
+
+
+def _moving_mean(values: Sequence[float], window: int) -> list[float]:
+    """The mean over up to `window` values, centred; a non-finite value is left out."""
+    means = []
+    for index in range(len(values)):
+        near = values[max(0, index - window // 2) : index + (window + 1) // 2]
+        finite = [value for value in near if math.isfinite(value)]
+        means.append(sum(finite) / len(finite) if finite else math.nan)
+    return means

@@ -1,0 +1,212 @@
+"""Diagnostics over all tasks: what is recorded of them, and when to warn, in words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.config.experiment import Experiment
+from pipeline.maml.adaptation import RATE
+from pipeline.maml.parameters import FlatVector, Layout
+from pipeline.worker.jobs import ChunkResult, DiagnosisJob, in_chunks
+
+PREFIX = "diagnostics/"
+EXPLODES, VANISHES = 30.0, 1 / 30
+"""Growth of the meta-gradient on its way back through adaptation that is worth a warning."""
+_MOSTLY = 0.5  # share of tasks
+_RAN_AWAY = 100.0  # times the support loss of the beginning; before adaptation it may well rise
+_SAID = {
+    "explodes": "the meta-gradient explodes",
+    "vanishes": "the meta-gradient vanishes",
+    "hurts": "adaptation hurts",
+    "negative": "negative inner rates",
+}
+
+
+def diagnosis_jobs(experiment: Experiment, iteration: int, num_parameters: int) -> list[Any]:
+    """The jobs of a diagnosis: the first validation tasks, in chunks."""
+    tasks = experiment.diagnostics.tasks
+    chunks = in_chunks(experiment, num_parameters, tasks)
+    return [DiagnosisJob(iteration, first, count) for first, count in chunks]
+
+
+def health(
+    experiment: Experiment, layout: Layout, theta: FlatVector, results: Sequence[ChunkResult]
+) -> dict[str, float]:
+    """The metrics of a diagnosis, by their names in MLflow: means over its tasks."""
+    metrics: dict[str, float] = {}
+    for name in results[0].metrics:
+        values = np.concatenate([result.metrics[name] for result in results], axis=1)
+        means = values.astype(np.float64).mean(axis=1)
+        if name == "hurt":
+            metrics["hurt_share"] = float(means[0])
+        else:
+            metrics |= {f"{name}_step{s}": float(mean) for s, mean in enumerate(means)}
+    if results[0].gradient is not None:
+        both = sum(np.asarray(r.gradient, dtype=np.float64) for r in results)
+        assert isinstance(both, np.ndarray)
+        second, first = both
+        norms = float(np.linalg.norm(second)), float(np.linalg.norm(first))
+        metrics["order_cosine"] = _ratio(float(second @ first), norms[0] * norms[1])
+        metrics["order_norm_ratio"] = _ratio(*norms)
+    metrics |= dict(learned_rates(experiment, layout, theta))
+    return {PREFIX + name: value for name, value in metrics.items()}
+
+
+def learned_rates(
+    experiment: Experiment, layout: Layout, theta: FlatVector
+) -> Iterator[tuple[str, float]]:
+    """Learned inner rates by layer, and by step where each step has its own; means per layer
+    where every parameter has its own, with the share that has become negative."""
+    rates = {
+        name.removeprefix(RATE): value.numpy()
+        for name, value in layout.split(torch.from_numpy(np.array(theta))).items()
+        if name.startswith(RATE)
+    }
+    for name, value in rates.items():
+        if experiment.inner.rates == "per-layer-and-step":
+            yield from ((f"inner_lr/{name}_step{s}", float(rate)) for s, rate in enumerate(value))
+        else:
+            yield f"inner_lr/{name}", float(value.mean())
+    if rates:
+        negative = sum(int((value < 0).sum()) for value in rates.values())
+        yield "inner_lr_negative_share", negative / sum(value.size for value in rates.values())
+
+
+def by_step(metrics: Mapping[str, float], name: str) -> npt.NDArray[np.float64]:
+    """The values of a diagnostic after step 0, 1, ...; empty where there are none."""
+    values: list[float] = []
+    while (key := f"{PREFIX}{name}_step{len(values)}") in metrics:
+        values.append(metrics[key])
+    return np.array(values)
+
+
+def warnings_of(experiment: Experiment, metrics: Mapping[str, float]) -> dict[str, str]:
+    """What is unhealthy, in words, and what to change; by kind."""
+    found = {}
+    steps = experiment.inner.steps
+    norms = by_step(metrics, "gradient_norm")
+    if len(norms):
+        growth = _ratio(norms[0], norms[-1])
+        way = (
+            f"on its way back through {steps} inner step{'s' if steps > 1 else ''} "
+            f"(its norm is {norms[-1]:.3g} after the last, {norms[0]:.3g} before the first)"
+        )
+        if not np.isfinite(norms).all():
+            found["explodes"] = (
+                f"the meta-gradient is not finite on its way back through {steps} inner "
+                f"step{'s' if steps > 1 else ''}: try a smaller inner.lr"
+                + "".join(f", {way}" for way in _calmer(experiment))
+            )
+        elif growth > EXPLODES:
+            found["explodes"] = (
+                f"the meta-gradient explodes {way}: {_remedies(experiment)}, a smaller inner.lr, "
+                "or outer.clip_norm"
+            )
+        elif growth < VANISHES:
+            found["vanishes"] = f"the meta-gradient vanishes {way}: {_remedies(experiment)}"
+    share = metrics[f"{PREFIX}hurt_share"]
+    if share > _MOSTLY:
+        fewer = ", or fewer inner.steps" if steps > 1 else ""
+        found["hurts"] = (
+            f"adaptation hurts on {100 * share:.0f} % of the tasks diagnosed: try a smaller "
+            f"inner.lr{_too_steep(experiment, metrics)}{fewer}"
+        )
+    if metrics.get(f"{PREFIX}inner_lr_negative_share", 0) > 0:
+        negative = 100 * metrics[f"{PREFIX}inner_lr_negative_share"]
+        found["negative"] = (
+            f"{negative:.2g} % of the learned inner rates are negative: adaptation climbs there; "
+            "if the loss suffers, a smaller outer.lr learns them more slowly"
+        )
+    return found
+
+
+def verdict(experiment: Experiment, diagnoses: Sequence[Mapping[str, float]]) -> str:
+    """What the diagnoses of a whole run come to, in a few words."""
+    found = [warnings_of(experiment, metrics) for metrics in diagnoses]
+    number = f"{len(found)} diagnos{'is' if len(found) == 1 else 'es'}"
+    kinds = sorted({kind for warnings in found for kind in warnings})
+    if not kinds:
+        return f"no warning in {number}"
+    what = ", ".join(_SAID[kind] for kind in kinds)
+    return f"warnings in {sum(map(bool, found))} of {number}: {what}"
+
+
+def theta_ran_away(metrics: Mapping[str, float], first_loss: float | None) -> bool:
+    """Whether θ fails before it adapts, compared with the support loss when the run began."""
+    return first_loss is not None and not metrics["support_loss"] <= _RAN_AWAY * first_loss
+
+
+def why_not_finite(
+    experiment: Experiment, metrics: Mapping[str, float], first_loss: float | None
+) -> str:
+    """What to change where meta-gradients are not finite any more.
+
+    `metrics` are means over the tasks, `first_loss` the support loss when the run began; None if it
+    has not been finite once.
+    """
+    if experiment.reinforcement is not None:
+        return (
+            "Adapt or move in smaller steps (inner.lr; reinforcement.max_kl, or outer.lr where the "
+            "update is not trpo), or take more task.trajectories"
+        )
+    loss, inner = metrics["support_loss"], experiment.inner
+    if first_loss is None and not math.isfinite(loss):
+        return "The loss is not finite before anything is learned: look at the data of these tasks"
+    if first_loss is not None and theta_ran_away(metrics, first_loss):
+        return (
+            f"θ itself has run away (support loss before adaptation {loss:.3g}, at the beginning "
+            f"{first_loss:.3g}): lower outer.lr, or set outer.clip_norm"
+        )
+    lower = f"lower inner.lr (it is {inner.lr:g})"
+    if math.isfinite(metrics["query_loss"]):
+        ways = "".join(f", {way}" for way in _calmer(experiment))
+        return f"Losses are finite, but not their gradient through adaptation: {lower}{ways}"
+    fewer = f" or inner.steps (they are {inner.steps})" if inner.steps > 1 else ""
+    return (
+        f"Adaptation leads to losses that are not finite: {lower}{fewer}; if that does not help, "
+        "look at the data of these tasks"
+    )
+
+
+def _too_steep(experiment: Experiment, metrics: Mapping[str, float]) -> str:
+    """The first step of gradient descent that goes up, in words; those after it start anywhere."""
+    if experiment.inner.optimizer == "sgd":
+        for step, curvature in enumerate(by_step(metrics, "curvature")):
+            if curvature * experiment.inner.lr > 2:
+                return (
+                    f" (curvature along it at step {step + 1} is {curvature:.3g}: a step above "
+                    f"{2 / curvature:.2g} goes up)"
+                )
+    return ""
+
+
+def _remedies(experiment: Experiment) -> str:
+    """What can be changed that has not been, where gradients explode or vanish."""
+    inner = experiment.inner
+    ways = _calmer(experiment)
+    if not inner.checkpoint and inner.steps > 1:
+        ways.append("inner.checkpoint=true to afford a larger outer.tasks_per_batch in memory")
+    return "try " + ", ".join(ways) if ways else "try another initialisation of the model"
+
+
+def _calmer(experiment: Experiment) -> list[str]:
+    """Settings that shorten the way back through adaptation, where they are not set yet."""
+    inner, outer = experiment.inner, experiment.outer
+    ways = []
+    if inner.order == "second":
+        ways.append("inner.order=annealed (first order, while gradients are wild)")
+    if outer.query_losses == "last" and inner.steps > 1:
+        ways.append("outer.query_losses=annealed (every step hears from the query set directly)")
+    if inner.steps > 1:
+        ways.append("fewer inner.steps")
+    return ways
+
+
+def _ratio(one: float, other: float) -> float:
+    return one / other if other else math.nan

@@ -1,0 +1,215 @@
+"""Figures of a run's diagnostics, one per question, from the records of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+from pipeline.evaluation.health import PREFIX, by_step
+from pipeline.evaluation.plot_style import (
+    COLORS,
+    GREY,
+    MARKERS,
+    is_logarithmic,
+    label_metric,
+    legend,
+    new_figure,
+    save,
+    shade,
+    shade_bar,
+)
+
+Record = Mapping[str, float]
+_NEAR = 3  # times the largest value: a line further up would flatten all others
+
+
+def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) -> list[Path]:
+    """Draw what the diagnoses of a run have found; returns the files.
+
+    `records` are metrics by name, with their "iteration"; `alpha` is the inner rate, where it is
+    fixed and of plain gradient descent.
+    """
+    if not records:
+        return []
+    written = []
+    for name, draw in {
+        "gradient_norm": _gradient_norm,
+        "inner_loss": _inner_loss,
+        "curvature": _curvature,
+        "order": _order,
+        "hurt": _hurt,
+        "inner_lr": _inner_lr,
+    }.items():
+        path = folder / f"health_{name}.png"
+        if draw(records, path, alpha):
+            written.append(path)
+    return written
+
+
+def _gradient_norm(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    return _lines_by_step(
+        records,
+        path,
+        "gradient_norm",
+        y_label="norm of the meta-gradient",
+        title="The meta-gradient on its way back through adaptation",
+        caption="Gradient of the meta-loss with respect to the parameters after s inner steps, "
+        "mean over tasks. Lines that spread: it explodes (early steps above) or vanishes (below).",
+    )
+
+
+def _curvature(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    caption = "g·Hg / |g|² of the support loss after s inner steps, mean over tasks."
+    if alpha is not None:
+        caption += (
+            f" Above 2 / inner rate = {2 / alpha:,.4g} a step of gradient descent ends higher than "
+            "it began."
+        )
+    return _lines_by_step(
+        records,
+        path,
+        "curvature",
+        y_label="curvature along the inner gradient",
+        title="How steep the way of adaptation is",
+        caption=caption,
+        bound=None if alpha is None else 2 / alpha,
+    )
+
+
+def _lines_by_step(
+    records: Sequence[Record],
+    path: Path,
+    name: str,
+    *,
+    y_label: str,
+    title: str,
+    caption: str,
+    bound: float | None = None,
+) -> bool:
+    """A diagnostic of every inner step, by iteration; below a bound, where its axis has room."""
+    lines = np.array([by_step(dict(record), name) for record in records]).T
+    if not len(lines):
+        return False
+    figure, axes = new_figure(7.2, 4.2)
+    for s, line in enumerate(lines):
+        axes.plot(_iterations(records), line, color=shade(s, len(lines)))
+    levels = [] if bound is None else [bound]
+    logarithmic = is_logarithmic(name, [*lines.tolist(), levels])
+    label_metric(axes, y_label, logarithmic)
+    if bound is not None and (logarithmic or bound < _NEAR * np.nanmax(lines)):
+        axes.axhline(bound, color=GREY, linestyle="--")
+        axes.text(
+            0.99,
+            bound,
+            "2 / inner rate",
+            transform=axes.get_yaxis_transform(),
+            color=GREY,
+            ha="right",
+            va="center",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 2},
+        )
+    if len(lines) > 1:
+        shade_bar(figure, axes, len(lines), "inner steps s")
+    _by_iteration(axes, title)
+    save(figure, path, caption)
+    return True
+
+
+def _inner_loss(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """Support loss by inner step, for some iterations."""
+    chosen = sorted({round(i * (len(records) - 1) / 4) for i in range(5)})
+    losses = [by_step(dict(records[i]), "inner_loss") for i in chosen]
+    figure, axes = new_figure(7.2, 4.2)
+    for number, (i, loss) in enumerate(zip(chosen, losses, strict=True)):
+        label = f"iteration {int(records[i]['iteration']):,}"
+        color = shade(number, len(chosen))
+        axes.plot(range(len(loss)), loss, color=color, marker="o", markersize=4, label=label)
+    logarithmic = is_logarithmic("loss", [list(loss) for loss in losses])
+    label_metric(axes, "support loss before the step", logarithmic)
+    axes.set_xlabel("inner step")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title("Adaptation to the support set")
+    legend(axes)
+    save(figure, path, "Mean over tasks.")
+    return True
+
+
+def _order(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """What the second order changes."""
+    if f"{PREFIX}order_cosine" not in records[0]:
+        return False
+    figure, axes = new_figure(7.2, 4.2)
+    for number, (name, label) in enumerate(
+        {"order_cosine": "cosine", "order_norm_ratio": "norm: second / first order"}.items()
+    ):
+        values = [record[PREFIX + name] for record in records]
+        axes.plot(_iterations(records), values, color=COLORS[number], label=label)
+    axes.axhline(1, color=GREY, linewidth=0.8)
+    axes.set_ylabel("second against first order")
+    _by_iteration(axes, "What the second order changes")
+    save(
+        figure,
+        path,
+        "Both at 1: the first order would do as well. Same tasks for both.",
+    )
+    return True
+
+
+def _hurt(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    figure, axes = new_figure(7.2, 3.6)
+    shares = [record[f"{PREFIX}hurt_share"] for record in records]
+    axes.plot(_iterations(records), shares, color=COLORS[1])
+    axes.set_ylim(-0.02, max(0.2, 1.1 * max(shares)))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("tasks")
+    _by_iteration(axes, "Tasks on which adaptation hurts")
+    save(figure, path, "Query loss after adaptation higher than before.")
+    return True
+
+
+def _inner_lr(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """Learned rates: by step at the last diagnosis, or by iteration where steps share them."""
+    prefix = f"{PREFIX}inner_lr/"
+    names = [key.removeprefix(prefix) for key in records[-1] if key.startswith(prefix)]
+    if not names:
+        return False
+    last = dict(records[-1])
+    layers = list(dict.fromkeys(name.rpartition("_step")[0] or name for name in names))
+    figure, axes = new_figure(8.6, 4.6)
+    stepwise = layers[0] not in names
+    for number, layer in enumerate(layers):
+        if stepwise:
+            rates = list(by_step(last, f"inner_lr/{layer}"))
+            x = [1.0 + s for s in range(len(rates))]
+        else:
+            x, rates = _iterations(records), [r[prefix + layer] for r in records]
+        marker = MARKERS[number // len(COLORS) % len(MARKERS)]
+        color = COLORS[number % len(COLORS)]
+        axes.plot(x, rates, color=color, marker=marker, markersize=4, label=layer)
+    axes.axhline(0, color=GREY, linewidth=0.8)
+    axes.set_ylabel("inner rate")
+    if stepwise:
+        axes.set_xlabel("inner step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"Learned inner rates after iteration {int(last['iteration']):,}")
+        legend(axes)
+        save(figure, path, "")
+    else:
+        _by_iteration(axes, "Learned inner rates")
+        save(figure, path, "Means over each layer's parameters.")
+    return True
+
+
+def _by_iteration(axes: Axes, title: str) -> None:
+    axes.set_xlabel("iteration")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title)
+    legend(axes)
+
+
+def _iterations(records: Sequence[Record]) -> list[float]:
+    return [record["iteration"] for record in records]

@@ -1,0 +1,292 @@
+"""Meta-test: how well tasks that were never trained on are learned, step by step.
+
+Tasks of a split are the same for every run. A number is a mean over tasks with the 95 % confidence
+interval of that mean, 1.96·sd/√n over the tasks (not the spread over training seeds), and carries
+its protocol.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.cluster.group import InProcess, WorkerGroup
+from pipeline.config.algorithms import name_of
+from pipeline.config.experiment import Experiment
+from pipeline.maml.estimates import interval, mean_and_ci95
+from pipeline.maml.parameters import FlatVector, flat_vector
+from pipeline.runs.files import write_atomically
+from pipeline.runs.folder import Which, parameters_of
+from pipeline.worker.jobs import EvaluationJob, Judged, in_chunks
+from pipeline.worker.learner import initial_parameters
+from pipeline.worker.task_source import EVALUATION_SEED
+from tasks.base import SPLITS, Classification, Supervised, TaskDistribution
+from tasks.control.mdp import MDPs
+
+_NORMALISATION = {
+    "batch": "statistics of the current batch, support and query apart",
+    "batch-affine": "statistics of the current batch, support and query apart; scale and bias",
+    "none": "none",
+}
+TRAINED, RANDOM = "trained", "random init"
+ORACLE, CENTROID = "oracle", "nearest centroid"
+BASELINES = (RANDOM, ORACLE, CENTROID)
+_JUDGED: dict[str, Judged] = {ORACLE: "oracle", CENTROID: "nearest centroid"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Metrics of a set of tasks after each of `steps` gradient steps."""
+
+    who: str
+    """'trained', or a baseline: 'random init', 'oracle', 'nearest centroid'."""
+    variant: str
+    """Name of the changed task settings (`evaluation.variants`), or ''."""
+    steps: tuple[int, ...]
+    mean: dict[str, list[float]]
+    """By metric, one value per step; the tasks' `primary_metric` is always there."""
+    ci95: dict[str, list[float]]
+    """Half the width of the confidence interval, like `mean`."""
+    protocol: dict[str, Any]
+    """Split, tasks and their settings, steps trained, normalisation: what the numbers mean."""
+
+    @property
+    def title(self) -> str:
+        """Who and on what, for a table or a legend."""
+        if not self.variant:
+            return self.who
+        return self.variant if self.who == TRAINED else f"{self.variant}, {self.who}"
+
+    def by_step(self, prefix: str) -> dict[str, float]:
+        """Every value under a name of its own, as a tracker takes them."""
+        return {
+            f"{prefix}{name}_step{step}{suffix}": values[position]
+            for suffix, table in (("", self.mean), ("_ci95", self.ci95))
+            for name, values in table.items()
+            for position, step in enumerate(self.steps)
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return asdict(self)
+
+
+class Exam(NamedTuple):
+    """What parameters are examined on: tasks 0 .. num_tasks - 1 of a split."""
+
+    split: str
+    num_tasks: int
+    steps: tuple[int, ...]
+    """Gradient steps after which to look."""
+    variant: str = ""
+    """Name of the changed task settings (`evaluation.variants`), or ''."""
+
+    def changes(self, experiment: Experiment) -> dict[str, Any]:
+        """The task settings that differ from the experiment's."""
+        return experiment.evaluation.variants[self.variant] if self.variant else {}
+
+
+def adaptation_curve_of(
+    workers: WorkerGroup,
+    experiment: Experiment,
+    theta: FlatVector,
+    exam: Exam,
+    who: str = TRAINED,
+) -> Curve:
+    """Means over the tasks that θ (flat, [D]) is examined on, with their confidence intervals."""
+    by_task = task_by_task(workers, experiment, theta, exam, _JUDGED.get(who, "model"))
+    return curve_of(experiment, by_task, exam, who)
+
+
+def task_by_task(
+    workers: WorkerGroup,
+    experiment: Experiment,
+    theta: FlatVector,
+    exam: Exam,
+    judged: Judged = "model",
+) -> dict[str, npt.NDArray[Any]]:
+    """Metrics of single tasks, [steps, tasks]."""
+    jobs = [
+        EvaluationJob(exam.split, first, count, exam.steps, exam.changes(experiment), judged)
+        for first, count in in_chunks(experiment, theta.size, exam.num_tasks)
+    ]
+    results = workers.run(theta, jobs).results
+    return {
+        name: np.concatenate([result.metrics[name] for result in results], axis=1)
+        for name in results[0].metrics
+    }
+
+
+def curve_of(
+    experiment: Experiment,
+    by_task: Mapping[str, npt.NDArray[Any]],
+    exam: Exam,
+    who: str = TRAINED,
+) -> Curve:
+    """Means over the tasks, with their confidence intervals."""
+    estimates = {name: mean_and_ci95(values) for name, values in by_task.items()}
+    return Curve(
+        who,
+        exam.variant,
+        exam.steps,
+        {name: mean.tolist() for name, (mean, _) in estimates.items()},
+        {name: ci95.tolist() for name, (_, ci95) in estimates.items()},
+        protocol(experiment, exam),
+    )
+
+
+def meta_test(
+    workers: WorkerGroup,
+    experiment: Experiment,
+    theta: FlatVector,
+    *,
+    split: str = "test",
+    num_tasks: int | None = None,
+    steps: tuple[int, ...] | None = None,
+    on_curve: Callable[[Curve], None] = lambda curve: None,
+) -> list[Curve]:
+    """Curves of the trained parameters and of the baselines, for every variant of the tasks."""
+    baselines = [name.replace("-", " ") for name in experiment.evaluation.baselines]
+    starting_points = {TRAINED: theta, ORACLE: theta, CENTROID: theta}
+    if RANDOM in baselines:
+        # Another draw than the one that training began with.
+        fresh = initial_parameters(experiment, seed=experiment.seed + 1)
+        starting_points[RANDOM] = flat_vector(fresh)
+    curves = []
+    for variant in experiment.evaluation.variants or ("",):
+        exam = Exam(
+            split,
+            num_tasks or experiment.evaluation.tasks,
+            steps or experiment.report_steps,
+            variant,
+        )
+        for who in (TRAINED, *baselines):
+            curve = adaptation_curve_of(workers, experiment, starting_points[who], exam, who)
+            on_curve(curve)
+            curves.append(curve)
+    return curves
+
+
+def evaluate_run(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    split: str,
+    num_tasks: int | None,
+    steps: tuple[int, ...] | None,
+    checkpoint: Which = "final",
+) -> list[Curve]:
+    """Meta-test the parameters of a run, in this process. Raises CheckpointError."""
+    theta = parameters_of(experiment, run_dir, checkpoint)
+    check_tasks(experiment, (split,))
+    with InProcess(experiment, compile=False, warm_up=False) as workers:
+        return meta_test(
+            workers,
+            experiment,
+            flat_vector(theta),
+            split=split,
+            num_tasks=num_tasks,
+            steps=steps,
+        )
+
+
+def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
+    """Raise what sampling would raise later: missing or damaged data, too few classes, no oracle.
+
+    Raises ValueError naming the setting, or an error of the data.
+    """
+    task = experiment.build_task()
+    for split in splits:
+        task.check(split)
+    if ORACLE in experiment.evaluation.baselines and not _has_oracle(task, splits[-1]):
+        raise ValueError(
+            f"evaluation.baselines: {experiment.task.kind} tasks have no oracle; leave it out"
+        )
+    if CENTROID.replace(" ", "-") in experiment.evaluation.baselines and not isinstance(
+        task, Classification
+    ):
+        raise ValueError(
+            f"evaluation.baselines: {experiment.task.kind} tasks have no classes, and so no "
+            "nearest-centroid; leave it out"
+        )
+    for name, changes in experiment.evaluation.variants.items():
+        variant = experiment.build_task(**changes)
+        if (variant.input_shape, variant.output_size) != (task.input_shape, task.output_size):
+            raise ValueError(
+                f"evaluation.variants.{name}: its tasks need a model with other inputs or outputs"
+            )
+        variant.check(splits[-1])
+
+
+def _has_oracle(task: TaskDistribution, split: str) -> bool:
+    if isinstance(task, Supervised):
+        return task.oracle(task.sample(EVALUATION_SEED, split, np.arange(1))) is not None
+    return isinstance(task, MDPs) and task.has_expert
+
+
+def protocol(experiment: Experiment, exam: Exam) -> dict[str, Any]:
+    """What a reader must know to compare a number with another."""
+    inner, acting = experiment.inner, experiment.reinforcement
+    special: dict[str, Any] = {}
+    if inner.later_lr_factor != 1:
+        special["inner_later_lr_factor"] = inner.later_lr_factor
+    if acting is not None:
+        of_acting = ("estimator", "discount", "gae_lambda", "update")
+        special |= {name: getattr(acting, name) for name in of_acting}
+    return {
+        **experiment.build_task(**exam.changes(experiment)).protocol(),
+        "task_kind": experiment.task.kind,
+        "split": exam.split,
+        "tasks": exam.num_tasks,
+        "algorithm": name_of(experiment),
+        "inner_lr": inner.lr
+        if inner.rates == "fixed"
+        else f"learned {inner.rates}, from {inner.lr}",
+        "inner_optimizer": inner.optimizer,
+        "inner_batch_size": inner.batch_size,
+        "adapted": list(inner.adapted),
+        "not_adapted": list(inner.not_adapted),
+        "inner_steps_trained": inner.steps,
+        **special,
+        "normalisation": _NORMALISATION.get(
+            experiment.model.settings.get("normalisation", ""), "as the model does"
+        ),
+        "ci95": "1.96 sd / sqrt(tasks)",
+    }
+
+
+def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
+    """Write results.json."""
+    content = json.dumps([curve.to_json() for curve in curves], indent=1)
+    write_atomically(run_dir / "results.json", content)
+
+
+def as_series(curves: Sequence[Curve], metric: str) -> dict[str, dict[str, Any]]:
+    """Curves as the plots take them: {title: {steps, mean, ci95}}."""
+    return {
+        curve.title: {
+            "steps": list(curve.steps),
+            "mean": curve.mean[metric],
+            "ci95": curve.ci95[metric],
+        }
+        for curve in curves
+        if metric in curve.mean
+    }
+
+
+def metric_label(task: Any, metric: str) -> tuple[str, bool]:
+    """A metric's name for people, and whether it is shown in percent."""
+    if metric == "loss":
+        return task.loss_name, False
+    return metric, metric == "accuracy"
+
+
+def cell(curve: Curve, metric: str, position: int, percent: bool) -> str:
+    """mean ± CI95."""
+    return interval(curve.mean[metric][position], curve.ci95[metric][position], percent)

@@ -1,0 +1,306 @@
+"""What a run has to show: the plots (RUN_DIR/plots/*.png), and its summary for MLflow's pages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.func import vmap
+
+from pipeline.cluster.group import on_driver
+from pipeline.config.algorithms import name_of
+from pipeline.config.experiment import Experiment
+from pipeline.evaluation.comparison import PairedComparison
+from pipeline.evaluation.curve_plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from pipeline.evaluation.health import PREFIX
+from pipeline.evaluation.health_plots import plot_health
+from pipeline.evaluation.meta_test import TRAINED, Curve, as_series, cell, metric_label
+from pipeline.evaluation.plot_style import after_steps
+from pipeline.evaluation.policy_plots import Courses, Paths, animate_paths, plot_courses, plot_paths
+from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.meta_loss import Objective
+from pipeline.maml.parameters import Params, flat_vector
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.learner import adaptation_of, model_of
+from pipeline.worker.task_source import EVALUATION_SEED
+from tasks.control.mdp import MDPs, Trajectories
+from tasks.sinusoid import Sinusoid
+
+_NUM_FITS = 4
+_NUM_TASKS, _MOST_TASKS, _SHOWN_TRAJECTORIES = 3, 5, 5  # that act in a figure
+
+
+def write_plots(
+    experiment: Experiment, run_dir: Path, theta: Params, curves: Sequence[Curve]
+) -> list[Path]:
+    """Draw what the run has to show, `curves` being its meta-test or none; returns the files."""
+    folder = run_dir / "plots"
+    folder.mkdir(exist_ok=True)
+    task = experiment.build_task()
+    wanted = dict.fromkeys([task.primary_metric, "loss"])
+    metrics = [metric for metric in wanted if curves and metric in curves[0].mean]
+    written = []
+    for metric in metrics:
+        path = folder / f"adaptation_{metric}.png"
+        label = task.loss_name if metric == "loss" else metric
+        plot_adaptation_curve(
+            as_series(_legible(curves), metric),
+            path,
+            metric=label,
+            title=f"{experiment.name}: learning new tasks",
+            caption=f"{_caption(curves)}; bands: CI95 over tasks",
+        )
+        written.append(path)
+    history = read_history(run_dir, experiment.inner.steps)
+    if history["iteration"]:
+        path = folder / "training.png"
+        label = "return" if experiment.reinforcement is not None else task.loss_name
+        plot_training(history, path, metric=label, title=experiment.name)
+        written.append(path)
+    inner = experiment.inner
+    plain = inner.rates == "fixed" and inner.optimizer == "sgd"
+    written += plot_health(read_diagnoses(run_dir), folder, inner.lr if plain else None)
+    if isinstance(task, MDPs):
+        acted = _acted(experiment, theta, "test", _NUM_TASKS, experiment.report_steps)
+        written.append(_draw_acting(experiment, task, acted, "test", folder))
+    if isinstance(task, Sinusoid):
+        path = folder / "fits.png"
+        steps = (0, 1, experiment.report_steps[-1])
+        plot_sinusoid_fits(path, sinusoid_fits(experiment, task, theta, steps))
+        written.append(path)
+    return written
+
+
+def plot_comparison(task: Any, found: Sequence[PairedComparison], path: Path) -> None:
+    """Adaptation curves of several runs, on the first kind of tasks that they were compared on."""
+    first = found[0]
+    plot_adaptation_curve(
+        as_series(first.curves, first.metric),
+        path,
+        metric=metric_label(task, first.metric)[0],
+        title="Learning the same new tasks",
+        caption=f"{_caption(first.curves)}; bands: CI95 over tasks, not of the differences",
+    )
+
+
+def summary(experiment: Experiment, num_parameters: int, curves: Sequence[Curve] = ()) -> str:
+    """The run in Markdown; the meta-test first, once there is one: the page folds what follows."""
+    outer, pretraining = experiment.outer, experiment.pretraining
+    if pretraining is None:
+        updates = f"meta-updates of {outer.tasks_per_batch} tasks, {experiment.inner.order} order"
+    else:
+        updates = f"updates of {pretraining.batch_size} examples"
+    what = (
+        f"**{experiment.name}**, {name_of(experiment)}: {experiment.task.kind} tasks, "
+        f"{experiment.model.kind} with {num_parameters:,} parameters, inner steps: "
+        f"{experiment.inner.steps}, {outer.iterations:,} {updates}, seed {experiment.seed}"
+    )
+    results = _results(experiment, curves) if curves else ""
+    return "\n\n".join(filter(None, (results, what, experiment.description)))
+
+
+def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
+    """The meta-test as a table in Markdown."""
+    task = experiment.build_task()
+    metric = task.primary_metric
+    label, percent = metric_label(task, metric)
+    steps = curves[0].steps
+    lines = [
+        f"| {label}{' in %' if percent else ''} after | "
+        + " | ".join(f"{step} step{'' if step == 1 else 's'}" for step in steps)
+        + " |",
+        "|---|" + "---:|" * len(steps),
+    ]
+    for curve in curves:
+        cells = [cell(curve, metric, position, percent) for position in range(len(steps))]
+        title = f"**{curve.title}**" if curve.who == TRAINED else curve.title
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "", f"± CI95 over tasks; {_caption(curves)}"])
+
+
+def read_history(run_dir: Path, steps: int = 1) -> dict[str, list[float]]:
+    """The training losses (or returns) of metrics.jsonl by iteration, as the plot takes them."""
+    records = _records(run_dir)
+    for series in (
+        {
+            after_steps(steps): f"train/return_step{steps}",
+            after_steps(0): "train/return_step0",
+        }
+        if steps
+        else {"one policy for all tasks": "train/return_step0"},
+        {
+            "support, before adaptation": "train/support_loss",
+            "query, after adaptation": "train/query_loss",
+        },
+        {"pretraining": "train/loss"},
+    ):
+        found = [record for record in records if set(series.values()) <= set(record)]
+        if found:
+            return {
+                "iteration": [record["iteration"] for record in found],
+                **{name: [record[key] for record in found] for name, key in series.items()},
+            }
+    return {"iteration": []}
+
+
+def read_diagnoses(run_dir: Path) -> list[dict[str, float]]:
+    """The records of metrics.jsonl that hold a diagnosis."""
+    return [record for record in _records(run_dir) if f"{PREFIX}hurt_share" in record]
+
+
+def _records(run_dir: Path) -> list[dict[str, float]]:
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+@torch.no_grad()
+def sinusoid_fits(
+    experiment: Experiment, task: Sinusoid, theta: Params, steps: tuple[int, ...]
+) -> list[dict[str, Any]]:
+    """What the model draws for a few test tasks before and after adaptation."""
+    indices = np.arange(_NUM_FITS)
+    dtype = getattr(torch, experiment.compute.dtype)
+    support = task.sample(EVALUATION_SEED, "test", indices).to("cpu", dtype).support
+    grid = torch.linspace(*task.x_range, 200, dtype=dtype)
+    model = model_of(experiment)
+    objective = Objective(model.to(dtype), task)
+    alpha = torch.tensor(experiment.inner.lr, dtype=dtype)
+    adapted = trajectory(
+        objective, adaptation_of(experiment, model), theta, support, alpha, steps[-1], _NUM_FITS
+    )
+    fits: dict[int, torch.Tensor] = {}
+    for step, (fast, slow) in enumerate(adapted):
+        if step in steps:
+            predict = vmap(lambda f, slow=slow: objective.predict({**slow, **f}, grid[:, None]))
+            fits[step] = predict(fast)[..., 0]
+    truth = task.parameters(EVALUATION_SEED, "test", indices)
+    return [
+        {
+            "x_grid": grid.numpy(),
+            "truth": amplitude * np.sin(grid.numpy() - phase),
+            "support_x": support.x[i, :, 0].numpy(),
+            "support_y": support.y[i, :, 0].numpy(),
+            "fits": {step: fit[i].numpy() for step, fit in fits.items()},
+        }
+        for i, (amplitude, phase) in enumerate(truth)
+    ]
+
+
+def check_video(experiment: Experiment) -> None:
+    """Raises ValueError where there will be nothing to see."""
+    if experiment.reinforcement is None:
+        raise ValueError(
+            f"--video: shows a policy that acts, and {experiment.task.kind} tasks are supervised; "
+            "leave it out"
+        )
+
+
+def write_video(
+    experiment: Experiment,
+    theta: Params,
+    folder: Path,
+    *,
+    split: str = "test",
+    num_tasks: int | None = None,
+    steps: tuple[int, ...] | None = None,
+) -> list[Path]:
+    """What the policy does in the first tasks of a split, a handful at most: all in one figure, and
+    an animation of each task on a plane."""
+    task = experiment.build_task()
+    assert isinstance(task, MDPs)
+    folder.mkdir(parents=True, exist_ok=True)
+    count = min(num_tasks or _NUM_TASKS, _MOST_TASKS)
+    acted = _acted(experiment, theta, split, count, steps or experiment.report_steps)
+    written = [_draw_acting(experiment, task, acted, split, folder)]
+    for number, paths in enumerate(_paths(task, acted)):
+        written.append(folder / f"task-{number}.gif")
+        animate_paths(written[-1], paths, f"{experiment.name}, {split} task {number}")
+    return written
+
+
+_ByStep = dict[int, Trajectories]
+"""A few trajectories of a task, by gradient steps taken before."""
+
+
+def _acted(
+    experiment: Experiment, theta: Params, split: str, num_tasks: int, steps: tuple[int, ...]
+) -> list[_ByStep]:
+    """What the policy does in the first tasks of a split."""
+    computer = ChunkComputer(on_driver(experiment), compile=False)
+    collected = computer.acted_out(flat_vector(theta), split, num_tasks, steps[-1])
+
+    def few(past: Trajectories, i: int) -> Trajectories:
+        first = Trajectories._make(part[i, :_SHOWN_TRAJECTORIES] for part in past)
+        return first._replace(task=past.task[i])
+
+    return [
+        {step: few(collected.steps[step].trajectories, i) for step in steps}
+        for i in range(num_tasks)
+    ]
+
+
+def _draw_acting(
+    experiment: Experiment, task: MDPs, acted: Sequence[_ByStep], split: str, folder: Path
+) -> Path:
+    """Where the policy goes or, where there is no plane, how it fares over time."""
+    path = folder / "trajectories.png"
+    title = f"{experiment.name}: acting in {'tasks' if split == 'train' else 'new tasks'}"
+    shown = f"{_SHOWN_TRAJECTORIES} trajectories each, to their ends"
+    if paths := _paths(task, acted):
+        plot_paths(path, paths, title, f"stars: goals of {split} tasks; {shown}")
+    else:
+        plot_courses(path, _courses(task, acted), task.over_time, title, f"{split} tasks; {shown}")
+    return path
+
+
+def _paths(task: MDPs, acted: Sequence[_ByStep]) -> list[Paths]:
+    """Nothing where the tasks have no plane."""
+    found = []
+    for by_step in acted:
+        paths = {}
+        for step, past in by_step.items():
+            positions = task.positions(past)
+            if positions is None:
+                return []
+            paths[step] = _cut(positions, past.lengths + 1)
+        found.append(Paths(past.task[:2].cpu().numpy(), paths))
+    return found
+
+
+def _courses(task: MDPs, acted: Sequence[_ByStep]) -> list[Courses]:
+    return [
+        Courses(
+            task.describe(next(iter(by_step.values())).task.tolist()),
+            {step: _cut(task.course(past), past.lengths) for step, past in by_step.items()},
+        )
+        for by_step in acted
+    ]
+
+
+def _cut(values: torch.Tensor, lengths: torch.Tensor) -> list[npt.NDArray[Any]]:
+    """Each trajectory's values up to its end."""
+    pairs = zip(values.cpu().numpy(), lengths.long().tolist(), strict=True)
+    return [row[:length] for row, length in pairs]
+
+
+def _legible(curves: Sequence[Curve]) -> list[Curve]:
+    """Every curve of the trained parameters; of the baselines those of the first variant."""
+    return [c for c in curves if c.who == TRAINED or c.variant == curves[0].variant]
+
+
+def _caption(curves: Sequence[Curve]) -> str:
+    """What all curves have in common."""
+    shown = ("tasks", "split", "ways", "shots", "queries", "rotations", "inner_lr")
+    first, *others = (curve.protocol for curve in curves)
+    facts = [
+        f"{key.replace('_', ' ')} {first[key]}"
+        for key in shown
+        if key in first and all(other.get(key) == first[key] for other in others)
+    ]
+    return ", ".join(facts)

@@ -1,0 +1,1 @@
+"""The same for tasks to act in: policies, trajectories, policy losses (eq. 7)."""

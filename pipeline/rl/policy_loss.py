@@ -1,0 +1,118 @@
+"""The losses of reinforcement learning (eq. 7), as functions of stored trajectories.
+
+With r_t = π_θ(a_t|o_t) / π_collected(a_t|o_t), the second being constants of the collection, A_t
+advantages and means over all valid time steps, the loss of a step of adaptation is
+
+    naive   −mean log π_θ(a_t|o_t) A_t         as in the original code
+    lvc     −mean r_t A_t                      low variance curvature (Rothfuss et al. 2019)
+    dice    −mean (□_t − □_{t−1}) A_t          □_t = Π_{t' ≤ t} r_t' (Foerster et al. 2018; with
+                                               advantages: Farquhar et al. 2019)
+
+At the parameters of the collection all three have the same gradient: the policy gradient. They
+differ in the second derivative, through which the meta-gradient sees that θ decides what is
+*sampled* for adaptation: `naive` forgets it; `dice` has the true second derivative of the expected
+return (exactly so for plain returns: a baseline fitted to the same trajectories, and their
+standardisation, leave a small bias), with much noise; `lvc` keeps the part that has little noise.
+
+The loss of the query trajectories is −mean r_t A_t, or clipped as in PPO.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pipeline.maml.parameters import Params
+from pipeline.rl.policies import Distribution
+from tasks.control.mdp import Trajectories
+
+Estimator = Literal["naive", "lvc", "dice"]
+
+
+class Experience(NamedTuple):
+    """What a policy learns from and is judged by: of a task, or of B tasks."""
+
+    trajectories: Trajectories
+    advantages: Tensor
+    """[n, H]; 0 where masked."""
+
+
+def mean_over_steps(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of [n, H] over valid steps."""
+    return (values * mask).sum() / mask.sum()
+
+
+def surrogate(
+    estimator: Estimator,
+    log_probability: Tensor,
+    collected: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+) -> Tensor:
+    """Loss of a step of adaptation, all arguments [n, H]."""
+    if estimator == "naive":
+        return -mean_over_steps(log_probability * advantages, mask)
+    log_ratio = (log_probability - collected) * mask
+    if estimator == "lvc":
+        return -mean_over_steps(torch.exp(log_ratio) * advantages, mask)
+    until = torch.cumsum(log_ratio, -1)
+    gain = torch.exp(until) - torch.exp(until - log_ratio)
+    return -mean_over_steps(gain * advantages, mask)
+
+
+class PolicyObjective:
+    """L_T of a policy, in the form that adaptation and meta-gradients take (`meta_loss.Objective`):
+    `loss` is what a step of adaptation descends, `loss_and_metrics` what the query is judged by."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        distribution: Distribution,
+        estimator: Estimator,
+        clip: float | None = None,
+    ):
+        self._model, self._distribution = model, distribution
+        self._estimator, self._clip = estimator, clip
+
+    def predict(self, params: Params, x: Tensor) -> Tensor:
+        """Predictions for observations [..., O]."""
+        prediction: Tensor = functional_call(self._model, params, (x,))
+        return prediction
+
+    def loss(self, params: Params, experience: Experience) -> Tensor:
+        """The surrogate of one task's n trajectories."""
+        past, advantages = experience
+        log_probability = self._distribution.log_probability(
+            self.predict(params, past.observations), past.actions
+        )
+        return surrogate(
+            self._estimator, log_probability, past.log_probabilities, advantages, past.mask
+        )
+
+    def loss_and_metrics(
+        self, params: Params, experience: Experience
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The query loss of one task, and how far the policy is from the one that collected."""
+        past, advantages = experience
+        prediction = self.predict(params, past.observations)
+        log_probability = self._distribution.log_probability(prediction, past.actions)
+        ratio = torch.exp((log_probability - past.log_probabilities) * past.mask)
+        gain = ratio * advantages
+        if self._clip is not None:
+            clipped = ratio.clamp(1 - self._clip, 1 + self._clip) * advantages
+            gain = torch.minimum(gain, clipped)
+        kl = self.kl(prediction.detach(), experience)
+        return -mean_over_steps(gain, past.mask), {"kl": kl}
+
+    def kl_at(self, params: Params, experience: Experience) -> Tensor:
+        """Mean over valid steps of KL(π_collected || π_params)."""
+        prediction = self.predict(params, experience.trajectories.observations)
+        return self.kl(prediction, experience)
+
+    def kl(self, prediction: Tensor, experience: Experience) -> Tensor:
+        """The same, of predictions for the observations."""
+        past = experience.trajectories
+        return mean_over_steps(self._distribution.kl(past.predictions, prediction), past.mask)

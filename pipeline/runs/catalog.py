@@ -1,0 +1,389 @@
+"""Runs and searches as MLflow has them: listed, found by what people call them, compared.
+
+Only reads, but for `log_to_run`. A search is a run with nested runs, its trials: they carry its id
+in the tag `mlflow.parentRunId`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import math
+import re
+import sqlite3
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from pipeline.config.loading import runs_folder
+from pipeline.maml.estimates import Estimate
+from pipeline.runs.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
+from pipeline.runs.tracker import resolve_uri
+
+STATUSES = ("running", "scheduled", "finished", "failed", "killed")
+_PAGE = 500  # runs per request
+_SHORT_ID = 8  # characters by which people name a run
+_NAMED = 8  # candidates in an error message
+_FINAL = ("validation/", "test/")
+_CI95 = "_ci95"
+
+
+class Validation(NamedTuple):
+    """What the best checkpoint is chosen by, at the last validation."""
+
+    metric: str
+    step: int
+    """Gradient steps of adaptation."""
+    value: Estimate
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as MLflow has it."""
+
+    run_id: str
+    name: str
+    status: str
+    """One of STATUSES."""
+    started: datetime.datetime
+    """With the local time zone."""
+    ended: datetime.datetime | None
+    """None: still running, or its driver died without a word."""
+    tracking_experiment: str
+    """MLflow's experiment, which holds the runs of many experiments of ours."""
+    settings: dict[str, str]
+    """By dotted path, as they were in the end: a resumed run may have changed some."""
+    metrics: dict[str, float]
+    """Last values."""
+    tags: dict[str, str]
+    trials: tuple[Run, ...] = ()
+    """Of a search; the best first, those without a validation last."""
+    ranked_by: str = ""
+    """The metric that the search of a trial names; '': none."""
+
+    @property
+    def short_id(self) -> str:
+        return self.run_id[:_SHORT_ID]
+
+    @property
+    def parent_id(self) -> str | None:
+        """The search that it is a trial of."""
+        return self.tags.get("mlflow.parentRunId")
+
+    @property
+    def is_search(self) -> bool:
+        return self.tags.get("kind") == "search" or bool(self.trials)
+
+    @property
+    def experiment(self) -> str:
+        return self.settings.get("name", "")
+
+    @property
+    def algorithm(self) -> str:
+        return self.tags.get("algorithm", "")
+
+    @property
+    def order(self) -> str:
+        return self.tags.get("order", "")
+
+    @property
+    def seconds(self) -> float:
+        """From the start to the end, or until now."""
+        end = self.ended or datetime.datetime.now(datetime.UTC)
+        return (end - self.started).total_seconds()
+
+    @property
+    def validation(self) -> Validation | None:
+        """By what its search ranks it, else by accuracy, return or loss. None: not validated yet,
+        or not a training run of ours."""
+        steps = [self.settings.get(key) for key in ("evaluation.selection_step", "inner.steps")]
+        step = next((step for step in steps if step is not None and step.isdecimal()), "")
+        wanted, _, chosen = self.ranked_by.partition("_step")
+        for metric in filter(None, (wanted, "accuracy", "return", "loss")):
+            at = chosen if metric == wanted and chosen else step
+            value = estimate(self.metrics, f"validation/{metric}_step{at}")
+            if value is not None:
+                return Validation(metric, int(at), value)
+        return None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        found = self.validation
+        return {
+            "run_id": self.run_id,
+            "name": self.name,
+            "kind": "search" if self.is_search else "run",
+            "status": self.status,
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(self.seconds, 3),
+            "experiment": self.experiment or None,
+            "algorithm": self.algorithm or None,
+            "order": self.order or None,
+            "validation": found
+            and {"metric": found.metric, "step": found.step, **found.value.to_json()},
+            "run_dir": self.tags.get("run_dir"),
+            "tracking_experiment": self.tracking_experiment,
+            "trials": [trial.to_json() for trial in self.trials],
+        }
+
+
+class Comparison(NamedTuple):
+    """Runs side by side; every list has one entry per run, None where a run has nothing."""
+
+    runs: list[Run]
+    settings: dict[str, list[str | None]]
+    """Those that differ."""
+    metrics: dict[str, list[Estimate | None]]
+    """The last validation and the meta-test."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            "runs": [run.to_json() for run in self.runs],
+            "settings": self.settings,
+            "metrics": {
+                name: [value and value.to_json() for value in values]
+                for name, values in self.metrics.items()
+            },
+        }
+
+
+def list_runs(uri: str, *, limit: int | None = None, text: str = "") -> list[Run]:
+    """The newest runs and searches, newest first; a search holds its trials.
+
+    `text` is a status, or part of a name, of an experiment, of an algorithm, or the beginning of a
+    run id. A search whose trials match is listed with those. An absent or empty store has none.
+    Raises TrackingError.
+    """
+    trials: dict[str, list[Run]] = {}
+    listed: list[Run] = []
+    with _reading(uri) as client:
+        for run in _newest_first(client):
+            # A trial starts after its search, so it was seen before.
+            if run.parent_id is not None:
+                trials.setdefault(run.parent_id, []).append(run)
+            elif found := _filtered(_with_trials(run, trials.pop(run.run_id, [])), text):
+                listed.append(found)
+                if len(listed) == limit:
+                    break
+        # What is left belongs to older searches, or to deleted ones.
+        orphans = [
+            trial
+            for parent, group in trials.items()
+            if existing_run(client, parent) is None
+            for trial in group
+            if _matches(trial, text)
+        ]
+    return sorted(listed + orphans, key=lambda run: run.started, reverse=True)[:limit]
+
+
+def find_run(reference: str, uri: str | None) -> Run:
+    """The run with this id (or a unique beginning of it), name or folder, without its trials.
+
+    The store is `uri`, else the one of the folder, else the default of `maml ui`.
+    Raises TrackingError naming the candidates.
+    """
+    folder = Path(reference).expanduser().absolute()
+    is_folder = (folder / "config.yaml").is_file()
+    store = store_of_folder(folder, uri) if is_folder else default_store(uri)
+    with _reading(store, must_exist=True) as client:
+        runs = list(_newest_first(client))
+    if is_folder:
+        # The newest: a folder that was emptied and used again holds the last of its runs.
+        for run in runs:
+            if run.tags.get("run_dir") == str(folder):
+                return run
+        reference = folder.name  # a folder that was moved still has its name
+    for found in (
+        [run for run in runs if run.run_id == reference],
+        [run for run in runs if run.name == reference],
+        [run for run in runs if reference and run.run_id.startswith(reference)],
+    ):
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise TrackingError(
+                f"{len(found)} runs are called {reference!r}: {_named(found)}; give more of the id"
+            )
+    there = f"the newest are {_named(runs)}" if runs else "it is empty"
+    raise TrackingError(
+        f"no run in {store} has the id, the name or the folder {reference!r}; {there}"
+    )
+
+
+def compare(runs: Sequence[Run]) -> Comparison:
+    """The settings that differ, and the metrics of the last validation and of the meta-test."""
+    paths = list(dict.fromkeys(p for run in runs for p in run.settings if p != "description"))
+    sections = list(dict.fromkeys(path.split(".")[0] for path in paths))
+    paths.sort(key=lambda path: sections.index(path.split(".")[0]))
+    settings = {path: [run.settings.get(path) for run in runs] for path in paths}
+    names = {
+        name
+        for run in runs
+        for name in run.metrics
+        if name.startswith(_FINAL) and not name.endswith(_CI95)
+    }
+    # Validation first; step 10 after step 9.
+    ordered = sorted(
+        names, key=lambda n: (_FINAL.index(f"{n.split('/')[0]}/"), re.sub(r"\d+", _padded, n))
+    )
+    return Comparison(
+        list(runs),
+        {path: values for path, values in settings.items() if len(set(values)) > 1},
+        {name: [estimate(run.metrics, name) for run in runs] for name in ordered},
+    )
+
+
+def log_to_run(run_dir: Path, files: Sequence[Path], folder: str) -> None:
+    """Add files to what MLflow has of the run in a folder. Raises TrackingError."""
+    run = find_run(str(run_dir), None)
+    with _reading(store_of_folder(run_dir.absolute(), None)) as client:
+        for file in files:
+            client.log_artifact(run.run_id, str(file), folder)
+
+
+def default_store(uri: str | None = None) -> str:
+    """The store that `maml ui` shows here. Raises TrackingError."""
+    return resolve_uri(uri, runs_folder() / "any")
+
+
+def estimate(metrics: dict[str, float], name: str) -> Estimate | None:
+    """A recorded metric with its confidence interval."""
+    if name not in metrics:
+        return None
+    return Estimate(metrics[name], metrics.get(f"{name}{_CI95}"))
+
+
+def _with_trials(run: Run, trials: Sequence[Run]) -> Run:
+    wanted, mode = (run.settings.get(f"search.{key}", "None") for key in ("metric", "mode"))
+    trials = [replace(t, ranked_by="" if wanted == "None" else wanted) for t in trials]
+
+    def rank(trial: Run) -> tuple[bool, float]:
+        validation = trial.validation
+        if validation is None or not math.isfinite(validation.value.mean):
+            return True, 0.0
+        largest = validation.metric == "accuracy" if mode == "None" else mode == "max"
+        return False, -validation.value.mean if largest else validation.value.mean
+
+    return replace(run, trials=tuple(sorted(trials, key=rank)))
+
+
+def _filtered(run: Run, text: str) -> Run | None:
+    """The run if it matches, with all its trials; else with those that match; else None."""
+    if _matches(run, text):
+        return run
+    trials = tuple(trial for trial in run.trials if _matches(trial, text))
+    return replace(run, trials=trials) if trials else None
+
+
+def _matches(run: Run, text: str) -> bool:
+    text = text.lower()
+    if text in STATUSES:
+        return run.status == text
+    words = (run.name, run.experiment, run.algorithm, run.tracking_experiment)
+    return any(text in word.lower() for word in words) or run.run_id.startswith(text)
+
+
+def _newest_first(client: Any) -> Iterator[Run]:
+    """Every run of the store that was not deleted, by its start."""
+    if client is None:
+        return
+    experiments = {e.experiment_id: e.name for e in client.search_experiments()}
+    token = None
+    while experiments:
+        page = client.search_runs(
+            list(experiments),
+            max_results=_PAGE,
+            order_by=["attributes.start_time DESC"],
+            page_token=token,
+        )
+        for found in page:
+            yield _run_of(found, experiments[found.info.experiment_id])
+        token = page.token
+        if not token:
+            return
+
+
+def _run_of(found: Any, tracking_experiment: str) -> Run:
+    info, data = found.info, found.data
+    changed = {
+        key.removeprefix("changed."): value
+        for key, value in data.tags.items()
+        if key.startswith("changed.")
+    }
+    return Run(
+        run_id=info.run_id,
+        name=info.run_name or info.run_id,
+        status=str(info.status).lower(),
+        started=_local(info.start_time),
+        ended=_local(info.end_time) if info.end_time else None,
+        tracking_experiment=tracking_experiment,
+        settings={**data.params, **changed},
+        metrics=dict(data.metrics),
+        tags=dict(data.tags),
+    )
+
+
+def _local(milliseconds: int) -> datetime.datetime:
+    return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).astimezone()
+
+
+@contextlib.contextmanager
+def _reading(uri: str, must_exist: bool = False) -> Iterator[Any]:
+    """A client that reads this store, or None where there is nothing to read.
+
+    Raises TrackingError, also for what goes wrong while reading.
+    """
+    database = sqlite_file(uri)
+    if database is not None and not _has_runs(database):
+        if must_exist:
+            raise TrackingError(f"there are no runs in {database}: train something first")
+        yield None
+        return
+    try:
+        yield client_class()(uri)
+    except Exception as error:
+        from mlflow.exceptions import MlflowException
+
+        if not isinstance(error, MlflowException):
+            raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrackingError(f"cannot read the runs of {uri}: {reason[:300]}") from error
+
+
+def _has_runs(database: Path) -> bool:
+    """Whether there is anything in a SQLite store; MLflow would create it by looking."""
+    if not database.is_file():
+        return False
+    try:
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
+            tables = store.execute("SELECT name FROM sqlite_master WHERE name = 'runs'").fetchall()
+            return bool(tables) and bool(store.execute("SELECT 1 FROM runs LIMIT 1").fetchall())
+    except sqlite3.Error as error:
+        raise TrackingError(f"{database} is not a tracking store: {error}") from error
+
+
+def store_of_folder(folder: Path, uri: str | None) -> str:
+    """Where the run in this folder was recorded."""
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        tracking = config.get("tracking") or {}
+        wanted, enabled = tracking.get("uri"), tracking.get("enabled", True)
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
+        raise TrackingError(f"{folder / 'config.yaml'} is not a run's configuration") from error
+    if not enabled:
+        raise TrackingError(f"{folder}: this run was made with tracking.enabled=false")
+    return resolve_uri(uri or wanted, folder)
+
+
+def _named(runs: Sequence[Run]) -> str:
+    """Runs as a person may name them."""
+    more = f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
+    return ", ".join(f"{run.short_id} ({run.name})" for run in runs[:_NAMED]) + more
+
+
+def _padded(number: re.Match[str]) -> str:
+    return number[0].zfill(9)

@@ -1,0 +1,185 @@
+"""A run as an MLflow model: code, parameters and recipe, loaded without pickle.
+
+The model brings the packages `pipeline` and `tasks` with it, and asks for torch, numpy and a few
+small libraries: neither for Ray nor for the data set.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import re
+import tempfile
+from contextlib import redirect_stderr
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline.config.experiment import Experiment
+from pipeline.runs.catalog import find_run, store_of_folder
+from pipeline.runs.folder import Which, parameters_of
+from pipeline.runs.mlflow_sender import TrackingError
+from pipeline.runs.predictor import Adapter, Recipe
+
+HOST, PORT = "127.0.0.1", 5001
+"""Where a served model is told to listen; MLflow's own pages take 5000."""
+REQUIREMENTS = ("torch", "numpy", "pydantic", "PyYAML", "safetensors")
+"""What the exported code imports; MLflow adds itself."""
+_MAX_NUMBERS = 100  # of a request that a person can read
+_ROOT = Path(__file__).resolve().parents[2]
+_NAME = re.compile(r"[^/:]+")
+_ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]+", re.IGNORECASE)  # as MLflow has it
+
+
+class Exported(NamedTuple):
+    """A logged model."""
+
+    uri: str
+    """What `mlflow.pyfunc.load_model` and `mlflow models serve` take."""
+    store: str
+    """The tracking store that has it."""
+    version: str | None
+    """In the registry; None: it was not registered."""
+    request: str
+    """A shell command that asks the model when it is served at HOST:PORT."""
+
+
+def export_run(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    checkpoint: Which = "final",
+    register: str | None = None,
+    alias: str | None = None,
+    code: tuple[Path, ...] = (),
+) -> Exported:
+    """Log the model of a run to the run's own MLflow record, and register it under a name.
+
+    `code` are files or packages that a task or model of one's own is imported from. Raises
+    CheckpointError, TrackingError, ValueError.
+    """
+    if alias is not None and register is None:
+        raise ValueError("--alias: names a version of a registered model; give --register NAME")
+    if register is not None and not _NAME.fullmatch(register):
+        raise ValueError(f"--register: {register!r} is empty or has a / or : in it")
+    if alias is not None and not _ALIAS.fullmatch(alias):
+        raise ValueError(
+            f"--alias: {alias!r} must be letters, digits, _ and -; latest, v1, v2, ... are taken"
+        )
+    own = [kind for kind in (experiment.task.kind, experiment.model.kind) if ":" in kind]
+    if own and not code:
+        raise ValueError(
+            f"--code: the model needs {', '.join(own)}; name the file or package that holds it"
+        )
+    adapter = Adapter(Recipe.of(experiment), parameters_of(experiment, run_dir, checkpoint))
+    run = find_run(str(run_dir), None)
+    store = store_of_folder(run_dir.absolute(), None)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
+    mlflow.set_tracking_uri(store)
+    try:
+        # What MLflow has to say there, the caller says more clearly.
+        with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+            adapter.save(folder)
+            mlflow.set_experiment(run.tracking_experiment)
+            # Not log_model under start_run: that would open a run again that has ended.
+            info = mlflow.models.Model.log(
+                artifact_path=None,
+                name="model",
+                flavor=mlflow.pyfunc,
+                run_id=run.run_id,
+                registered_model_name=register,
+                python_model=str(_ROOT / "pipeline" / "runs" / "mlflow_model.py"),
+                artifacts={"adapter": folder},
+                code_paths=[str(_ROOT / "pipeline"), str(_ROOT / "tasks"), *map(str, code)],
+                pip_requirements=requirements(),
+                signature=signature_of(adapter),
+                input_example=example_for(adapter),
+            )
+        number = info.registered_model_version
+        if alias is not None:
+            mlflow.MlflowClient().set_registered_model_alias(register, alias, str(number))
+    except MlflowException as error:
+        raise TrackingError(f"MLflow at {store} did not take the model: {error}") from error
+    finally:
+        mlflow.set_tracking_uri(before)  # it is this process's, and its children's
+    return Exported(
+        info.model_uri, store, None if number is None else str(number), request_to(adapter)
+    )
+
+
+def requirements() -> list[str]:
+    """The versions that the model was trained with, as pip takes them anywhere."""
+    names = ("mlflow", *REQUIREMENTS)
+    # What follows a + names a build (of torch, for CUDA or CPU), not a version.
+    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+
+
+def example_for(adapter: Adapter) -> dict[str, Any]:
+    """Inputs of the right shapes, and noise otherwise: a support example per class (or three)."""
+    recipe = adapter.recipe
+    count = recipe.output_size if adapter.classifies else 3
+    rng = np.random.default_rng(0)
+    examples = rng.random((count, *recipe.input_shape), dtype=np.float32)
+    targets = rng.random((count, recipe.output_size), dtype=np.float32)
+    return {
+        "support_x": examples,
+        "support_y": np.arange(count) if adapter.classifies else targets,
+        "query_x": examples,
+    }
+
+
+def request_to(adapter: Adapter) -> str:
+    """A shell command that asks the served model, with the numbers of `example_for`; where these
+    are too many to be read, with random ones of the same shape."""
+    inputs = {
+        name: (value if value.dtype.kind == "i" else value.astype(float).round(2)).tolist()
+        for name, value in example_for(adapter).items()
+    }
+    url = f"http://{HOST}:{PORT}/invocations"
+    curl = f"curl {url} -H 'Content-Type: application/json' -d"
+    shape = np.shape(inputs["query_x"])
+    if math.prod(shape) <= _MAX_NUMBERS:
+        return f"{curl} '{json.dumps({'inputs': inputs})}'"
+    made = (
+        f"import json, numpy; x = numpy.random.rand{shape}.tolist(); print(json.dumps("
+        f'{{"inputs": {{"support_x": x, "support_y": {inputs["support_y"]}, "query_x": x}}}}))'
+    )
+    return f"python -c '{made}' | {curl} @-"
+
+
+def signature_of(adapter: Adapter) -> Any:
+    """Inputs and outputs, the support set among the inputs; leading dimensions are free."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
+
+    recipe = adapter.recipe
+    examples, outputs = (-1, *recipe.input_shape), (-1, recipe.output_size)
+    labels = TensorSpec(np.dtype(np.int64), (-1,), "support_y")
+    targets = TensorSpec(np.dtype(np.float32), outputs, "support_y")
+    answer = np.dtype(np.int64 if adapter.classifies else np.float32)
+    return ModelSignature(
+        inputs=Schema(
+            [
+                TensorSpec(np.dtype(np.float32), examples, "support_x"),
+                labels if adapter.classifies else targets,
+                TensorSpec(np.dtype(np.float32), examples, "query_x"),
+            ]
+        ),
+        outputs=Schema(
+            [
+                TensorSpec(answer, (-1,) if adapter.classifies else outputs, "predictions"),
+                TensorSpec(np.dtype(np.float32), outputs, "scores"),
+                TensorSpec(np.dtype(np.float64), (-1,), "support_loss"),
+            ]
+        ),
+        # Gradient steps; below 0: as many as the recipe says.
+        params=ParamSchema([ParamSpec("steps", "long", -1)]),
+    )

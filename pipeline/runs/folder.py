@@ -1,0 +1,117 @@
+"""A run's folder: what is where, what is refused, and how it is written.
+
+RUN_DIR/config.yaml          the resolved configuration
+RUN_DIR/checkpoints/         the newest ones and the best (elsewhere with `checkpoint.uri`)
+RUN_DIR/metrics.jsonl        what was logged while training, one line per record
+RUN_DIR/theta.safetensors    the final parameters
+RUN_DIR/results.json         the meta-test, every number with its protocol
+RUN_DIR/plots/               PNG
+RUN_DIR/analysis/            what `maml analyze` found
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from pipeline.config.experiment import Experiment
+from pipeline.maml.parameters import Layout, Params
+from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState, load_theta
+from pipeline.runs.files import write_atomically
+from pipeline.worker.learner import initial_parameters
+
+Which = Literal["final", "best"]
+"""Whose parameters: those of the last iteration, or of the best validation."""
+
+
+class RunFolderError(Exception):
+    """The run's folder cannot be used as asked; `str()` says what to do."""
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder of a run or a search. Raises RunFolderError if nothing can be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise RunFolderError(
+            f"run_dir: cannot write to {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
+def refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
+    """Raises RunFolderError if there is a run already."""
+    if (run_dir / "config.yaml").exists() or store.list():
+        raise RunFolderError(
+            f"run_dir: {run_dir} (or its checkpoint folder) already holds a run; continue it with "
+            f"--resume {run_dir}, or choose another folder"
+        )
+
+
+def state_to_resume(store: CheckpointStore) -> TrainingState:
+    """The newest state. Raises RunFolderError if there is none."""
+    state = store.latest()
+    if state is None:
+        raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
+    return state
+
+
+def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:
+    """The meta-parameters of a run: those of the last iteration, or of the best validation.
+
+    Raises CheckpointError.
+    """
+    if checkpoint == "final":
+        theta = load_theta(run_dir / "theta.safetensors")
+    else:
+        store = CheckpointStore.of_run(experiment, run_dir)
+        state = store.best()
+        if state is None:
+            raise CheckpointError(
+                f"{store.folder} holds no checkpoint that was the best on validation"
+            )
+        theta = {
+            name.removeprefix("theta."): value
+            for name, value in state.tensors.items()
+            if name.startswith("theta.")
+        }
+    layout = Layout.of(initial_parameters(experiment))
+    if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
+        raise CheckpointError(f"the parameters in {run_dir} do not fit the model of config.yaml")
+    return {name: theta[name] for name, _ in layout.shapes}
+
+
+class History:
+    """RUN_DIR/metrics.jsonl."""
+
+    def __init__(self, run_dir: Path):
+        self._path = run_dir / "metrics.jsonl"
+
+    def append(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Write a record."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+
+    def first(self, name: str) -> float | None:
+        """The first finite value of a metric."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        values = (json.loads(line).get(name, math.nan) for line in lines)
+        return next(filter(math.isfinite, values), None)
+
+    def forget_after(self, iteration: int) -> None:
+        """Drop the records after a checkpoint: they will be made again."""
+        if self._path.exists():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _iteration_of(line) <= iteration]
+            write_atomically(self._path, "".join(line + "\n" for line in kept))
+
+
+def _iteration_of(line: str) -> int:
+    try:
+        return int(json.loads(line)["iteration"])
+    except (ValueError, KeyError):
+        return 2**62  # the half of a line that a crash left

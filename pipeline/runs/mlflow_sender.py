@@ -1,0 +1,387 @@
+"""The thread that carries records of a run to MLflow, and the file for those it could not deliver.
+
+Records are kept, in order, until MLflow has confirmed them, and every request can be repeated
+without effect: a metric carries the time at which it was logged, which is part of its identity in
+MLflow; a run carries a token by which it is found again; the rest overwrites itself. So a server
+that dies in the middle of a request, or comes back after an hour, has each record exactly once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from pipeline.runs.files import write_atomically
+
+log = logging.getLogger(__name__)
+
+TOKEN = "maml.token"
+_INTERVAL = 1.0  # seconds between deliveries
+_LONGEST_BACKOFF = 30.0  # seconds between attempts while MLflow is away
+_LIMIT = {"metrics": 1000, "params": 100, "tags": 100}  # of entries per request, set by MLflow
+_LONGEST_NAME, _LONGEST_PARAM, _LONGEST_TAG = 250, 6000, 8000  # characters, set by MLflow
+
+# MLflow's client answers an unreachable server by waiting for minutes inside a call; here the
+# sender waits instead, and can be told to stop. Variables that the user has set stay as they are.
+_ENVIRONMENT = {
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+}
+
+
+class TrackingError(Exception):
+    """Tracking cannot work with these settings; `str()` says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """Values measured at one step; `time` in milliseconds since 1970."""
+
+    values: dict[str, float]
+    step: int
+    time: int
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """Settings of the run."""
+
+    values: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """Labels of the run."""
+
+    values: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """A local file, and the folder among the run's artifacts that it goes to."""
+
+    path: str
+    folder: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """RUNNING again, or how the run ended; `time` in milliseconds since 1970."""
+
+    status: str
+    time: int
+
+
+Record = Metrics | Params | Tags | Artifact | RunStatus
+_KINDS: dict[str, Any] = {c.__name__: c for c in (Metrics, Params, Tags, Artifact, RunStatus)}
+
+
+@dataclass(frozen=True)
+class Destination:
+    """The MLflow run that records are for."""
+
+    uri: str
+    experiment: str
+    run_name: str
+    run_id: str | None = None
+    """None: not yet created, or not known to be (see `token`)."""
+    parent_run_id: str | None = None
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """Finds the run again if its creation was never confirmed."""
+    start: int = field(default_factory=lambda: now())
+
+
+class Sender:
+    """The thread that carries records from the queue to MLflow."""
+
+    def __init__(self, destination: Destination, queue: deque[Record]):
+        self.destination = destination
+        self.connected = threading.Event()
+        # A daemon: a driver that dies must not hang on a server that does not answer.
+        self.thread = threading.Thread(target=self._run, name="mlflow-sender", daemon=True)
+        self._queue = queue
+        self._taken: list[Record] = []
+        self._files: list[Artifact] = []
+        self._client: Any = None
+        self._recorded: set[tuple[str, int]] = set()
+        self._complaints: set[str] = set()
+        self._finishing = threading.Event()
+        self._wake = threading.Event()
+        self._stopped = threading.Event()
+        self._progress = time.monotonic()
+
+    def flush(self, timeout: float) -> bool:
+        """Send what there is now, within `timeout` seconds; whether all of it has arrived."""
+        deadline = time.monotonic() + timeout
+        self._wake.set()
+        while self.unsent() and self.thread.is_alive() and time.monotonic() < deadline:
+            time.sleep(0.005)
+        return not self.unsent()
+
+    def finish(self, timeout: float) -> None:
+        """Wait until all is sent, or for `timeout` seconds without progress."""
+        self._progress = time.monotonic()
+        self._finishing.set()
+        self._wake.set()
+        try:
+            while self.thread.is_alive() and time.monotonic() - self._progress < timeout:
+                self.thread.join(0.05)
+        finally:
+            self._stopped.set()
+
+    def unsent(self) -> list[Record]:
+        """What MLflow has not confirmed."""
+        return [*self._files, *self._taken, *self._queue]
+
+    def _run(self) -> None:
+        away = 0.0  # seconds to wait before the next attempt, 0 while MLflow answers
+        while not self._stopped.is_set():
+            finishing = self._finishing.is_set()
+            try:
+                self._deliver()
+                if away:
+                    log.warning("MLflow at %s is back", self.destination.uri)
+                away = 0.0
+                if finishing:
+                    return
+            except Exception as error:  # whatever it is, training goes on
+                if not away:
+                    log.warning(
+                        "MLflow at %s cannot be reached; training goes on, and its records are "
+                        "sent when MLflow is back (%s)",
+                        self.destination.uri,
+                        _first_line(error),
+                    )
+                away = min(2 * away or _INTERVAL, _LONGEST_BACKOFF)
+                if finishing:
+                    self._stopped.wait(_INTERVAL)
+            self._wake.wait(away or _INTERVAL)
+            self._wake.clear()
+
+    def _deliver(self) -> None:
+        if self._client is None:
+            self._connect()
+        while self._queue:
+            # In this order: at every moment a record is in one of the two.
+            self._taken.append(self._queue[0])
+            self._queue.popleft()
+        while self._taken and not self._stopped.is_set():
+            count = _batch(self._taken)
+            self._send(self._taken[:count])
+            del self._taken[:count]
+            self._progress = time.monotonic()
+        # Last: files may go to a store of their own, whose failure must not keep metrics waiting.
+        while self._files and not self._stopped.is_set():
+            self._send_file(self._files[0])
+            del self._files[0]
+            self._progress = time.monotonic()
+
+    def _connect(self) -> None:
+        """Find or create the run."""
+        new_client = client_class()
+        database = sqlite_file(self.destination.uri)
+        if database is None:
+            client = new_client(self.destination.uri)
+            run_id = self._find_or_create_run(client, None)
+        else:
+            database.parent.mkdir(parents=True, exist_ok=True)
+            # Two processes that create MLflow's tables at the same time both fail.
+            with FileLock(f"{database}.lock"):
+                client = new_client(self.destination.uri)
+                artifacts = (database.parent / "mlartifacts").as_uri()
+                run_id = self._find_or_create_run(client, artifacts)
+        self.destination = replace(self.destination, run_id=run_id)
+        self._client = client
+        self._progress = time.monotonic()
+        self.connected.set()
+
+    def _find_or_create_run(self, client: Any, artifacts: str | None) -> str:
+        wanted = self.destination
+        run = None
+        if wanted.run_id is not None:
+            run = existing_run(client, wanted.run_id)
+            if run is None:
+                log.warning("MLflow run %s is gone; its record goes on as a new run", wanted.run_id)
+        experiment_id = _experiment_id(client, wanted.experiment, artifacts)
+        if run is None:
+            found = client.search_runs([experiment_id], f"tags.`{TOKEN}` = '{wanted.token}'")
+            run = found[0] if found else None
+        if run is not None:
+            # A resumed run repeats the iterations after its checkpoint: they are recorded once.
+            run_id = str(run.info.run_id)
+            self._recorded = {
+                (name, metric.step)
+                for name in run.data.metrics
+                for metric in client.get_metric_history(run_id, name)
+            }
+            return run_id
+        tags = {TOKEN: wanted.token}
+        if wanted.parent_run_id is not None:
+            tags["mlflow.parentRunId"] = wanted.parent_run_id
+        run = client.create_run(experiment_id, wanted.start, tags, wanted.run_name)
+        return str(run.info.run_id)
+
+    def _send(self, records: list[Record]) -> None:
+        """Send some metrics, or one record of another kind."""
+        from mlflow.entities import Metric, Param, RunTag
+
+        match records[0]:
+            case Metrics():
+                entries = [
+                    (_name(name), value, record.time, record.step)
+                    for record in records
+                    if isinstance(record, Metrics)
+                    for name, value in record.values.items()
+                ]
+                new = [e for e in entries if (e[0], e[3]) not in self._recorded]
+                self._log("metrics", [Metric(*entry) for entry in new])
+            case Params(values):
+                self._log(
+                    "params",
+                    [Param(_name(k), _short(v, _LONGEST_PARAM)) for k, v in values.items()],
+                )
+            case Tags(values):
+                self._log(
+                    "tags", [RunTag(_name(k), _short(v, _LONGEST_TAG)) for k, v in values.items()]
+                )
+            case Artifact() as file:
+                self._files.append(file)
+            case RunStatus("RUNNING"):
+                self._client.update_run(self.destination.run_id, "RUNNING")
+            case RunStatus(status, ended):
+                self._client.set_terminated(self.destination.run_id, status, ended)
+
+    def _send_file(self, file: Artifact) -> None:
+        if Path(file.path).exists():
+            self._client.log_artifact(self.destination.run_id, file.path, file.folder)
+        else:
+            self._complain(f"{file.path} is gone: it was not recorded as an artifact")
+
+    def _log(self, kind: str, entries: list[Any]) -> None:
+        """Send entries of one kind; those that MLflow refuses for good are named and left out."""
+        limit = _LIMIT[kind]
+        if len(entries) > limit:
+            self._log(kind, entries[:limit])
+            self._log(kind, entries[limit:])
+            return
+        if not entries:
+            return
+        try:
+            self._client.log_batch(self.destination.run_id, **{kind: entries})
+        except Exception as error:
+            if getattr(error, "error_code", "") not in ("INVALID_PARAMETER_VALUE", "BAD_REQUEST"):
+                raise
+            if len(entries) > 1:
+                middle = len(entries) // 2
+                self._log(kind, entries[:middle])
+                self._log(kind, entries[middle:])
+            elif kind == "params":
+                from mlflow.entities import RunTag
+
+                self._log("tags", [RunTag(f"changed.{entries[0].key}", entries[0].value)])
+            else:
+                self._complain(f"MLflow refuses {entries[0].key}: {_first_line(error)}")
+
+    def _complain(self, message: str) -> None:
+        """Say it once."""
+        if message not in self._complaints:
+            self._complaints.add(message)
+            log.warning("%s", message)
+
+
+def _batch(records: Sequence[Record]) -> int:
+    """How many of the first records make one request."""
+    count = size = 0
+    for record in records:
+        if not isinstance(record, Metrics):
+            break
+        size += len(record.values)
+        if size > _LIMIT["metrics"]:
+            break
+        count += 1
+    return max(1, count)
+
+
+def client_class() -> Any:
+    """MlflowClient, which fails instead of waiting and keeps its progress to itself."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient
+
+    for chatty in ("mlflow", "alembic"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    return MlflowClient
+
+
+def existing_run(client: Any, run_id: str) -> Any:
+    """The run, or None if it was deleted or belongs to another store."""
+    try:
+        run = client.get_run(run_id)
+    except Exception as error:
+        if getattr(error, "error_code", "") == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _experiment_id(client: Any, name: str, artifacts: str | None) -> str:
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifacts))
+        except Exception:
+            experiment = client.get_experiment_by_name(name)  # another driver was faster
+            if experiment is None:
+                raise
+    return str(experiment.experiment_id)
+
+
+def _name(name: str) -> str:
+    """A name that MLflow accepts: 'K=5/accuracy' becomes 'K_5/accuracy'."""
+    return re.sub(r"[^\w./: -]", "_", name)[:_LONGEST_NAME]
+
+
+def _short(value: str, longest: int) -> str:
+    value = str(value)
+    return value if len(value) <= longest else f"{value[: longest - 1]}…"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+
+
+def now() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def write_unsent(path: Path, destination: Destination, records: Sequence[Record]) -> None:
+    lines = [asdict(destination)]
+    lines += [{"kind": type(record).__name__, **asdict(record)} for record in records]
+    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+
+
+def read_unsent(path: Path) -> tuple[Destination, list[Record]]:
+    try:
+        first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
+        return Destination(**first), [_KINDS[line.pop("kind")](**line) for line in rest]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise TrackingError(f"{path} does not hold unsent records of a run: {error!r}") from error
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The absolute path of a SQLite store, None for other stores."""
+    prefix = "sqlite:///"
+    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None

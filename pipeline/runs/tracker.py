@@ -1,0 +1,280 @@
+"""The MLflow record of a run, kept by a background thread so that training never waits for it.
+
+    training ──log_*──▶ queue of records ──▶ sender thread ──log_batch──▶ MLflow
+                                                   └──▶ RUN_DIR/unsent-tracking.jsonl, if it is away
+
+Every call appends one record to the queue and returns; the sender takes what is there once a
+second. Only `MlflowClient` is used, and only by the sender: MLflow's notion of an active run stays
+untouched, and its import, which takes seconds, does not delay training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import importlib.metadata
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from pipeline.runs.mlflow_sender import (
+    Artifact,
+    Destination,
+    Metrics,
+    Params,
+    Record,
+    RunStatus,
+    Sender,
+    Tags,
+    TrackingError,
+    now,
+    read_unsent,
+    sqlite_file,
+    write_unsent,
+)
+
+log = logging.getLogger(__name__)
+
+UNSENT = "unsent-tracking.jsonl"
+_STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
+
+
+class RunTracker(Protocol):
+    """What training needs of a tracker. Only `wait_for_run_id`, `flush` and `close` ever wait."""
+
+    @property
+    def run_id(self) -> str | None:
+        """The MLflow run, as soon as it is known."""
+
+    def wait_for_run_id(self, timeout: float) -> str | None:
+        """`run_id`, waiting for it for up to `timeout` seconds."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record values of one step; NaN is a value too."""
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        """Record settings, as text. One that changes while a run is resumed becomes a tag."""
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Record labels; the last value of a label stays."""
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        """Record a file. It is read later, so it must stay where it is."""
+
+    def flush(self, timeout: float) -> bool:
+        """Send what is recorded, within `timeout` seconds; whether all of it has arrived."""
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> Path | None:
+        """End the run and send what is left, giving up after 30 seconds without progress.
+
+        Returns the file that holds what could not be sent (see `resend`), or None.
+        """
+
+
+class NullTracker:
+    """Tracking is off."""
+
+    run_id = None
+
+    def wait_for_run_id(self, timeout: float) -> None: ...
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log_params(self, params: Mapping[str, Any]) -> None: ...
+    def set_tags(self, tags: Mapping[str, str]) -> None: ...
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None: ...
+    def flush(self, timeout: float) -> bool:
+        return True
+
+    def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None: ...
+
+
+class Tracker:
+    """Records one run in MLflow. `RunTracker` says what its methods promise."""
+
+    def __init__(self, destination: Destination, unsent_path: Path, records: Sequence[Record]):
+        """Start to send `records`, and what follows. For the run of an experiment, use `open`."""
+        self._unsent_path = unsent_path
+        self._queue: deque[Record] = deque(records)
+        self._sender = Sender(destination, self._queue)
+        self._closed = False
+        self._sender.thread.start()
+
+    @classmethod
+    def open(
+        cls,
+        *,
+        uri: str | None,
+        experiment: str,
+        run_name: str,
+        run_dir: Path,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        run_id: str | None = None,
+        token: str | None = None,
+        parent_run_id: str | None = None,
+    ) -> Tracker:
+        """The tracker of the run in `run_dir`; with a `run_id`, of that run's continuation.
+
+        `token` is a name of the caller's choice for a run whose id it may not live to see: the run
+        that carries it is continued too.
+
+        What an interrupted run left unsent in `run_dir` is sent first.
+        Raises TrackingError if `uri` cannot work (see `resolve_uri`).
+        """
+        uri = resolve_uri(uri, run_dir)
+        destination = Destination(uri, experiment, run_name, run_id, parent_run_id)
+        if token is not None:
+            destination = replace(destination, token=token)
+        records: list[Record] = []
+        unsent_path = run_dir / UNSENT
+        if unsent_path.exists():
+            before, unsent = read_unsent(unsent_path)
+            if before.uri == uri and run_id in (None, before.run_id):
+                destination = before
+                records += [record for record in unsent if not isinstance(record, RunStatus)]
+            else:
+                aside = unsent_path.with_name(f"unsent-tracking-{before.token}.jsonl")
+                unsent_path.replace(aside)
+                log.warning("%s holds records of this run for %s", aside, before.uri)
+        if run_id is not None or token is not None:
+            records.append(RunStatus("RUNNING", now()))
+        tracker = cls(destination, unsent_path, records)
+        tracker.set_tags(tags)
+        tracker.log_params(params)
+        return tracker
+
+    @property
+    def run_id(self) -> str | None:
+        return self._sender.destination.run_id
+
+    def wait_for_run_id(self, timeout: float) -> str | None:
+        self._sender.connected.wait(timeout)
+        return self.run_id
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
+        self._queue.append(Metrics({k: float(v) for k, v in metrics.items()}, step, now()))
+
+    def log_params(self, params: Mapping[str, Any]) -> None:
+        self._queue.append(Params({name: str(value) for name, value in params.items()}))
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        self._queue.append(Tags(dict(tags)))
+
+    def log_artifact(self, path: str | Path, folder: str | None = None) -> None:
+        self._queue.append(Artifact(str(Path(path).absolute()), folder))
+
+    def flush(self, timeout: float) -> bool:
+        return self._sender.flush(timeout)
+
+    def close(
+        self, status: Literal["FINISHED", "FAILED", "KILLED"], timeout: float = 30.0
+    ) -> Path | None:
+        if not self._closed:
+            self._queue.append(RunStatus(status, now()))
+        return self._finish(timeout)
+
+    def _finish(self, timeout: float) -> Path | None:
+        """Send what is left; the file that holds what could not be sent."""
+        if self._closed:
+            return self._unsent_path if self._unsent_path.exists() else None
+        self._closed = True
+        try:
+            self._sender.finish(timeout)
+        finally:  # interrupting the wait loses nothing either
+            unsent = self._sender.unsent()
+            if unsent:
+                write_unsent(self._unsent_path, self._sender.destination, unsent)
+                log.warning(
+                    "%d records did not reach MLflow at %s; they are in %s",
+                    len(unsent),
+                    self._sender.destination.uri,
+                    self._unsent_path,
+                )
+            else:
+                self._unsent_path.unlink(missing_ok=True)
+        return self._unsent_path if unsent else None
+
+
+def resend(path: str | Path, timeout: float = 30.0) -> bool:
+    """Send what a run left in its `unsent-tracking.jsonl`; the file goes when all has arrived.
+
+    Raises TrackingError if it is not such a file.
+    """
+    path = Path(path)
+    destination, records = read_unsent(path)
+    return Tracker(destination, path, records)._finish(timeout) is None
+
+
+def resolve_uri(uri: str | None, run_dir: Path) -> str:
+    """The tracking store: `uri`, else MLFLOW_TRACKING_URI, else SQLite beside `run_dir`.
+
+    Raises TrackingError for what MLflow cannot write to, such as a folder of files.
+    """
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if not uri:
+        return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
+    if uri.startswith("file:") or not (":" in uri or uri.startswith("databricks")):
+        raise TrackingError(
+            f"tracking.uri: MLflow no longer writes to folders such as {uri}; use a database "
+            "(sqlite:////absolute/path/mlflow.db) or a server (http://HOST:PORT)"
+        )
+    scheme = uri.partition(":")[0].partition("+")[0]
+    if scheme not in _STORES:
+        raise TrackingError(
+            f"tracking.uri: MLflow knows no stores like {uri}; there are {', '.join(_STORES)}: a "
+            "database (sqlite:////absolute/path/mlflow.db) or a server (http://HOST:PORT)"
+        )
+    database = sqlite_file(uri)
+    # Absolute: another working directory must not mean another database.
+    return uri if database is None else f"sqlite:///{database}"
+
+
+def environment_tags() -> dict[str, str]:
+    """What a run ran with: code version, packages, machine. Imports nothing slow."""
+    tags = {
+        "host": platform.node(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cpu": _cpu_model(),
+        "cpu.cores": str(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
+    }
+    for package in ("torch", "ray", "mlflow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            tags[package] = importlib.metadata.version(package)
+    if shutil.which("nvidia-smi"):
+        gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+        tags["gpus"] = ", ".join(gpus.splitlines())
+    git = ("git", "-C", str(Path(__file__).parent))
+    if commit := _output(*git, "rev-parse", "HEAD"):
+        tags["mlflow.source.git.commit"] = commit
+        changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
+        tags["git.dirty"] = str(bool(changes)).lower()
+    with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
+        tags["mlflow.user"] = getpass.getuser()
+    return {name: value for name, value in tags.items() if value}
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def _output(*command: str) -> str:
+    """What a command prints, '' if it fails."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()

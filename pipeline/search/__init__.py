@@ -1,0 +1,1 @@
+"""Which settings: Ray Tune around the loop."""

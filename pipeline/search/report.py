@@ -1,0 +1,374 @@
+"""What a search has found: a ranked table, an answer in words, best.yaml, and plots.
+
+SEARCH/results.csv, results.parquet    one row per trial, the best first
+SEARCH/best.yaml                       the experiment of the best trial, for `maml train`
+SEARCH/plots/                          PNG
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import with_settings
+from pipeline.runs.files import write_atomically
+from pipeline.search.plots import plot_cost, plot_learning_curves, plot_search
+from pipeline.search.trial import (
+    COMPLETE,
+    FAILED,
+    STOPPED,
+    UNFINISHED,
+    Criterion,
+    Plan,
+    TrialResult,
+)
+
+# The 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom; 1.96 is near enough beyond.
+_T = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+)
+
+_ORDER = "inner.order"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over pairs, and its 95 % confidence interval by Student's t (NaN for one pair)."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """First order against second order, over trials that are equal in all other settings."""
+
+    pairs: int
+    to_the_end: int
+    """Pairs that were compared after their last iteration, the others at the last in common."""
+    metric: Interval
+    """metric(first) − metric(second); of a loss, metric(first) / metric(second): a rate that is too
+    large makes a loss of any size, and a mean of differences would show nothing but that."""
+    cost: Interval
+    """Seconds per update, first / second."""
+    left_out: int
+    """Pairs one of which has no validation."""
+
+
+def ranked(results: Sequence[TrialResult], criterion: Criterion) -> list[TrialResult]:
+    """The best first; those without a value last."""
+    sign = 1 if criterion.mode == "min" else -1
+    return sorted(
+        results,
+        key=lambda r: (
+            math.isnan(r.value),
+            0.0 if math.isnan(r.value) else sign * r.value,
+            r.trial_id,
+        ),
+    )
+
+
+def best_of(results: Sequence[TrialResult], criterion: Criterion) -> TrialResult | None:
+    """The trial with the best value, if any has one."""
+    first = ranked(results, criterion)[:1]
+    return first[0] if first and not math.isnan(first[0].value) else None
+
+
+def learning_curve(plan: Plan, result: TrialResult) -> dict[int, float]:
+    """A trial's validations by iteration, from its folder."""
+    path = plan.trial_dir(result.trial_id) / "metrics.jsonl"
+    key = f"validation/{plan.criterion.metric}_step{result.step}"
+    curve = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # the half of a line that a crash left
+        if key in record:
+            curve[int(record["iteration"])] = float(record[key])
+    return curve
+
+
+def compare_orders(
+    results: Sequence[TrialResult],
+    curves: Mapping[str, Mapping[int, float]],
+    criterion: Criterion,
+) -> Comparison | None:
+    """None where no two trials differ in inner.order alone."""
+    groups: dict[str, dict[str, TrialResult]] = {}
+    for result in results:
+        rest = {path: value for path, value in result.settings.items() if path != _ORDER}
+        if _ORDER in result.settings:
+            key = json.dumps(rest, sort_keys=True)
+            groups.setdefault(key, {})[str(result.settings[_ORDER])] = result
+    pairs = [(g["first"], g["second"]) for g in groups.values() if {"first", "second"} <= set(g)]
+    values, costs, to_the_end = [], [], 0
+    for first, second in pairs:
+        one, other = curves[first.trial_id], curves[second.trial_id]
+        common = [t for t in one if t in other and math.isfinite(one[t] + other[t])]
+        if FAILED in (first.outcome, second.outcome) or not common:
+            continue
+        values.append((one[max(common)], other[max(common)]))
+        speeds = second.tasks_per_second, first.tasks_per_second
+        if min(speeds) > 0:  # not for a trial that was taken up at its end, whose speed is unknown
+            costs.append(speeds[0] / speeds[1])
+        to_the_end += first.outcome == second.outcome == COMPLETE
+    if not pairs:
+        return None
+    if criterion.metric == "loss":
+        metric = _ratio([one / other for one, other in values if one > 0 and other > 0])
+    else:
+        metric = _interval([one - other for one, other in values])
+    return Comparison(
+        len(values), to_the_end, metric, _ratio(costs), left_out=len(pairs) - len(values)
+    )
+
+
+def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
+    """The answer, a sentence or two a line."""
+    criterion, search = plan.criterion, plan.search
+    best = best_of(results, criterion)
+    if best is None:
+        return ["No trial has a result."]
+    label = metric_label(plan.experiment, criterion)
+    lines = [
+        f"Best: {settings_text(best.settings)}. Validation {label} after {_steps(best.step)} is "
+        f"{value_text(criterion, best.value, best.ci95)} (trial {best.trial_id}, {best.outcome}, "
+        f"{best.iteration:,} iterations in {best.seconds:.1f} s)."
+    ]
+    # Not the intervals of the others: one that diverged has an interval in which everything lies.
+    close = [r for r in results if r is not best and abs(r.value - best.value) <= best.ci95]
+    if close:
+        others = "one other trial is" if len(close) == 1 else f"{len(close)} other trials are"
+        lines.append(f"Within this confidence interval {others} as good.")
+    if search.scheduler == "pbt":
+        lines.append("Settings changed in flight; those named are the last ones.")
+    if _ORDER in search.space:
+        curves = {r.trial_id: learning_curve(plan, r) for r in results}
+        lines += _compared_in_words(compare_orders(results, curves, criterion), criterion, label)
+    return lines
+
+
+def _compared_in_words(found: Comparison | None, criterion: Criterion, label: str) -> list[str]:
+    if found is None:
+        return [
+            "First order against second order: no two trials differ in inner.order alone, so there "
+            "is nothing to compare (inner.order: {grid: [second, first]} makes pairs)."
+        ]
+    if not found.pairs:
+        return [
+            f"First order against second order: nothing to compare, none of {found.left_out} pairs "
+            "at equal settings has validations of both."
+        ]
+    pairs = f"{found.pairs} pair{'' if found.pairs == 1 else 's'} at equal settings"
+    pairs += f", {found.to_the_end} of them trained to the end"
+    if found.left_out:
+        pairs += f"; {found.left_out} more without a validation"
+    ratio = criterion.metric == "loss"
+    metric, equal = found.metric, 1.0 if ratio else 0.0
+    scale = 100 if criterion.metric == "accuracy" else 1
+    unit = " points of" if scale == 100 else ""
+    difference = f"{scale * metric.mean:+.3g}{unit} {label}"
+    amount = f"{metric.mean:.3g} times the {label}" if ratio else difference
+    if found.pairs == 1:
+        return [
+            f"First order against second order ({pairs}): {amount}, {found.cost.mean:.2f} times "
+            "the time per update. One pair has no confidence interval."
+        ]
+    if metric.low <= equal <= metric.high:
+        verdict = "no difference that these pairs can show"
+    else:
+        worse = (metric.mean > equal) == (criterion.mode == "min")
+        verdict = "first order is worse" if worse else "first order is better"
+    return [
+        f"First order against second order ({pairs}): {amount} "
+        f"(CI95 {scale * metric.low:.3g} to {scale * metric.high:.3g}): {verdict}.",
+        f"First order takes {found.cost.mean:.2f} times the time per update "
+        f"(CI95 {found.cost.low:.2f} to {found.cost.high:.2f}).",
+    ]
+
+
+def metric_label(experiment: Experiment, criterion: Criterion) -> str:
+    """What the criterion is called for people."""
+    return experiment.build_task().loss_name if criterion.metric == "loss" else criterion.metric
+
+
+def settings_text(settings: Mapping[str, Any]) -> str:
+    """inner.lr=0.0123, inner.steps=5."""
+    return ", ".join(f"{path}={setting_text(value)}" for path, value in settings.items())
+
+
+def value_text(criterion: Criterion, value: float, ci95: float | None = None) -> str:
+    """0.5676 ± 0.12, an accuracy in percent."""
+    scale, unit = (100, " %") if criterion.metric == "accuracy" else (1, "")
+    half = "" if ci95 is None else f" ± {scale * ci95:.2g}"
+    return f"{scale * value:.4g}{half}{unit}"
+
+
+def setting_text(value: Any) -> str:
+    """A value, short."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def best_experiment(plan: Plan, best: TrialResult) -> Experiment:
+    """The experiment of the best trial, as the search's own without the search."""
+    alone = plan.experiment.changed(search=None, run_dir=None)
+    return with_settings(alone, {"name": f"{alone.name}-best", **best.settings})
+
+
+def write_report(
+    plan: Plan, results: Sequence[TrialResult], run_ids: Mapping[str, str]
+) -> list[Path]:
+    """Write the table, best.yaml and the plots; returns the files."""
+    import pandas
+
+    rows = [
+        {
+            "trial": r.trial_id,
+            "outcome": r.outcome,
+            **{path: _cell(value) for path, value in r.settings.items()},
+            f"validation_{plan.criterion.metric}": r.value,
+            "ci95": r.ci95,
+            "adaptation_steps": r.step,
+            "iteration": r.iteration,
+            "seconds": r.seconds,
+            "tasks_per_second": r.tasks_per_second,
+            "mlflow_run_id": run_ids.get(r.trial_id, ""),
+            "failure": r.failure,
+        }
+        for r in ranked(results, plan.criterion)
+    ]
+    table = pandas.DataFrame(rows)
+    table.to_csv(plan.folder / "results.csv", index=False)
+    table.to_parquet(plan.folder / "results.parquet", index=False)
+    written = [plan.folder / "results.csv", plan.folder / "results.parquet"]
+    best = best_of(results, plan.criterion)
+    if best is not None:
+        path = plan.folder / "best.yaml"
+        write_atomically(path, best_experiment(plan, best).to_yaml())
+        written += [path, *write_plots(plan, results)]
+    return written
+
+
+def write_plots(plan: Plan, results: Sequence[TrialResult]) -> list[Path]:
+    """The metric against the inner rate (or the first searched range), learning curves, cost."""
+    label, search = metric_label(plan.experiment, plan.criterion), plan.search
+    metric = f"validation {label}"
+    folder = plan.folder / "plots"
+    shown = [r for r in results if not math.isnan(r.value)]
+    caption = _caption(plan, results)
+    ranges = [path for path, domain in search.space.items() if _is_axis(domain.values)]
+    groups = [path for path in search.space if path in (_ORDER, "inner.steps")]
+    written = []
+    if ranges:
+        path = "inner.lr" if "inner.lr" in ranges else ranges[0]
+        written.append(folder / f"{plan.criterion.metric}_by_{path}.png")
+        plot_search(
+            [
+                {
+                    "x": float(r.settings[path]),
+                    "y": r.value,
+                    "ci95": r.ci95,
+                    "group": settings_text({g: r.settings[g] for g in groups if g != path}),
+                    "complete": r.outcome == COMPLETE,
+                }
+                for r in shown
+            ],
+            written[-1],
+            x_label=path,
+            logarithmic=search.space[path].kind != "uniform",
+            metric=metric,
+            title=f"{plan.experiment.name}: what {path} does",
+            caption=caption,
+        )
+    best = best_of(results, plan.criterion)
+    written += [folder / "learning_curves.png", folder / "cost.png"]
+    plot_learning_curves(
+        [
+            {
+                "curve": learning_curve(plan, r),
+                "group": settings_text({g: r.settings[g] for g in groups}),
+                "complete": r.outcome == COMPLETE,
+                "best": r is best,
+            }
+            for r in shown
+        ],
+        written[-2],
+        metric=metric,
+        title=f"{plan.experiment.name}: learning curves of all trials",
+        caption=caption,
+    )
+    plot_cost(
+        [
+            {
+                "x": r.seconds,
+                "y": r.value,
+                "ci95": r.ci95,
+                "group": settings_text({g: r.settings[g] for g in groups}),
+                "complete": r.outcome == COMPLETE,
+            }
+            for r in shown
+        ],
+        written[-1],
+        metric=metric,
+        title=f"{plan.experiment.name}: what quality costs",
+        caption=caption,
+    )
+    return written
+
+
+def outcomes(results: Sequence[TrialResult]) -> str:
+    """'7 complete, 8 stopped early, 1 failed'."""
+    counts = {o: sum(r.outcome == o for r in results) for o in (COMPLETE, STOPPED, FAILED)}
+    counts[UNFINISHED] = sum(r.outcome == UNFINISHED for r in results)
+    return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
+
+
+def _caption(plan: Plan, results: Sequence[TrialResult]) -> str:
+    tasks = plan.experiment.evaluation.validation_tasks
+    steps = {r.step for r in results if r.step is not None}
+    chosen = _steps(steps.pop()) if len(steps) == 1 else "the adaptation steps trained"
+    return (
+        f"{len(results)} trials: {outcomes(results)}; {tasks} validation tasks, after {chosen}; "
+        "± CI95 over tasks; hollow: not trained to the end"
+    )
+
+
+def _is_axis(values: Sequence[Any]) -> bool:
+    return len(set(map(str, values))) > 1 and all(
+        isinstance(v, int | float) and not isinstance(v, bool) for v in values
+    )
+
+
+def _cell(value: Any) -> Any:
+    """Columns of a table hold numbers and words."""
+    return value if isinstance(value, int | float | str) else json.dumps(value)
+
+
+def _steps(steps: int | None) -> str:
+    return f"{steps} adaptation step{'' if steps == 1 else 's'}"
+
+
+def _interval(values: Sequence[float]) -> Interval:
+    n = len(values)
+    mean = statistics.fmean(values) if values else math.nan
+    if n < 2:
+        return Interval(mean, math.nan, math.nan)
+    quantile = _T[n - 2] if n - 2 < len(_T) else 1.96
+    half = quantile * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half)
+
+
+def _ratio(values: Sequence[float]) -> Interval:
+    """The geometric mean."""
+    found = _interval([math.log(value) for value in values])
+    return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high))

@@ -1,0 +1,250 @@
+"""Ray Tune around `training.loop`: which settings are best, and what they cost.
+
+    SEARCH/search.yaml       the resolved configuration
+    SEARCH/trials/ID/        an ordinary run folder per trial
+    SEARCH/tune/             Ray Tune's own state, from which a search is resumed
+    SEARCH/results.csv ...   see `report`
+
+The driver starts Ray and the MLflow run that all trials are nested in, then only watches: trials
+run in actors of Tune, each with its workers in one placement group (see `trial`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from pipeline.cluster.connection import connect, refuse_or_wait
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import ConfigError, load
+from pipeline.config.search import Search
+from pipeline.evaluation.meta_test import check_tasks
+from pipeline.runs.files import write_atomically
+from pipeline.runs.folder import RunFolderError, check_writable
+from pipeline.runs.mlflow_sender import TrackingError
+from pipeline.runs.tracker import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
+from pipeline.search.report import best_of, in_words, outcomes, ranked, write_report
+from pipeline.search.space import possible_experiments
+from pipeline.search.trial import (
+    UNFINISHED,
+    Criterion,
+    Plan,
+    TrialResult,
+    base_experiment,
+    criterion,
+)
+from pipeline.search.trial_runs import TrialRuns
+from pipeline.search.tune import (
+    ENVIRONMENT,
+    SearchWatcher,
+    algorithm_of,
+    conductor_of,
+    run_trials,
+    scheduler_of,
+    trial_lacks,
+)
+from pipeline.training.endings import Interrupted, Interruption
+from pipeline.training.opening import with_absolute_data
+from pipeline.worker.chunk import ChunkComputer
+
+_CONNECTING = 60.0  # seconds that MLflow has to answer; trials are nested in the search's run
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search has found."""
+
+    plan: Plan
+    trials: list[TrialResult]
+    """The best first."""
+    words: list[str]
+
+    @property
+    def best(self) -> TrialResult | None:
+        return best_of(self.trials, self.plan.criterion)
+
+
+def search(
+    experiment: Experiment,
+    folder: Path,
+    *,
+    resume: bool = False,
+    watcher: SearchWatcher | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> SearchResult:
+    """Try what the experiment's search section says; a trial that fails does not end the search.
+
+    Raises ConfigError, ValueError, RunFolderError, TrackingError for what is wrong before anything
+    is started, and Interrupted.
+    """
+    watcher = watcher or SearchWatcher()
+    experiment = with_absolute_data(experiment)
+    possible = possible_experiments(experiment)
+    assert experiment.search is not None
+    _check_tasks(possible)
+    judged = _criterion(experiment.search, possible)
+    scheduler = scheduler_of(experiment.search, possible)
+    algorithm = algorithm_of(experiment.search, experiment.seed)
+    token = _open_folder(experiment, folder, resume)
+    watcher.starting(experiment, folder)
+    plan = Plan(experiment, folder, token, judged, (os.getcwd(),))
+    with _ray(experiment, possible, watcher.notice), _recorded(plan, watcher) as (tracker, plan):
+        runs = TrialRuns(plan)
+        conductor = conductor_of(plan, watcher, runs, should_stop)
+        stopped = True
+        try:
+            run_trials(plan, scheduler, algorithm, conductor)
+            stopped = should_stop()
+        finally:
+            results = ranked(conductor.results(over=not stopped), judged)
+            for result in results:
+                runs.end(result)
+            runs.close()
+        files = write_report(plan, results, runs.run_ids)
+        words = in_words(plan, results)
+        _record(tracker, plan, results, words, files, runs.run_ids)
+        if stopped:
+            raise Interrupted(f"the search was stopped: {outcomes(results)}")
+    return SearchResult(plan, results, words)
+
+
+def load_search(folder: Path, name_or_path: str) -> Experiment:
+    """The experiment of a search that is to be continued. Raises ConfigError, RunFolderError."""
+    path = folder / "search.yaml"
+    if not path.is_file():
+        raise RunFolderError(f"{folder} is not the folder of a search: it has no search.yaml")
+    before = load(str(path))
+    name = load(name_or_path).name if Path(name_or_path).is_file() else name_or_path
+    if name != before.name:
+        raise ConfigError(str(folder), [f"holds a search of {before.name}, not of {name}"])
+    return before
+
+
+def _check_tasks(experiments: Sequence[Experiment]) -> None:
+    """Every kind of tasks that trials may meet. Raises what `check_tasks` raises."""
+    for experiment in {e.task.model_dump_json(): e for e in experiments}.values():
+        check_tasks(experiment)
+
+
+def _criterion(search: Search, possible: Sequence[Experiment]) -> Criterion:
+    """Raises ValueError if a validation does not have what the search asks for."""
+    computer = ChunkComputer(possible[0].changed(compute={"device": "cpu"}), compile=False)
+    found = criterion(search, possible[0], computer.metric_names())
+    for experiment in possible:
+        steps = {*experiment.report_steps, experiment.selection_step}
+        if found.step_of(experiment) not in steps:
+            raise ValueError(
+                f"search.metric: {search.metric!r}: validations report adaptation steps "
+                f"{', '.join(map(str, sorted(steps)))}; add {found.step} to evaluation.steps"
+            )
+    return found
+
+
+def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
+    """Make or find the folder; returns the name of the search in MLflow. Raises RunFolderError."""
+    path = folder / "search.json"
+    if resume:
+        try:
+            return str(json.loads(path.read_text())["token"])
+        except (OSError, ValueError, KeyError) as error:
+            raise RunFolderError(f"{path} cannot be read: {error}") from None
+    if (folder / "search.yaml").exists() or (folder / "config.yaml").exists():
+        raise RunFolderError(
+            f"run_dir: {folder} already holds results; continue a search with --resume {folder}, "
+            "or choose another folder"
+        )
+    token = uuid.uuid4().hex
+    check_writable(folder)
+    path.write_text(json.dumps({"token": token}))
+    write_atomically(folder / "search.yaml", experiment.to_yaml())
+    return token
+
+
+@contextlib.contextmanager
+def _ray(
+    experiment: Experiment, possible: Sequence[Experiment], notice: Callable[[str], None]
+) -> Iterator[None]:
+    """Ray, running and with room for a trial. Raises ValueError if there is none here."""
+    import ray
+
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    started = connect(experiment, 0)
+    try:
+        missing = max((trial_lacks(base_experiment(e)) for e in possible), key=len)
+        refuse_or_wait(experiment, missing, notice)
+        yield
+    finally:
+        if started:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, Plan]]:
+    """The MLflow run that trials are nested in. Raises TrackingError if MLflow does not answer."""
+    experiment = plan.experiment
+    if not experiment.tracking.enabled:
+        yield NullTracker(), plan
+        return
+    uri = resolve_uri(experiment.tracking.uri, plan.folder)
+    tracker = Tracker.open(
+        uri=uri,
+        experiment=experiment.tracking.experiment,
+        run_name=plan.folder.name,
+        run_dir=plan.folder,
+        params=experiment.flat(),
+        tags={
+            **environment_tags(),
+            "kind": "search",
+            "search": plan.folder.name,
+            "run_dir": str(plan.folder),
+            **experiment.tracking.tags,
+        },
+        token=plan.token,
+    )
+    status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    try:
+        parent = tracker.wait_for_run_id(_CONNECTING)
+        if parent is None:
+            raise TrackingError(
+                f"MLflow at {uri} does not answer, and the trials of a search are nested in its "
+                "run there: start it, or search with tracking.enabled=false"
+            )
+        tracker.log_artifact(plan.folder / "search.yaml")
+        yield tracker, replace(plan, parent_run_id=parent, tracking_uri=uri)
+        status = "FINISHED"
+    except Interruption:
+        status = "KILLED"
+        raise
+    finally:
+        unsent = tracker.close(status)
+        if unsent is not None:
+            watcher.notice(f"MLflow could not be reached; what it missed is in {unsent}")
+
+
+def _record(
+    tracker: RunTracker,
+    plan: Plan,
+    results: Sequence[TrialResult],
+    words: Sequence[str],
+    files: Sequence[Path],
+    run_ids: Mapping[str, str],
+) -> None:
+    """The findings, on the search's own MLflow run."""
+    for path in files:
+        tracker.log_artifact(path, "plots" if path.parent.name == "plots" else None)
+    # Not all at step 0: a search that was stopped and resumed has several.
+    ended = sum(r.outcome != UNFINISHED for r in results)
+    counts = {o: sum(r.outcome == o for r in results) for o in {r.outcome for r in results}}
+    tracker.log_metrics({f"trials/{outcome}": count for outcome, count in counts.items()}, ended)
+    best = best_of(results, plan.criterion)
+    if best is not None:
+        tracker.log_metrics({"best": best.value, "best_ci95": best.ci95}, ended)
+        tags = {"best_trial": best.trial_id, "best_run_id": run_ids.get(best.trial_id, "")}
+        tracker.set_tags({**tags, "answer": " ".join(words)})

@@ -1,0 +1,351 @@
+"""One trial of a search: an ordinary run that tells Ray Tune how its validation went.
+
+    Tune's actor ── run_trial ──▶ open_session, meta_train, as `maml train` ──▶ SEARCH/trials/ID
+                      ▲                 │ every validation: record sent, checkpoint written
+                      └ go on, or stop ◀┘ tune.report(value, iteration, checkpoint)
+
+A trial that is taken up again goes on from its own folder. With population based training, Tune
+hands it the checkpoint of a better trial instead; `opening.inherited` says what it takes from that.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.connection import worker_bundle
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import with_settings
+from pipeline.config.search import Search
+from pipeline.evaluation.meta_test import Curve
+from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState
+from pipeline.search.space import in_flight, settings_of
+from pipeline.training.endings import Interrupted
+from pipeline.training.loop import meta_train, validate
+from pipeline.training.opening import open_session, origin
+from pipeline.training.session import Session, Watcher
+
+WORST = 1e30
+"""Stands for a value that is not finite: schedulers and samplers can sort it."""
+_DELIVERY = 20.0  # seconds that a validation waits for MLflow
+
+
+@dataclass(frozen=True)
+class Criterion:
+    """What trials are ranked by."""
+
+    metric: str
+    step: int | None
+    """Adaptation steps; None: the experiment's `selection_step`."""
+    mode: str
+    """'min' or 'max'."""
+
+    def step_of(self, experiment: Experiment) -> int:
+        """The adaptation steps after which an experiment is judged."""
+        return experiment.selection_step if self.step is None else self.step
+
+    def of(self, curve: Curve, experiment: Experiment) -> tuple[float, float]:
+        """The value of a validation and half the width of its confidence interval."""
+        position = curve.steps.index(self.step_of(experiment))
+        return curve.mean[self.metric][position], curve.ci95[self.metric][position]
+
+    def better(self, one: float, other: float) -> bool:
+        """Whether one value is better than another; nothing is worse than NaN."""
+        if math.isnan(one) or math.isnan(other):
+            return not math.isnan(one)
+        return one < other if self.mode == "min" else one > other
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """How a trial fared."""
+
+    trial_id: str
+    settings: dict[str, Any]
+    """The searched ones, by path."""
+    outcome: str
+    """One of COMPLETE, STOPPED, FAILED, UNFINISHED."""
+    iteration: int
+    value: float
+    """The last validation by the search's criterion; NaN: there is none."""
+    ci95: float
+    step: int | None
+    """Adaptation steps after which it was validated."""
+    seconds: float
+    """Of its meta-updates; starting, compiling and validating aside."""
+    tasks_per_second: float
+    failure: str = ""
+
+
+COMPLETE, STOPPED, FAILED, UNFINISHED = "complete", "stopped early", "failed", "unfinished"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What every trial of a search needs to know; crosses to its process."""
+
+    experiment: Experiment
+    """With its search section; paths absolute."""
+    folder: Path
+    token: str
+    """Names the search in MLflow."""
+    criterion: Criterion
+    import_paths: tuple[str, ...]
+    parent_run_id: str | None = None
+    """The search's MLflow run; None: tracking is off."""
+    tracking_uri: str | None = None
+    """Where that run is: the default of a trial's own folder would be another store."""
+
+    @property
+    def search(self) -> Search:
+        assert self.experiment.search is not None
+        return self.experiment.search
+
+    def result(
+        self, trial_id: str, draw: Mapping[str, Any], last: Mapping[str, Any]
+    ) -> TrialResult:
+        """The result of a trial, from what it last reported; UNFINISHED unless that says more."""
+        settings = settings_of(self.search, draw)
+        iteration, failure = int(last.get("iteration", 0)), str(last.get("failure", ""))
+        iterations = int(settings.get("outer.iterations", self.experiment.outer.iterations))
+        complete = COMPLETE if iteration >= iterations else UNFINISHED
+        return TrialResult(
+            trial_id,
+            settings,
+            outcome=FAILED if failure else complete,
+            iteration=iteration,
+            value=math.nan if failure else float(last.get("value", math.nan)),
+            ci95=math.nan if failure else float(last.get("ci95", math.nan)),
+            step=last.get("step"),
+            seconds=float(last.get("seconds", math.nan)),
+            tasks_per_second=float(last.get("tasks_per_second", math.nan)),
+            failure=failure,
+        )
+
+    def trial_dir(self, trial_id: str) -> Path:
+        """The run folder of a trial."""
+        return self.folder / "trials" / trial_id
+
+    def trial_token(self, trial_id: str) -> str:
+        """By which a trial's MLflow run is found, in whatever process it goes on."""
+        return f"{self.token}-{trial_id}"
+
+
+def base_experiment(experiment: Experiment) -> Experiment:
+    """What trials have in common: no search, and a size that does not depend on the machine.
+
+    Trials are what runs in parallel, so `auto` workers are none. A trial in process has the threads
+    of one worker.
+    """
+    cluster = experiment.cluster
+    workers = 0 if cluster.workers == "auto" else cluster.workers
+    threads = experiment.compute.threads or max(1, int(cluster.cpus_per_worker))
+    return experiment.without_gpu().changed(
+        search=None,
+        compute={"threads": threads},
+        checkpoint={"uri": None},  # one folder cannot hold the checkpoints of several runs
+        cluster={"workers": workers},
+    )
+
+
+def bundles(experiment: Experiment) -> list[dict[str, float]]:
+    """What a trial takes: the first for itself, one more per worker actor."""
+    cluster = experiment.cluster
+    worker = worker_bundle(experiment)
+    if cluster.workers in (0, "auto"):
+        return [{**worker, "CPU": cluster.cpus_per_worker or 1.0}]
+    # The trial itself only waits for its workers; alone, an empty bundle is refused.
+    return [{} if worker else {"CPU": 0.01}, *([worker] * int(cluster.workers))]
+
+
+def trial_experiment(plan: Plan, trial_id: str, settings: Mapping[str, Any]) -> Experiment:
+    """The experiment that a trial runs. Raises ConfigError."""
+    base = plan.experiment.changed(search=None)
+    experiment = base_experiment(with_settings(base, settings))
+    tags = {**experiment.tracking.tags, "search": plan.folder.name, "search.trial": trial_id}
+    if plan.parent_run_id is not None:
+        tags["mlflow.parentRunId"] = plan.parent_run_id
+    uri = plan.tracking_uri or experiment.tracking.uri
+    return experiment.changed(tracking={"tags": tags, "uri": uri})
+
+
+def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
+    """The function that Ray Tune runs in an actor, for one trial after another."""
+    from ray import tune
+
+    sys.path += [path for path in plan.import_paths if path not in sys.path]
+    # A trial that is stopped ends its MLflow run before the actor goes on to the next one.
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
+    trial_id = tune.get_context().get_trial_id()
+    folder = plan.trial_dir(trial_id)
+    watcher = _Reporter(plan, folder)
+    try:
+        experiment = trial_experiment(plan, trial_id, settings_of(plan.search, draw))
+        own, other = _states(experiment, folder, plan.trial_token(trial_id), tune.get_checkpoint())
+        with open_session(
+            experiment,
+            folder,
+            resume=own is not None,
+            watcher=watcher,
+            token=plan.trial_token(trial_id),
+            heir_of=other,
+        ) as session:
+            if session.iteration == experiment.outer.iterations:
+                validate(session)  # it was ended after its last update, before its last report
+            meta_train(session)
+            session.record_plots()
+        watcher.report()
+    except Interrupted:
+        raise SystemExit(0) from None  # what Tune does to a thread that it wants to end
+    except Exception as error:
+        # Not raised: it would happen again, and a new actor takes seconds to start. What Tune
+        # starts again are trials whose process died.
+        watcher.failed(f"{type(error).__name__}: {error}".removeprefix("TrainingFailed: "))
+
+
+def _states(
+    experiment: Experiment, folder: Path, token: str, given: Any
+) -> tuple[TrainingState | None, TrainingState | None]:
+    """The trial's own newest state, and the state of another run that it is to go on from.
+
+    `given` is the checkpoint that Tune hands out. It may be older than what is in the folder, or
+    come from another trial; then it counts once, not after every restart.
+    """
+    store = CheckpointStore.of_run(experiment, folder)
+    try:
+        own = store.latest()
+    except CheckpointError:
+        own = None  # all damaged: there is Tune's copy
+    if given is None:
+        return own, None
+    with given.as_directory() as path:
+        state = CheckpointStore(path, keep=1).latest()
+    if state is None:
+        return own, None
+    if state.extra["tracking_token"] == token:
+        return (own, None) if own and own.iteration >= state.iteration else (None, state)
+    settings = experiment.model_dump(mode="json")
+    taken = own is not None and own.extra.get("ancestor") == origin(state)
+    same = own is not None and all(own.config[s] == settings[s] for s in ("inner", "outer"))
+    return (own, None) if taken and same else (own, state)
+
+
+class _Reporter(Watcher):
+    """Reports validations to Ray Tune, and keeps notices in the trial's folder."""
+
+    def __init__(self, plan: Plan, folder: Path):
+        self._plan, self._folder = plan, folder
+        self._session: Session | None = None
+        self._seconds = 0.0
+        self._updates = 0
+        self._pending: dict[str, Any] | None = None
+
+    def started(self, session: Session) -> None:
+        self._session = session
+
+    def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
+        assert self._session is not None
+        per_batch = self._session.experiment.outer.tasks_per_batch
+        self._seconds += per_batch / metrics["tasks_per_second"]
+        self._updates += 1
+
+    def notice(self, message: str) -> None:
+        with (self._folder / "notices.log").open("a") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {message}\n")
+
+    def validated(self, iteration: int, curve: Curve, best: bool) -> None:
+        session, search = self._session, self._plan.search
+        assert session is not None
+        experiment = session.experiment
+        if search.scheduler == "pbt":
+            flat = experiment.flat()
+            rates = {p: flat[p] for p in in_flight(search) if isinstance(flat[p], int | float)}
+            session.tracker.log_metrics(rates, iteration)
+        value, ci95 = self._plan.criterion.of(curve, experiment)
+        # From the updates seen by this process: a trial that was taken up again has no others.
+        per_update = self._seconds / max(1, self._updates)
+        self._pending = {
+            "value": value if math.isfinite(value) else self._worst(),
+            "ci95": ci95,
+            "step": self._plan.criterion.step_of(experiment),
+            "iteration": iteration,
+            "validations": -(-iteration // experiment.validate_every),
+            "seconds": iteration * per_update,
+            "tasks_per_second": experiment.outer.tasks_per_batch / per_update
+            if per_update
+            else math.nan,
+            "failure": "" if math.isfinite(value) else "the validation is not finite",
+        }
+        if iteration < experiment.outer.iterations:
+            # The last one is reported when all is written: Tune may end the trial at any report.
+            session.save_checkpoint()
+            session.tracker.flush(_DELIVERY)
+            self.report()
+
+    def report(self) -> None:
+        """Tell Tune of the validation, unless it knows. Raises Interrupted to end the trial."""
+        if self._pending is None:
+            return
+        from ray import tune
+
+        checkpoint = tune.Checkpoint.from_directory(str(self._folder / "checkpoints"))
+        metrics, self._pending = self._pending, None
+        try:
+            tune.report(metrics, checkpoint=checkpoint)
+        except SystemExit:
+            raise Interrupted("ended by the search") from None
+
+    def failed(self, message: str) -> None:
+        """Tell Tune that the trial is over without a result."""
+        from ray import tune
+
+        iteration = self._session.iteration if self._session else 0
+        tune.report(
+            {
+                "value": self._worst(),
+                "ci95": math.nan,
+                "iteration": iteration,
+                "validations": iteration,
+                "seconds": self._seconds,
+                "tasks_per_second": 0.0,
+                "failure": message,
+            }
+        )
+
+    def _worst(self) -> float:
+        return WORST if self._plan.criterion.mode == "min" else -WORST
+
+
+def criterion(search: Search, experiment: Experiment, metrics: Sequence[str]) -> Criterion:
+    """What the search ranks by; `metrics` are those that a validation has.
+
+    Raises ValueError naming the setting.
+    """
+    task = experiment.build_task()
+    wanted = search.metric or task.primary_metric
+    name, found, text = wanted.partition("_step")
+    if wanted in metrics:
+        name, found = wanted, ""
+    if name not in metrics or (found and not text.isdigit()):
+        raise ValueError(
+            f"search.metric: {wanted!r} is none that a validation of {experiment.task.kind} tasks "
+            f"has ({', '.join(metrics)}, or one of them after K adaptation steps as "
+            f"{metrics[0]}_step1)"
+        )
+    if name == "loss":
+        mode = "min"
+    elif name == task.primary_metric:
+        mode = "max" if task.higher_is_better else "min"
+    elif name == "accuracy":
+        mode = "max"
+    elif search.mode is None:
+        raise ValueError(f"search.mode: say whether {name} is to be small (min) or large (max)")
+    else:
+        mode = search.mode
+    return Criterion(name, int(text) if found else None, search.mode or mode)

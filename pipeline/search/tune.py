@@ -1,0 +1,247 @@
+"""What Ray Tune is told, and what it tells: scheduler, algorithm, trials, callbacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import signal
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pipeline.cluster.connection import lacking
+from pipeline.config.experiment import Experiment
+from pipeline.config.search import Search
+from pipeline.search.space import draws, in_flight, is_random, settings_of, within
+from pipeline.search.trial import (
+    FAILED,
+    STOPPED,
+    UNFINISHED,
+    Plan,
+    TrialResult,
+    base_experiment,
+    bundles,
+    run_trial,
+    trial_experiment,
+)
+from pipeline.search.trial_runs import TrialRuns
+
+_RESTARTS = 3  # of a trial whose process died
+_STARVING = 120.0  # seconds without a running trial until somebody is told
+
+ENVIRONMENT = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a search that is killed goes on where it was
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the run folders have everything
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the only one that can be silent
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `should_stop` asks, in the way of all commands
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths mean the same everywhere
+}
+"""Of this process, before Ray starts."""
+
+
+class SearchWatcher:
+    """What a person may want to see of a search."""
+
+    def starting(self, experiment: Experiment, folder: Path) -> None:
+        """The preparation begins."""
+
+    def started(self, plan: Plan, trials: int) -> None:
+        """Ray and MLflow are there; `trials` are to come, those that are done included."""
+
+    def progress(self, results: Sequence[TrialResult], running: int) -> None:
+        """Something may have happened; called often. `running` trials run at this moment."""
+
+    def ended(self, result: TrialResult) -> None:
+        """A trial is over."""
+
+    def notice(self, message: str) -> None:
+        """Something out of the ordinary, in words."""
+
+
+def scheduler_of(search: Search, possible: Sequence[Experiment]) -> Any:
+    """Ray Tune's scheduler. Raises ValueError if it refuses `search.scheduler_args`."""
+    from ray.tune import schedulers
+
+    iterations = max(e.outer.iterations for e in possible)
+    every = max(e.validate_every for e in possible)
+    # One more than there are: a trial ends by itself, when all of it is written.
+    asha = {"time_attr": "iteration", "max_t": iterations + 1, "grace_period": 2 * every}
+    # Brackets follow from the number of decisions that a trial can face.
+    hyperband = {"time_attr": "validations", "max_t": -(-iterations // every)}
+    space = draws(search.model_copy(update={"algorithm": "random"}))
+    mutations = {path: space[path] for path in in_flight(search)}
+    mutations = {p: m["grid_search"] if isinstance(m, dict) else m for p, m in mutations.items()}
+    pbt = {
+        "time_attr": "iteration",
+        "perturbation_interval": 2 * every,
+        "hyperparam_mutations": mutations,
+        "custom_explore_fn": lambda draw: within(search, draw),
+    }
+    factory, defaults = {
+        "asha": (schedulers.ASHAScheduler, {**asha, "reduction_factor": 3}),
+        "hyperband": (schedulers.HyperBandScheduler, {**hyperband, "stop_last_trials": False}),
+        "median": (
+            schedulers.MedianStoppingRule,
+            {"time_attr": "iteration", "grace_period": 2 * every},
+        ),
+        "pbt": (schedulers.PopulationBasedTraining, pbt),
+        "none": (schedulers.FIFOScheduler, {}),
+    }[search.scheduler]
+    try:
+        scheduler = factory(**{**defaults, **search.scheduler_args})
+    except (TypeError, ValueError, AssertionError) as error:
+        raise ValueError(
+            f"search.scheduler_args: {factory.__name__} refuses them: {error}"
+        ) from None
+    return scheduler
+
+
+def algorithm_of(search: Search, seed: int) -> Any:
+    """Ray Tune's search algorithm, seeded. Raises ValueError if its package is missing."""
+    if search.algorithm == "tpe":
+        if importlib.util.find_spec("optuna") is None:
+            raise ValueError(
+                "search.algorithm: tpe needs Optuna: pip install 'maml-pipeline[search]'"
+            )
+        import optuna
+        from ray.tune.search.optuna import OptunaSearch
+
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        return OptunaSearch(seed=seed % 2**32)
+    from ray.tune.search.basic_variant import BasicVariantGenerator
+
+    # Each draw meets every point of the grids: trials come in groups that differ in these alone.
+    return BasicVariantGenerator(
+        constant_grid_search=True,
+        random_state=seed % 2**32,
+        max_concurrent=search.max_concurrent or 0,
+    )
+
+
+def trial_lacks(experiment: Experiment) -> str:
+    """What Ray has too little of for a single trial, in words; '' if there is enough."""
+    workers = experiment.cluster.workers
+    who = f"a trial takes {workers} workers of" if workers else "a trial takes"
+    return lacking(who, bundles(experiment))
+
+
+def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> None:
+    """Run or continue the trials.
+
+    `tune.run` and not its wrapper `Tuner`: that pickles callbacks and scheduler, and continues with
+    the pickled ones.
+    """
+    from ray import tune
+
+    for chatty in ("ray.tune", "ray.air", "ray.train"):
+        logging.getLogger(chatty).setLevel(logging.CRITICAL)
+    search = plan.search
+
+    def trial(draw: dict[str, Any]) -> None:
+        run_trial(plan, draw)
+
+    def resources(draw: dict[str, Any]) -> Any:
+        experiment = base_experiment(plan.experiment)
+        if any(path.startswith("cluster.") for path in search.space):
+            experiment = trial_experiment(plan, "", settings_of(search, draw))
+        return tune.PlacementGroupFactory(bundles(experiment))
+
+    begun = any((plan.folder / "tune").glob("experiment_state-*.json"))
+    resumed = tune.ResumeConfig.ResumeType.RESUME
+    analysis = tune.run(
+        tune.with_resources(trial, resources),
+        name="tune",
+        storage_path=str(plan.folder),
+        trial_dirname_creator=lambda trial: trial.trial_id,
+        config=draws(search),
+        num_samples=search.samples if is_random(search) else 1,
+        metric="value",
+        mode=plan.criterion.mode,
+        scheduler=scheduler,
+        search_alg=algorithm,
+        time_budget_s=search.time_budget,
+        # The other algorithm limits itself, and warns where it is told twice.
+        max_concurrent_trials=search.max_concurrent if search.algorithm == "tpe" else None,
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=3),
+        max_failures=_RESTARTS,
+        reuse_actors=True,
+        raise_on_failed_trial=False,
+        resume_config=tune.ResumeConfig(unfinished=resumed, errored=resumed) if begun else None,
+        callbacks=[conductor],
+        verbose=0,
+    )
+    conductor.trials = analysis.trials  # of a search that was over, it has heard nothing
+
+
+def conductor_of(
+    plan: Plan, watcher: SearchWatcher, runs: TrialRuns, should_stop: Callable[[], bool]
+) -> Any:
+    """Ray Tune's callback: tells the watcher and MLflow what happens, and stops when asked to."""
+    from ray import tune
+
+    class Conductor(tune.Callback):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.trials: list[Any] = []
+            self._fed = time.monotonic()
+
+        def results(self, over: bool = False) -> list[TrialResult]:
+            return [result_of(plan, trial, over) for trial in self.trials]
+
+        def setup(
+            self, stop: Any = None, num_samples: Any = None, total_num_samples: int = 0, **_: Any
+        ) -> None:
+            watcher.started(plan, total_num_samples)
+
+        def on_step_end(self, iteration: int, trials: list[Any], **_: Any) -> None:
+            self.trials = trials
+            running = sum(trial.status == "RUNNING" for trial in trials)
+            watcher.progress(self.results(), running)
+            self._complain_of_starvation()
+            if should_stop():
+                _ask_tune_to_stop()
+
+        def on_trial_complete(
+            self, iteration: int, trials: list[Any], trial: Any, **_: Any
+        ) -> None:
+            self._end(result_of(plan, trial, over=True))
+
+        on_trial_error = on_trial_complete
+
+        def _end(self, result: TrialResult) -> None:
+            runs.end(result)
+            watcher.ended(result)
+
+        def _complain_of_starvation(self) -> None:
+            now = time.monotonic()
+            if any(trial.status == "RUNNING" for trial in self.trials):
+                self._fed = now
+            elif now - self._fed > _STARVING:
+                self._fed = now
+                short = trial_lacks(base_experiment(plan.experiment))
+                watcher.notice(short or f"no trial has run for {_STARVING:.0f} s: waiting for room")
+
+    return Conductor()
+
+
+def _ask_tune_to_stop() -> None:
+    """By the signal at which Tune saves its state and ends."""
+    asked = threading.current_thread() is threading.main_thread()
+    if not asked or not callable(signal.getsignal(signal.SIGUSR1)):
+        raise KeyboardInterrupt
+    signal.raise_signal(signal.SIGUSR1)
+
+
+def result_of(plan: Plan, trial: Any, over: bool) -> TrialResult:
+    """What Tune knows of a trial; `over`: what has no end has been ended."""
+    result = plan.result(trial.trial_id, trial.config, trial.last_result or {})
+    if trial.status == "ERROR":
+        error = trial.get_pickled_error()
+        reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "it died"
+        return replace(result, outcome=FAILED, failure=result.failure or reason)
+    if result.outcome == UNFINISHED and (over or trial.status == "TERMINATED"):
+        return replace(result, outcome=STOPPED)
+    return result

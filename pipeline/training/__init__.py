@@ -1,0 +1,1 @@
+"""The driver: meta-gradients of chunks become the next parameters, until done."""

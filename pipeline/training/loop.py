@@ -1,0 +1,189 @@
+"""Meta-training: the loop that reads as the algorithm (paper, Algorithm 1 and 2).
+
+    for every iteration:
+        every chunk of tasks:  sample, adapt (eq. 2), differentiate the query loss    workers
+        mean over the tasks                                                           aggregation
+        θ <- θ − β · meta-gradient (eq. 4)                                            outer_update
+
+The driver is the only one who writes: checkpoints, the run's folder, MLflow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.cluster.group import Round
+from pipeline.config.experiment import Experiment
+from pipeline.evaluation.health import (
+    diagnosis_jobs,
+    health,
+    theta_ran_away,
+    warnings_of,
+    why_not_finite,
+)
+from pipeline.evaluation.meta_test import Curve, Exam, adaptation_curve_of, meta_test
+from pipeline.training.aggregation import Aggregate, aggregate
+from pipeline.training.endings import Diverged, Interrupted
+from pipeline.training.opening import open_session
+from pipeline.training.pretraining import check_pretraining
+from pipeline.training.ray_train import pretrain
+from pipeline.training.session import Session, Watcher
+from pipeline.training.trust_region import Questions, policy_update
+from pipeline.worker.jobs import GradientJob
+
+
+def train(
+    experiment: Experiment,
+    run_dir: Path,
+    *,
+    resume: bool = False,
+    watcher: Watcher | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> list[Curve]:
+    """Meta-train (or pretrain), then meta-test; returns the curves of the meta-test.
+
+    Raises TrainingFailed, Interrupted, and what `open_session` raises.
+    """
+    check_pretraining(experiment)
+    with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
+        if experiment.pretraining is None:
+            meta_train(session, should_stop)
+        else:
+            pretrain(session, should_stop)
+            validate(session)
+            session.save_theta()
+        session.watcher.testing(session.experiment)
+        curves = meta_test(
+            session.workers,
+            session.experiment,
+            session.theta,
+            on_curve=lambda curve: session.watcher.tested(curve),
+        )
+        session.record_test(curves)
+        return curves
+
+
+def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """The loop, to the last iteration; test tasks play no part in it.
+
+    Raises Diverged, Interrupted.
+    """
+    experiment = session.experiment
+    session.save_checkpoint()  # a run can be continued from its first moment on
+    while session.iteration < experiment.outer.iterations:
+        meta_update(session)
+        if session.due(experiment.validate_every):
+            validate(session)
+        if experiment.diagnostics.every and session.due(experiment.diagnostics.every):
+            diagnose(session)
+        if session.due(experiment.checkpoint_every):
+            session.save_checkpoint()
+        if should_stop():
+            session.save_checkpoint()
+            raise Interrupted(f"stopped after iteration {session.iteration}")
+    session.save_theta()
+
+
+def meta_update(session: Session) -> None:
+    """One iteration: t -> t + 1."""
+    began = time.perf_counter()
+    jobs = [GradientJob(session.iteration, chunk) for chunk in range(session.num_chunks)]
+    answers = session.workers.run(session.theta, jobs)
+    answered = time.perf_counter()
+    mean = aggregate(answers.results)
+    aggregated = time.perf_counter()
+    moved = outer_update(session, mean)
+    updated = time.perf_counter()
+    session.iteration += 1
+    _guard(session, mean)
+    session.record(
+        {
+            **{f"train/{name}": value for name, value in mean.metrics.items()},
+            **moved,
+            **_seconds(answers, answered - began),
+            "seconds/aggregating": aggregated - answered,
+            "seconds/updating": updated - aggregated,
+        },
+        began,
+    )
+
+
+def outer_update(session: Session, mean: Aggregate) -> dict[str, float]:
+    """θ_t -> θ_{t+1}; what there is to log of it."""
+    settings = session.experiment.reinforcement
+    if settings is None:
+        lr = session.update.lr
+        return {"meta_gradient_norm": session.update.step(mean.gradient), "outer_lr": lr}
+    collected_by = session.theta.copy()
+    return policy_update(
+        settings,
+        session.update,
+        mean,
+        Questions(
+            session.iteration,
+            session.num_chunks,
+            lambda jobs: session.workers.run(collected_by, jobs).results,
+        ),
+    )
+
+
+def _seconds(answers: Round, elapsed: float) -> dict[str, float]:
+    """Sampling and computing as sums over chunks; waiting is what the busiest worker cannot
+    explain: transfers, scheduling, and chunks that did not divide evenly."""
+    return {
+        "seconds/sampling": sum(result.seconds_sampling for result in answers.results),
+        "seconds/computing": sum(result.seconds_computing for result in answers.results),
+        "seconds/waiting": elapsed - answers.busiest_seconds,
+    }
+
+
+def _guard(session: Session, mean: Aggregate) -> None:
+    """Count updates that were refused because they were not finite; stop when there are many."""
+    if not mean.bad_tasks:
+        session.bad_updates = 0
+        return
+    session.bad_updates += 1
+    per_batch = session.experiment.outer.tasks_per_batch
+    first = (session.iteration - 1) * per_batch
+    tasks = ", ".join(str(first + position) for position in mean.bad_tasks[:8])
+    more = len(mean.bad_tasks) - 8
+    what = (
+        f"iteration {session.iteration - 1}: the meta-gradient is not finite; "
+        f"training tasks {tasks}{f' and {more} more' if more > 0 else ''}"
+    )
+    limit = session.experiment.outer.max_bad_updates
+    if session.bad_updates < limit:
+        session.watcher.notice(f"{what}; the update was not applied")
+        return
+    session.save_checkpoint()
+    first_loss = session.history.first("train/support_loss")
+    if session.experiment.diagnostics.every and not theta_ran_away(mean.metrics, first_loss):
+        diagnose(session)  # the first one may still be to come
+    advice = why_not_finite(session.experiment, mean.metrics, first_loss)
+    raise Diverged(
+        f"{what}. {limit} updates in a row were not finite, so training stopped; none was applied. "
+        f"{advice}"
+    )
+
+
+def validate(session: Session) -> None:
+    """Adapt to validation tasks, and record how that went."""
+    experiment = session.experiment
+    exam = Exam(
+        "validation",
+        experiment.evaluation.validation_tasks,
+        tuple(sorted({*experiment.report_steps, experiment.selection_step})),
+    )
+    curve = adaptation_curve_of(session.workers, experiment, session.theta, exam)
+    chosen = curve.steps.index(experiment.selection_step)
+    session.record_validation(curve, curve.mean[session.metric][chosen])
+
+
+def diagnose(session: Session) -> None:
+    """Look at how the meta-gradient comes about, and warn where that is unhealthy."""
+    jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
+    results = session.workers.run(session.theta, jobs).results
+    metrics = health(session.experiment, session.update.layout, session.theta, results)
+    session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))

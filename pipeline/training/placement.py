@@ -1,0 +1,141 @@
+"""Decides, before a run starts, what the configuration leaves open: compile? how many workers?
+
+Compilation changes the last bits of the results, so it is decided from the configuration alone.
+The number of workers does not (the threads of each do, and are kept when a run is resumed), so it
+is measured.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import NamedTuple
+
+import torch
+
+from pipeline.cluster.connection import cluster_address, connect, worker_bundle
+from pipeline.cluster.group import on_driver, threads_per_chunk
+from pipeline.config.experiment import Experiment
+from pipeline.maml.parameters import FlatVector, flat_vector
+from pipeline.training.trust_region import usual_questions
+from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.jobs import GradientJob, Job
+from pipeline.worker.learner import initial_parameters
+
+_RAY_START_SECONDS = 8.0
+_ROUND_TRIP_SECONDS = 0.004
+# Iterations that are timed at most, and seconds after which no other one is.
+_MEASURED, _LONG_ENOUGH = 4, 10.0
+
+
+class Placement(NamedTuple):
+    """How many actors, and why, in words."""
+
+    workers: int
+    reason: str
+
+
+def decide_compile(experiment: Experiment) -> bool:
+    """`compute.compile`, with auto resolved; the same answer wherever and whenever it is asked."""
+    if experiment.pretraining is not None:
+        return False  # nothing but a few evaluations
+    wanted = experiment.compute.compile
+    if wanted != "auto":
+        return wanted == "always"
+    computer = ChunkComputer(on_driver(experiment), compile=False)
+    return computer.worth_compiling(experiment.outer.iterations * computer.num_chunks)
+
+
+def decide_workers(experiment: Experiment) -> Placement:
+    """`cluster.workers`, with auto resolved by measuring a chunk here, with one thread and all."""
+    cluster = experiment.cluster
+    if experiment.pretraining is not None:
+        return Placement(0, "Ray Train has workers of its own")
+    if cluster.workers != "auto":
+        return Placement(cluster.workers, "as configured")
+    computer = ChunkComputer(on_driver(experiment), compile=False)
+    chunks = computer.num_chunks
+    fitting = room_for_workers(experiment)
+    if _in_cluster(experiment):
+        return Placement(
+            max(1, min(chunks, fitting)),
+            f"the cluster has room for {fitting}, a meta-batch has {chunks} chunks",
+        )
+    workers = min(chunks, fitting)
+    if workers < 2:
+        return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
+    alone, actor = (
+        _iteration_seconds(computer, experiment, threads_per_chunk(experiment, size))
+        for size in (0, workers)
+    )
+    here = chunks * alone.per_chunk
+    actors = -(-chunks // workers) * actor.per_chunk + actor.rounds * _ROUND_TRIP_SECONDS
+    saved = (here - actors) * experiment.outer.iterations
+    measured = (
+        f"an uncompiled iteration takes about {_as_text(here)} in process, "
+        f"{_as_text(actors)} with {workers} actors"
+    )
+    if saved > _RAY_START_SECONDS:
+        return Placement(workers, measured)
+    return Placement(0, f"{measured}: not worth starting Ray")
+
+
+def _as_text(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+class _Measured(NamedTuple):
+    """An iteration's work on one chunk."""
+
+    per_chunk: float
+    """Seconds."""
+    rounds: int
+    """How often the driver asks."""
+
+
+def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads: int) -> _Measured:
+    theta = flat_vector(initial_parameters(experiment))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        found = []
+        began = time.perf_counter()
+        for iteration in range(_MEASURED):  # the first one warms up
+            # Each of other tasks: what is asked again is answered from what was kept.
+            asked: list[tuple[Job, int]] = [(GradientJob(iteration, 0), 1)]
+            if experiment.reinforcement is not None:
+                asked += usual_questions(experiment.reinforcement, iteration, theta)
+            seconds = sum(count * _seconds(computer, theta, job) for job, count in asked)
+            found.append(_Measured(seconds, sum(count for _, count in asked)))
+            if time.perf_counter() - began > _LONG_ENOUGH:
+                break
+        return min(found)
+    finally:
+        torch.set_num_threads(before)
+
+
+def _seconds(computer: ChunkComputer, theta: FlatVector, job: Job) -> float:
+    started = time.perf_counter()
+    computer.run(theta, job)
+    return time.perf_counter() - started
+
+
+def room_for_workers(experiment: Experiment) -> int:
+    """How many actors fit into the Ray cluster or, where there is none, this machine."""
+    import ray
+
+    bundle = worker_bundle(experiment)
+    there = {"CPU": float(os.cpu_count() or 1)}
+    if _in_cluster(experiment):
+        started = connect(experiment, 1)
+        there = ray.cluster_resources()
+        if started:
+            ray.shutdown()
+    return int(
+        min((there.get(k, 0.0) / n for k, n in bundle.items()), default=there.get("CPU", 1.0))
+    )
+
+
+def _in_cluster(experiment: Experiment) -> bool:
+    """Whether what there is must be asked from Ray; it finds GPUs better than we would."""
+    return cluster_address(experiment) is not None or experiment.cluster.gpus_per_worker > 0

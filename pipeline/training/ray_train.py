@@ -1,0 +1,342 @@
+"""Pretraining on the workers of Ray Train, watched and recorded by the driver.
+
+    driver: pretrain ── TorchTrainer.fit, in a thread ──▶ _worker (x N): torch's DDP averages
+       ▲                                                     │           their gradients
+       └── reads the board: records and states ◀── _Board ◀──┘ rank 0, every `report_every` updates
+
+The driver alone writes the run: with every report it keeps the workers' state in its own
+checkpoint, from which a run is continued, by any number of workers. When a worker is lost, Ray
+Train starts all of them again from its own copy of the last state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from pipeline.cluster.connection import connect, lacking, refuse_or_wait, worker_bundle
+from pipeline.config.experiment import Experiment
+from pipeline.maml.parameters import Layout
+from pipeline.training.endings import Diverged, Interrupted, TrainingFailed
+from pipeline.training.placement import room_for_workers
+from pipeline.training.pretraining import Pretrainer, narrowed
+from pipeline.training.session import Session
+from pipeline.worker.learner import compute_device
+
+_POLL = 0.2  # seconds between looks at the board
+_MAX_FAILURES = 3  # lost workers before a run is given up
+_STATE = "state.safetensors"
+
+
+class Report(NamedTuple):
+    """How far the workers are, by rank 0."""
+
+    iteration: int
+    means: dict[str, float]
+    seconds: float
+    state: bytes
+
+
+class Start(NamedTuple):
+    """The workers begin at an iteration, or begin again."""
+
+    iteration: int
+
+
+class Failure(NamedTuple):
+    """What no other attempt would mend."""
+
+    reason: str
+
+
+def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
+    """Pretraining in place of the meta-training loop: ends with θ for new tasks in the session.
+
+    Raises TrainingFailed, Interrupted, and ValueError where workers do not fit the machine.
+    """
+    experiment = session.experiment
+    session.save_checkpoint()
+    if session.iteration < experiment.outer.iterations:
+        workers = number_of_workers(experiment)
+        session.tracker.set_tags({"workers": str(workers)})
+        if workers == 0:
+            _in_process(session, should_stop)
+        else:
+            _by_ray_train(session, workers, should_stop)
+        if session.iteration < experiment.outer.iterations:
+            session.save_checkpoint()
+            raise Interrupted(f"stopped after iteration {session.iteration}")
+    wide = {
+        name.removeprefix("theta."): value
+        for name, value in session.pretraining.items()
+        if name.startswith("theta.")
+    }
+    theta = narrowed(experiment, wide)
+    session.update.replace(Layout.of(session.update.theta).join(theta))
+
+
+def number_of_workers(experiment: Experiment) -> int:
+    """`cluster.workers`, auto being as many as there is room for; no more than there are parts."""
+    settings, cluster = experiment.pretraining, experiment.cluster
+    assert settings is not None
+    auto = cluster.workers == "auto"
+    wanted = max(1, room_for_workers(experiment)) if auto else int(cluster.workers)
+    return min(wanted, -(-settings.batch_size // settings.part_size))
+
+
+def _in_process(session: Session, should_stop: Callable[[], bool]) -> None:
+    experiment = session.experiment
+    trainer = Pretrainer(experiment, compute_device(experiment))
+    _restore(trainer, session.pretraining, session.iteration)
+    while trainer.iteration < experiment.outer.iterations and not should_stop():
+        began = time.perf_counter()
+        means = trainer.run(_next_report(experiment, trainer.iteration), trainer.model)
+        seconds = time.perf_counter() - began
+        _take(session, trainer.iteration, means, seconds, trainer.state())
+
+
+def _next_report(experiment: Experiment, iteration: int) -> int:
+    assert experiment.pretraining is not None
+    every = experiment.pretraining.report_every
+    return min(experiment.outer.iterations, iteration - iteration % every + every)
+
+
+def _restore(trainer: Pretrainer, state: Mapping[str, Tensor], iteration: int) -> None:
+    if state:
+        trainer.restore(dict(state), iteration)
+
+
+def _take(
+    session: Session,
+    iteration: int,
+    means: Mapping[str, float],
+    seconds: float,
+    state: dict[str, Tensor],
+) -> None:
+    """A report, into the run's record and its checkpoint."""
+    updates = iteration - session.iteration
+    if updates <= 0:
+        return  # done again after a worker was lost
+    assert session.experiment.pretraining is not None
+    session.iteration, session.pretraining = iteration, state
+    per_second = updates * session.experiment.pretraining.batch_size / seconds
+    metrics = {f"train/{name}": value for name, value in means.items()}
+    metrics["examples_per_second"] = per_second
+    session.log(metrics)
+    session.watcher.iteration(iteration, metrics)
+    session.save_checkpoint()
+
+
+class _Board:
+    """Where workers, wherever they are, leave reports and learn that they should stop."""
+
+    def __init__(self) -> None:
+        self._news: list[Report | Start | Failure] = []
+        self._stop = False
+        self._decided: dict[int, bool] = {}
+
+    def put(self, news: Report | Start | Failure) -> None:
+        self._news.append(news)
+
+    def take(self) -> list[Report | Start | Failure]:
+        """What is new since the last call."""
+        news, self._news = self._news, []
+        return news
+
+    def request_stop(self) -> None:
+        self._stop = True
+
+    def should_stop(self, iteration: int) -> bool:
+        """The same answer to all workers: those that go on would wait for the others forever."""
+        return self._decided.setdefault(iteration, self._stop)
+
+
+def _by_ray_train(session: Session, workers: int, should_stop: Callable[[], bool]) -> None:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    experiment = session.experiment
+    started = connect(experiment, workers)
+    storage, name = _storage(session), f"pretraining-{uuid.uuid4().hex[:8]}"
+    try:
+        bundles = [worker_bundle(experiment)] * workers
+        missing = lacking(f"pretraining takes {workers} workers of", bundles)
+        refuse_or_wait(experiment, missing, session.watcher.notice)
+        # Beside the driver: another node may be lost.
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
+        fit = _Fit(session, workers, board, storage, name)
+        fit.start()
+        _watch(session, fit, board, should_stop)
+        if fit.error is not None:
+            raise TrainingFailed(
+                f"pretraining ended after iteration {session.iteration}: {_reason(fit.error)}"
+            ) from fit.error
+    finally:
+        if started:
+            ray.shutdown()
+        with contextlib.suppress(OSError):  # Ray's copies have served
+            shutil.rmtree(Path(storage) / name)
+
+
+def _watch(session: Session, fit: _Fit, board: Any, should_stop: Callable[[], bool]) -> None:
+    """Take in reports until Ray Train is done, or is asked to stop and has not even begun."""
+    import ray
+
+    begun, asked, failure = False, False, ""
+    while True:
+        alive = fit.is_alive()
+        for news in ray.get(board.take.remote()):
+            if isinstance(news, Report):
+                state = safetensors.torch.load(news.state)
+                _take(session, news.iteration, news.means, news.seconds, state)
+            elif isinstance(news, Failure):
+                failure = news.reason
+            elif begun:
+                session.watcher.notice(
+                    f"a worker was lost; all go on from iteration {news.iteration}"
+                )
+            begun = True
+        if not alive or (asked and not begun):
+            break
+        if should_stop() and not asked:
+            ray.get(board.request_stop.remote())
+            asked = True
+        fit.join(_POLL)
+    if failure:
+        raise Diverged(failure)
+
+
+class _Fit(threading.Thread):
+    """`TorchTrainer.fit`, which blocks."""
+
+    def __init__(self, session: Session, workers: int, board: Any, storage: str, name: str):
+        super().__init__(name="ray-train", daemon=True)
+        self.error: BaseException | None = None
+        experiment, cluster = session.experiment, session.experiment.cluster
+        state = safetensors.torch.save(session.pretraining) if session.pretraining else b""
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchTrainer
+
+        self._trainer = TorchTrainer(
+            _worker,
+            train_loop_config={
+                "experiment": experiment.without_gpu().model_dump_json(),
+                "board": board,
+                "import_paths": [os.getcwd()],
+                "state": state,
+                "iteration": session.iteration,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=cluster.gpus_per_worker > 0,
+                resources_per_worker=worker_bundle(experiment),
+            ),
+            run_config=RunConfig(
+                name=name,
+                storage_path=storage,
+                failure_config=FailureConfig(max_failures=_MAX_FAILURES),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+
+    def run(self) -> None:
+        try:
+            self._trainer.fit()
+        except BaseException as error:
+            self.error = error
+
+
+def _storage(session: Session) -> str:
+    """Where Ray Train may keep its copies: all nodes must see it."""
+    uri = session.experiment.checkpoint.uri
+    if uri is None:
+        return str(session.run_dir)
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def _worker(config: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    import ray
+    import ray.train
+    import ray.train.torch
+
+    sys.path += [path for path in config["import_paths"] if path not in sys.path]
+    experiment = Experiment.model_validate_json(config["experiment"])
+    torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
+    context = ray.train.get_context()
+    rank, size, board = context.get_world_rank(), context.get_world_size(), config["board"]
+    own_gpu = experiment.cluster.gpus_per_worker > 0
+    device = ray.train.torch.get_device() if own_gpu else compute_device(experiment)
+    trainer = Pretrainer(experiment, device)
+    _restore(trainer, *_newest_state(config))
+    if rank == 0:
+        ray.get(board.put.remote(Start(trainer.iteration)))
+    forward = ray.train.torch.prepare_model(trainer.model, move_to_device=False)
+    while trainer.iteration < experiment.outer.iterations:
+        began = time.perf_counter()
+        try:
+            means = trainer.run(_next_report(experiment, trainer.iteration), forward, rank, size)
+        except Diverged as error:  # all workers meet it in the same update
+            if rank == 0:
+                ray.get(board.put.remote(Failure(str(error))))
+            return
+        means = _summed(means, device) if size > 1 else means
+        seconds = time.perf_counter() - began
+        state = safetensors.torch.save(trainer.state()) if rank == 0 else None
+        _keep_copy(trainer.iteration, state)
+        if state is not None:
+            ray.get(board.put.remote(Report(trainer.iteration, means, seconds, state)))
+        if ray.get(board.should_stop.remote(trainer.iteration)):
+            return
+
+
+def _newest_state(config: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
+    """State and iteration to go on from: Ray Train's copy, else what the run began with."""
+    import ray.train
+
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is None:
+        state = safetensors.torch.load(config["state"]) if config["state"] else {}
+        return state, config["iteration"]
+    with checkpoint.as_directory() as folder:
+        state = safetensors.torch.load_file(Path(folder) / _STATE)
+    return state, checkpoint.get_metadata()["iteration"]
+
+
+def _keep_copy(iteration: int, state: bytes | None) -> None:
+    """Leave Ray Train the state, which rank 0 has; all workers must take part."""
+    import ray.train
+
+    with tempfile.TemporaryDirectory() as folder:
+        copy = None
+        if state is not None:
+            (Path(folder) / _STATE).write_bytes(state)
+            copy = ray.train.Checkpoint.from_directory(folder)
+            copy.set_metadata({"iteration": iteration})
+        ray.train.report({"iteration": iteration}, checkpoint=copy)
+
+
+def _summed(means: dict[str, float], device: torch.device) -> dict[str, float]:
+    """Over all workers."""
+    total = torch.tensor(list(means.values()), device=device)
+    torch.distributed.all_reduce(total)
+    return dict(zip(means, total.tolist(), strict=True))
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

@@ -1,0 +1,219 @@
+"""A run that is open: its workers, its state, its folder, its MLflow record.
+
+`loop` decides what happens when; this file knows where everything goes.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from pipeline.cluster.group import WorkerGroup
+from pipeline.config.experiment import Experiment
+from pipeline.evaluation.meta_test import Curve, write_results
+from pipeline.evaluation.run_report import summary, write_plots
+from pipeline.maml.parameters import FlatVector, Params
+from pipeline.runs.checkpoint import CheckpointStore, TrainingState, save_theta
+from pipeline.runs.folder import History, RunFolderError
+from pipeline.runs.tracker import NullTracker, RunTracker
+from pipeline.training.outer_update import OuterUpdate
+from pipeline.training.placement import decide_compile
+from pipeline.worker.jobs import Cut, tasks_per_chunk
+
+_PRETRAINING = "pretraining."  # names of tensors in a checkpoint
+
+
+class Watcher:
+    """What a person may want to see of a run; the command line overrides it, tests too."""
+
+    def starting(self, experiment: Experiment, run_dir: Path) -> None:
+        """The preparation begins: workers start, programs are compiled."""
+
+    def started(self, session: Session) -> None:
+        """Everything is ready; training begins or goes on."""
+
+    def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
+        """An update was done."""
+
+    def validated(self, iteration: int, curve: Curve, best: bool) -> None:
+        """Validation tasks were evaluated."""
+
+    def testing(self, experiment: Experiment) -> None:
+        """The meta-test begins."""
+
+    def tested(self, curve: Curve) -> None:
+        """One curve of the meta-test."""
+
+    def notice(self, message: str) -> None:
+        """Something out of the ordinary, in words."""
+
+
+class Session:
+    """State of a run between two iterations, and the only writer of its results."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        run_dir: Path,
+        theta: Params,
+        state: TrainingState | None,
+        store: CheckpointStore,
+        watcher: Watcher,
+        token: str | None = None,
+    ):
+        task = experiment.build_task()
+        self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
+        self.update = OuterUpdate(theta, experiment.outer)
+        self.iteration = 0
+        """Completed meta-updates."""
+        self.pretraining: dict[str, Tensor] = {}
+        """State of pretraining, for checkpoints; θ is made of it at the end."""
+        self.bad_updates = 0
+        self.best: dict[str, Any] | None = None
+        self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
+        self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
+        self.num_chunks = Cut(experiment.outer.tasks_per_batch, self.tasks_per_chunk).num_chunks
+        self.workers: WorkerGroup
+        self.tracker: RunTracker = NullTracker()
+        self._store = store
+        self._improved = False
+        self._saved_at = -1
+        self._window: dict[str, float] = {}
+        self._window_length = 0
+        self._seconds_tracking = 0.0
+        self._warned: set[str] = set()
+        self.history = History(run_dir)
+        if state is not None:
+            self._restore(state)
+        # θ as the workers take it: the same memory, so that it is always the current one.
+        self._theta = self.update.flat.numpy()
+        self.compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
+        # Known before MLflow has answered: a run that is killed early is found again by it.
+        known = state.extra.get("tracking_token") if state else None
+        self.tracking_token = str(token or known or uuid.uuid4().hex)
+        self.ancestor = state.extra.get("ancestor") if state else None
+        """Whose state the run began with, `origin` of that state; None: its own."""
+
+    @property
+    def theta(self) -> FlatVector:
+        """θ, flat [D]."""
+        return self._theta
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many iterations happens now; the last counts."""
+        last = self.iteration == self.experiment.outer.iterations
+        return self.iteration % every == 0 or last
+
+    def record(self, metrics: dict[str, float], began: float) -> None:
+        """Take in the metrics of an iteration that began at `began` (time.perf_counter)."""
+        started = time.perf_counter()
+        metrics["tasks_per_second"] = self.experiment.outer.tasks_per_batch / (started - began)
+        metrics["seconds/tracking"] = self._seconds_tracking
+        window = self._window
+        for name, value in metrics.items():
+            window[name] = window.get(name, 0.0) + value
+        self._window_length += 1
+        # A record never spans a checkpoint: a resumed run then has the same ones.
+        if self.due(self.experiment.track_every) or self.due(self.experiment.checkpoint_every):
+            means = {name: total / self._window_length for name, total in window.items()}
+            self._window, self._window_length = {}, 0
+            self.log(means)
+        self.watcher.iteration(self.iteration, metrics)
+        self._seconds_tracking = time.perf_counter() - started
+
+    def record_validation(self, curve: Curve, value: float) -> None:
+        """Take in a validation; `value` is what checkpoints are chosen by."""
+        before = None if self.best is None else self.best["value"]
+        better = bool(np.isfinite(value)) and (
+            before is None or (value > before if self._higher_is_better else value < before)
+        )
+        self.log(curve.by_step("validation/"))
+        if better:
+            self.best = {"iteration": self.iteration, "value": value, "metric": self.metric}
+            self._improved = True
+            self.save_checkpoint()
+        self.watcher.validated(self.iteration, curve, better)
+
+    def record_diagnosis(self, metrics: dict[str, float], warnings: Mapping[str, str]) -> None:
+        """Take in a diagnosis; a warning of a kind is given once."""
+        self.log(metrics)
+        for kind, message in warnings.items():
+            if kind not in self._warned:
+                self._warned.add(kind)
+                self.watcher.notice(f"iteration {self.iteration:,}: {message}")
+
+    def save_checkpoint(self) -> None:
+        """Write the state of this moment, unless it is written already."""
+        if self._saved_at == self.iteration and not self._improved:
+            return
+        self._store.save(
+            TrainingState(
+                iteration=self.iteration,
+                tensors={
+                    **self.update.tensors(),
+                    **{f"{_PRETRAINING}{name}": v for name, v in self.pretraining.items()},
+                },
+                scheduler=self.update.scheduler_state(),
+                best=self.best,
+                bad_updates=self.bad_updates,
+                config=self.experiment.model_dump(mode="json"),
+                mlflow_run_id=self.tracker.run_id,
+                extra={
+                    "compile": self.compile,
+                    "threads": self.experiment.compute.threads,
+                    "tracking_token": self.tracking_token,
+                    "ancestor": self.ancestor,
+                },
+            ),
+            best=self._improved,
+        )
+        # A flag that stayed set would make every later checkpoint the best one.
+        self._improved, self._saved_at = False, self.iteration
+
+    def save_theta(self) -> None:
+        """Write the final parameters."""
+        save_theta(self.run_dir / "theta.safetensors", self.update.theta)
+        self.tracker.log_artifact(self.run_dir / "theta.safetensors")
+
+    def record_test(self, curves: Sequence[Curve]) -> None:
+        """Write and log the meta-test, and the plots with it."""
+        write_results(self.run_dir, curves)
+        for curve in curves:
+            prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
+            self.tracker.log_metrics(curve.by_step(prefix), self.iteration)
+        self.tracker.log_artifact(self.run_dir / "results.json")
+        note = summary(self.experiment, self.update.layout.size, curves)
+        self.tracker.set_tags({"mlflow.note.content": note})
+        self.record_plots(curves)
+
+    def record_plots(self, curves: Sequence[Curve] = ()) -> None:
+        """Draw and log what there is to see."""
+        for plot in write_plots(self.experiment, self.run_dir, self.update.theta, curves):
+            self.tracker.log_artifact(plot, "plots")
+
+    def _restore(self, state: TrainingState) -> None:
+        own, wide = {}, {}
+        for name, value in state.tensors.items():
+            if name.startswith(_PRETRAINING):
+                wide[name.removeprefix(_PRETRAINING)] = value
+            else:
+                own[name] = value
+        self.pretraining = wide
+        try:
+            self.update.restore(own, state.scheduler)
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise RunFolderError(f"{self._store.folder}: {error}") from error
+        self.iteration, self.bad_updates, self.best = state.iteration, state.bad_updates, state.best
+        self._saved_at = state.iteration
+        self.history.forget_after(state.iteration)
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Record metrics of this moment, in metrics.jsonl and in MLflow."""
+        self.history.append(self.iteration, metrics)
+        self.tracker.log_metrics(dict(metrics), self.iteration)

@@ -1,0 +1,206 @@
+"""θ, trajectories of a meta-batch -> the next θ: the outer optimisers of reinforcement learning.
+
+The driver decides, the workers look: each question goes out as one job per chunk, and what comes
+back is summed in the order of the chunks, as meta-gradients are. So the step does not depend on
+how many workers there are.
+
+    trpo      the natural gradient (conjugate gradients on Fisher products), as long as
+              KL ≈ ½ sᵀFs = max_kl allows, cut until the surrogate is better and the KL kept
+              (Schulman et al. 2015; the paper's outer optimiser)
+    promp     several steps of `outer.optimizer` on clipped ratios, with a penalty on moving away
+              from the policies that collected (Rothfuss et al. 2019)
+    gradient  one step of `outer.optimizer`
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from pipeline.config.settings import Reinforcement
+from pipeline.maml.parameters import FlatVector
+from pipeline.training.aggregation import Aggregate, all_finite
+from pipeline.training.outer_update import OuterUpdate
+from pipeline.worker.jobs import CandidateJob, ChunkResult, FisherJob, Job
+
+Vector = npt.NDArray[np.float64]
+Ask = Callable[[Sequence[Job]], Sequence[ChunkResult]]
+"""Runs jobs at the θ that collected the trajectories; answers in the order of the jobs."""
+
+
+class Solution(NamedTuple):
+    """Of A x = b."""
+
+    x: Vector
+    residual: Vector
+    """b − A x, as the recursion knows it."""
+
+
+def conjugate_gradients(
+    product: Callable[[Vector], Vector], b: Vector, iterations: int, tolerance: float = 1e-10
+) -> Solution:
+    """Solve A x = b for a positive definite A that is known by its products (Hestenes & Stiefel
+    1952); stops early where |b − A x|² is below `tolerance`."""
+    x, residual = np.zeros_like(b), b.copy()
+    direction, squared = residual.copy(), float(residual @ residual)
+    for _ in range(iterations):
+        if squared < tolerance:
+            break
+        image = product(direction)
+        curvature = float(direction @ image)
+        if not curvature > 0:  # rounding; or products that are not finite
+            break
+        length = squared / curvature
+        x += length * direction
+        residual -= length * image
+        before, squared = squared, float(residual @ residual)
+        direction = residual + squared / before * direction
+    return Solution(x, residual)
+
+
+class Questions(NamedTuple):
+    """What the driver may ask of the chunks of an iteration, and the answers over all of them."""
+
+    iteration: int
+    num_chunks: int
+    ask: Ask
+
+    def fisher(self, direction: FlatVector) -> Vector:
+        """The Fisher matrix times a direction [D], mean over the tasks."""
+        chunks = range(self.num_chunks)
+        return _mean_gradient(self.ask([FisherJob(self.iteration, c, direction) for c in chunks]))
+
+    def candidate(
+        self, theta: FlatVector, inner_kl_weight: float | None = None
+    ) -> Sequence[ChunkResult]:
+        """What another θ [D] is worth; with a weight, its gradient too."""
+        chunks = range(self.num_chunks)
+        jobs = [CandidateJob(self.iteration, c, theta, inner_kl_weight) for c in chunks]
+        return self.ask(jobs)
+
+
+def usual_questions(
+    settings: Reinforcement, iteration: int, theta: FlatVector
+) -> list[tuple[Job, int]]:
+    """What `trust_region` asks of a chunk and how often, for those who measure; a line search
+    that is content with its first step."""
+    judged = CandidateJob(iteration, 0, theta)
+    if settings.update == "trpo":
+        return [(FisherJob(iteration, 0, theta), settings.cg_iterations), (judged, 1)]
+    if settings.update == "promp":
+        moved = CandidateJob(iteration, 0, theta, settings.inner_kl)
+        return [(moved, settings.outer_steps - 1), (judged, 1)]
+    return [(judged, 1)]
+
+
+def policy_update(
+    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+) -> dict[str, float]:
+    """Move θ, given the mean meta-gradient of the iteration; what there is to log.
+
+    A gradient that is not finite moves nothing.
+    """
+    metrics = {"meta_gradient_norm": float(torch.linalg.vector_norm(mean.gradient))}
+    if settings.update != "trpo":
+        metrics["outer_lr"] = update.lr
+    if all_finite(mean.gradient):
+        step = {"trpo": _trust_region, "promp": _proximal, "gradient": _one_step}[settings.update]
+        metrics |= step(settings, update, mean, questions)
+    update.tick()
+    return metrics
+
+
+def _trust_region(
+    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+) -> dict[str, float]:
+    theta = _now(update)
+    gradient = mean.gradient.double().numpy()
+
+    def fisher(v: Vector) -> Vector:
+        return questions.fisher(v.astype(theta.dtype)) + settings.damping * v
+
+    found = conjugate_gradients(fisher, gradient, settings.cg_iterations)
+    curvature = float(found.x @ (gradient - found.residual))  # xᵀ F x
+    metrics = {
+        "trpo/cg_residual": float(np.linalg.norm(found.residual)),
+        "trpo/kl_before": mean.metrics["query_kl"],
+    }
+    before = mean.metrics["query_loss"]
+    attempts = settings.backtracks if curvature > 0 else 0
+    for attempt in range(attempts):
+        step = math.sqrt(2 * settings.max_kl / curvature) * settings.backtrack**attempt * found.x
+        candidate = (theta - step).astype(theta.dtype)
+        answers = questions.candidate(candidate)
+        loss, kl = (_mean_metric(answers, name) for name in ("surrogate", "kl"))
+        if loss < before and kl <= settings.max_kl:
+            update.replace(torch.from_numpy(candidate))
+            return {
+                **metrics,
+                "trpo/kl_after": kl,
+                "trpo/improvement": before - loss,
+                "trpo/line_search_steps": attempt + 1,
+                "trpo/accepted": 1.0,
+            }
+    return {
+        **metrics,
+        "trpo/kl_after": 0.0,
+        "trpo/improvement": 0.0,
+        "trpo/line_search_steps": attempts,
+        "trpo/accepted": 0.0,
+    }
+
+
+def _one_step(
+    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+) -> dict[str, float]:
+    update.descend(mean.gradient)
+    return _afterwards("gradient", update, mean, questions)
+
+
+def _proximal(
+    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+) -> dict[str, float]:
+    # The first step is from where the trajectories were collected: its gradient is there already.
+    update.descend(mean.gradient)
+    inner_kl = 0.0  # at the θ that collected
+    for _ in range(settings.outer_steps - 1):
+        answers = questions.candidate(_now(update), settings.inner_kl)
+        inner_kl = _mean_metric(answers, "inner_kl")
+        update.descend(torch.from_numpy(_mean_gradient(answers)).to(mean.gradient.dtype))
+    return {**_afterwards("promp", update, mean, questions), "promp/inner_kl": inner_kl}
+
+
+def _afterwards(
+    name: str, update: OuterUpdate, mean: Aggregate, questions: Questions
+) -> dict[str, float]:
+    """What a step was worth that was taken unseen."""
+    answers = questions.candidate(_now(update))
+    return {
+        f"{name}/kl_before": mean.metrics["query_kl"],
+        f"{name}/kl_after": _mean_metric(answers, "kl"),
+        f"{name}/improvement": mean.metrics["query_loss"] - _mean_metric(answers, "surrogate"),
+    }
+
+
+def _now(update: OuterUpdate) -> FlatVector:
+    """θ as it stands; a copy, because it moves on."""
+    now: FlatVector = update.flat.numpy().copy()
+    return now
+
+
+def _mean_gradient(answers: Sequence[ChunkResult]) -> Vector:
+    sums = [answer.gradient for answer in answers if answer.gradient is not None]
+    total = sums[0].astype(np.float64)
+    for part in sums[1:]:
+        total += part
+    return np.asarray(total / sum(answer.num_tasks for answer in answers))
+
+
+def _mean_metric(answers: Sequence[ChunkResult], name: str) -> float:
+    values = np.concatenate([answer.metrics[name] for answer in answers])
+    return float(values.mean(dtype=np.float64))
