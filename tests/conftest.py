@@ -12,6 +12,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+from tests.places import REAL_DATA
+
 # Before Ray and torch are asked: two processes that each start all threads are slower than one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ["RAY_ADDRESS"] = "local"
@@ -121,8 +123,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of the real data sets; tests that need it are skipped where it is missing."""
-    default = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
-    folder = Path(os.environ.get("MAML_TEST_DATA", default))
-    if not (folder / "omniglot" / "images_background.zip").exists():
-        pytest.skip(f"no data sets in {folder} (MAML_TEST_DATA names another folder)")
-    return folder
+    if not (REAL_DATA / "omniglot" / "images_background.zip").exists():
+        pytest.skip(f"no data sets in {REAL_DATA} (MAML_TEST_DATA names another folder)")
+    return REAL_DATA

@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests.places import ROOT
+
 # What commands import, the last three late: for an optimiser, for figures, for the tracking store.
 MODULES = (
     "ray",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
 import subprocess
@@ -17,19 +16,7 @@ import yaml
 
 from pipeline.config.algorithms import PRESETS
 from pipeline.runs.checkpoint import CheckpointStore, load_theta
-from tests.warm import warm
-
-
-def maml(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a folder; standard output is no terminal."""
-    return warm().run(arguments, cwd, {**clean_environment(), **environment}, timeout=200)
-
-
-def clean_environment() -> dict[str, str]:
-    # Starting Ray sets the latter for the process and its children.
-    set_by_libraries = ("MLFLOW_TRACKING_URI", "RAY_AUTH_MODE")
-    env = {k: v for k, v in os.environ.items() if k not in set_by_libraries}
-    return {**env, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)}
+from tests.commands import clean_environment, maml
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from tasks.control import gym
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.random import task_keys
 from tests.conftest import experiment_of
+from tests.places import ROOT
 
 gymnasium: Any = pytest.importorskip("gymnasium", reason="needs the extra mujoco")
 pytest.importorskip("mujoco", reason="needs the extra mujoco")
@@ -289,7 +290,7 @@ def test_what_was_given_back_can_be_acted_in_again() -> None:
 
 
 def test_the_readme_shows_the_example() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     shown = readme.partition("# point_mass.py\n")[2].partition("```")[0]
     assert shown
     assert inspect.getsource(sys.modules[PointMass.__module__]).endswith(shown)

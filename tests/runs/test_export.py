@@ -39,10 +39,10 @@ from pipeline.runs.mlflow_sender import client_class
 from pipeline.runs.predictor import Adapter
 from pipeline.training.loop import train
 from pipeline.worker.task_source import EVALUATION_SEED
+from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
 from tests.ports import free_port
-from tests.test_cli import clean_environment, maml
-from tests.test_readme import README
+from tests.readme import README
 
 pytestmark = pytest.mark.long
 

@@ -30,13 +30,14 @@ from pipeline.cluster.submission import (
 )
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.loop import train
-from tests.cluster import TOKEN, Cluster, running_cluster
+from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
 from tests.helpers import final_theta
+from tests.places import ROOT
 from tests.ports import free_port
-from tests.test_cli import clean_environment, maml
-from tests.test_readme import SHORT, commands
-from tests.test_store_cache import write_tiny
+from tests.ray_cluster import TOKEN, Cluster, running_cluster
+from tests.readme import SHORT, commands
+from tests.tasks.test_store_cache import write_tiny
 
 pytestmark = pytest.mark.long
 
@@ -52,7 +53,7 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture
 def slow(quick: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A training that lasts until it is stopped, with a task of the user's own, in their folder."""
-    shutil.copy(Path(__file__).parent / "helpers.py", tmp_path / "mine.py")
+    shutil.copy(ROOT / "tests" / "helpers.py", tmp_path / "mine.py")
     quick["task"] = {"kind": "mine:SlowSinusoid", "seconds": 0.01}
     quick["outer"]["iterations"] = 100_000
     quick["evaluation"]["every"] = 6

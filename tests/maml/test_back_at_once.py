@@ -20,7 +20,7 @@ from pipeline.maml.parameters import Layout, Params
 from pipeline.maml.update_rules import RuleName, build_rule
 from tasks.base import Examples, TaskBatch
 from tests.helpers import Squares
-from tests.test_algorithms import (
+from tests.maml.test_algorithms import (
     ALPHA,
     STEPS,
     WEIGHTS,

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import os
 import zipfile
 from pathlib import Path
 
@@ -13,10 +12,11 @@ from PIL import Image
 from tasks import omniglot
 from tasks.image_store import StoreError
 from tasks.omniglot import Omniglot, prepare_omniglot
+from tests.places import REAL_DATA
 
-REAL = Path(os.environ.get("MAML_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 real_omniglot = pytest.mark.skipif(
-    not (REAL / "omniglot").is_dir(), reason=f"no Omniglot archives in {REAL} (MAML_TEST_DATA)"
+    not (REAL_DATA / "omniglot").is_dir(),
+    reason=f"no Omniglot archives in {REAL_DATA} (MAML_TEST_DATA)",
 )
 
 
@@ -152,14 +152,14 @@ def test_omniglot_splits_have_the_published_sizes() -> None:
 @real_omniglot
 def test_vinyals_split_is_that_of_the_lists() -> None:
     for file, split in (("train", "train"), ("val", "validation"), ("test", "test")):
-        lines = (REAL / "omniglot" / "splits" / f"vinyals_{file}.txt").read_text().split()
+        lines = (REAL_DATA / "omniglot" / "splits" / f"vinyals_{file}.txt").read_text().split()
         listed = {line.rpartition("/")[0] for line in lines}
         assert {n for n, each in omniglot._vinyals_split().items() if each == split} == listed
 
 
 @real_omniglot
 def test_all_of_omniglot(tmp_path: Path) -> None:
-    store = prepare_omniglot(REAL / "omniglot", tmp_path)
+    store = prepare_omniglot(REAL_DATA / "omniglot", tmp_path)
     assert store.images.shape == (32460, 28, 28, 1)
     assert store.summary()["classes"] == {"train": 1028, "validation": 172, "test": 423}
     assert 0.05 < store.images.mean() / 255 < 0.15  # ink is bright, and rare

@@ -18,7 +18,8 @@ from tasks.glyphs import Glyphs
 from tasks.image_folder import ImageFolder
 from tasks.image_store import ClassImages, StoreError, write_store
 from tasks.store_cache import CACHE, local_root
-from tests.test_cli import maml
+from tests.commands import maml
+from tests.places import ROOT
 
 OPEN = """
 import logging, sys, time
@@ -90,7 +91,7 @@ def test_processes_at_once_fetch_it_once(shared: Path, tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parent.parent)},
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         for number in range(4)
     ]

@@ -11,9 +11,9 @@ import torch
 import yaml
 
 from pipeline.training.loop import train
+from tests.commands import clean_environment
 from tests.conftest import experiment_of
-from tests.test_cli import clean_environment
-from tests.test_training import final_theta
+from tests.training.test_training import final_theta
 
 # In a process of its own: a process can be connected to one Ray only.
 DRIVER = """

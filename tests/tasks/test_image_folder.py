@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -14,10 +13,11 @@ from PIL import Image
 
 from tasks.image_folder import ImageFolder, prepare_images
 from tasks.image_store import ImageStore, StoreError, fixed_order
+from tests.places import REAL_DATA
 
-REAL = Path(os.environ.get("MAML_TEST_DATA", Path(__file__).parents[2] / "shared" / "data"))
 real_grocery = pytest.mark.skipif(
-    not (REAL / "grocery").is_dir(), reason=f"no grocery archive in {REAL} (MAML_TEST_DATA)"
+    not (REAL_DATA / "grocery").is_dir(),
+    reason=f"no grocery archive in {REAL_DATA} (MAML_TEST_DATA)",
 )
 
 
@@ -286,13 +286,13 @@ def test_missing_source_is_named(tmp_path: Path) -> None:
 @real_grocery
 def test_photos_of_groceries(tmp_path: Path) -> None:
     store = prepare_images(
-        REAL / "grocery" / "grocery_32.zip", tmp_path, "grocery", split="0.64/0.16/0.2"
+        REAL_DATA / "grocery" / "grocery_32.zip", tmp_path, "grocery", split="0.64/0.16/0.2"
     )
     assert len(store.classes) == 81
     assert store.images.shape == (5421, 32, 32, 3)
     task = ImageFolder(data_root=str(tmp_path), store="grocery", rotations="per-task")
     assert task.sample(0, "test", np.arange(4)).query.x.shape == (4, 75, 3, 32, 32)
-    with zipfile.ZipFile(REAL / "grocery" / "grocery_32.zip") as archive:
+    with zipfile.ZipFile(REAL_DATA / "grocery" / "grocery_32.zip") as archive:
         kiwi = Image.open(io.BytesIO(archive.read("grocery/Kiwi/0002.png")))
         first = next(each.first for each in store.classes if each.name == "Kiwi")
         np.testing.assert_array_equal(store.images[first + 1], np.asarray(kiwi))

@@ -20,10 +20,10 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 
 from pipeline.cluster.submission import JOB_RUNS
 from pipeline.config.loading import apply_overrides, load
-from tests.test_cli import maml
-from tests.test_readme import blocks
+from tests.commands import maml
+from tests.places import ROOT
+from tests.readme import blocks
 
-ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "cluster.yaml").read_text()
 
 

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tests.commands import clean_environment
 from tests.ports import free_port
-from tests.test_cli import clean_environment
 
 TOKEN = "0123456789abcdef0123456789abcdef"
 

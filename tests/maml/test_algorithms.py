@@ -23,7 +23,7 @@ from pipeline.maml.update_rules import build_rule
 from tasks.base import Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid
-from tests.test_meta_gradient import Images, images
+from tests.maml.test_meta_gradient import Images, images
 
 STEPS, ALPHA = 3, 0.05
 WEIGHTS = (0.2, 0.3, 0.5)

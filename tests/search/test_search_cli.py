@@ -14,7 +14,7 @@ import pandas
 import pytest
 import yaml
 
-from tests.test_cli import clean_environment, maml
+from tests.commands import clean_environment, maml
 
 pytestmark = pytest.mark.long
 

@@ -16,10 +16,10 @@ import pytest
 from pipeline.runs.catalog import find_run
 from pipeline.search.run import search
 from pipeline.training.loop import train
+from tests.commands import clean_environment
 from tests.conftest import experiment_of
 from tests.ports import free_port
-from tests.test_cli import clean_environment
-from tests.test_runs import SETTINGS
+from tests.runs.test_runs import SETTINGS
 
 webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
 from selenium.common.exceptions import WebDriverException  # noqa: E402

@@ -39,7 +39,7 @@ from pipeline.worker.jobs import FOLLOW_UPS, CandidateJob, FisherJob, GradientJo
 from pipeline.worker.learner import initial_parameters
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta
-from tests.test_meta_gradient import Cube
+from tests.maml.test_meta_gradient import Cube
 
 pytestmark = pytest.mark.long
 

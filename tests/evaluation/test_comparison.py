@@ -17,8 +17,8 @@ from pipeline.cli.console import curves_table, out
 from pipeline.config.loading import ConfigError, load_run
 from pipeline.evaluation.comparison import compare_runs, difference
 from pipeline.training.loop import train
+from tests.commands import maml
 from tests.conftest import experiment_of
-from tests.test_cli import maml
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from pipeline.runs.catalog import Run, compare, find_run, list_runs
 from pipeline.runs.mlflow_sender import TrackingError, client_class
 from pipeline.runs.tracker import Tracker
 from pipeline.training.loop import train
+from tests.commands import maml
 from tests.conftest import experiment_of
-from tests.test_cli import maml
 
 SETTINGS: dict[str, Any] = {
     "name": "quick",

@@ -19,8 +19,8 @@ from pipeline.runs.catalog import find_run
 from pipeline.runs.mlflow_sender import client_class
 from pipeline.training.loop import train
 from pipeline.worker.learner import initial_parameters
+from tests.commands import maml
 from tests.conftest import experiment_of
-from tests.test_cli import maml
 
 
 @pytest.fixture(scope="module")

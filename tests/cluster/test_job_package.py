@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.job_package import LIMIT, JobError, files_to_ship, packed
-
-ROOT = Path(__file__).resolve().parent.parent
+from tests.places import ROOT
 
 
 def write(folder: Path, *names: str) -> None:
