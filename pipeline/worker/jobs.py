@@ -1,4 +1,7 @@
-"""How a meta-batch is cut into chunks, what is asked about a chunk, and what comes back."""
+"""Jobs: how a meta-batch is cut into chunks, what a worker is asked to do, and what it returns.
+
+Shapes: B tasks of a job, D meta-parameters.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ Judged = Literal["model", "oracle", "nearest centroid"]
 
 @dataclass(frozen=True)
 class GradientJob:
-    """Compute chunk `chunk` of the meta-batch of `iteration`."""
+    """Compute the meta-gradient of chunk `chunk` of the meta-batch of `iteration`."""
 
     iteration: int
     chunk: int
@@ -24,8 +27,8 @@ class GradientJob:
 
 @dataclass(frozen=True)
 class DiagnosisJob:
-    """Look into the meta-gradient of validation tasks `first` .. `first + count - 1`, as it is
-    computed in `iteration`."""
+    """Diagnose the meta-gradient (`maml.diagnostics`) of validation tasks `first` ..
+    `first + count - 1`, computed as in `iteration`. Supervised tasks have this job."""
 
     iteration: int
     first: int
@@ -34,22 +37,24 @@ class DiagnosisJob:
 
 @dataclass(frozen=True)
 class EvaluationJob:
-    """Adapt to tasks `first` .. `first + count - 1` of a split and report every step of `steps`."""
+    """Adapt to tasks `first` .. `first + count - 1` of a split, and report the metrics of each task
+    after each of `steps` gradient steps (ascending)."""
 
     split: str
     first: int
     count: int
     steps: tuple[int, ...]
     changes: dict[str, Any] = field(default_factory=dict)
-    """Task settings that differ from the experiment's."""
+    """Settings of `task` that differ from the experiment's."""
     judged: Judged = "model"
-    """The task distribution's oracle instead of the model, or a classifier on the model's features
-    that needs no adaptation."""
+    """Who predicts: the model, the task distribution's oracle, or a classifier on the model's
+    features that needs no adaptation."""
 
 
 @dataclass(frozen=True)
 class FisherJob:
-    """Multiply a direction [D] by the Fisher matrix at θ, on the trajectories of a chunk."""
+    """Multiply a direction [D] by the Fisher matrix at θ, on the trajectories of a chunk. Tasks to
+    act in have this job."""
 
     iteration: int
     chunk: int
@@ -58,8 +63,9 @@ class FisherJob:
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """Judge another θ [D] on the trajectories that θ collected for a chunk; with a weight for the
-    inner KL, also its gradient."""
+    """Measure the surrogate loss and the KL of another θ [D] on the trajectories that θ collected
+    for a chunk; with a weight for the inner KL, compute its gradient too. Tasks to act in have this
+    job."""
 
     iteration: int
     chunk: int
@@ -69,29 +75,33 @@ class CandidateJob:
 
 Job = GradientJob | EvaluationJob | DiagnosisJob | FisherJob | CandidateJob
 FOLLOW_UPS = (FisherJob, CandidateJob)
-"""Jobs about trajectories that a gradient job collected."""
+"""Jobs about trajectories that a gradient job collected: the worker that did it has them."""
 
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What comes back for a job."""
+    """What a worker returns for a job; arrays are on the host."""
 
     job: Job
     num_tasks: int
     gradient: FlatVector | None
-    """Sum over the tasks of their meta-gradients or Fisher products, [D]; for a diagnosis of
-    second and first order, [2, D]; None for an evaluation."""
+    """Sum over the tasks of their meta-gradients or Fisher products, [D]; for a diagnosis the sums
+    of second and of first order, [2, D]; None where the job has no gradient."""
     metrics: dict[str, npt.NDArray[Any]]
     """Per task: [steps, B] for an evaluation or a diagnosis, else [B]."""
     seconds_sampling: float
+    """Waiting for the training tasks, or collecting their trajectories; 0 for other jobs."""
     seconds_computing: float
+    """The rest of the job."""
 
 
 class Cut(NamedTuple):
-    """A meta-batch in chunks; the last may have fewer tasks."""
+    """How a meta-batch is cut into chunks."""
 
     per_batch: int
+    """Tasks in a meta-batch."""
     per_chunk: int
+    """Tasks in a chunk; the last chunk may have fewer."""
 
     @property
     def num_chunks(self) -> int:
@@ -104,16 +114,18 @@ class Cut(NamedTuple):
         return self.per_batch % self.per_chunk == 0
 
     def members(self, chunk: int) -> npt.NDArray[np.int64]:
-        """Positions in the meta-batch of a chunk's tasks."""
+        """Positions of a chunk's tasks in the meta-batch, counted from 0, [B]."""
         first = chunk * self.per_chunk
         return np.arange(first, min(first + self.per_chunk, self.per_batch))
 
 
 def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int) -> int:
-    """From the model and the meta-batch alone, so that results do not depend on the workers.
+    """Tasks in a chunk where `outer.tasks_per_chunk` is not set.
 
-    A small model is cheaper in one piece (the cost is in calls, not in arithmetic); a large one is
-    cut in four, so that workers can share the batch and memory stays bounded.
+    It is decided from the model and the meta-batch alone, so that results do not depend on the
+    workers. For a small model the meta-batch is one chunk: its cost is in calls, not in arithmetic.
+    For a large one the meta-batch is cut in four, so that workers can share it and memory stays
+    bounded.
     """
     if num_parameters < 20_000:
         return tasks_per_batch
@@ -127,6 +139,6 @@ def tasks_per_chunk(experiment: Experiment, num_parameters: int) -> int:
 
 
 def in_chunks(experiment: Experiment, num_parameters: int, num_tasks: int) -> list[tuple[int, int]]:
-    """First task and number of tasks of every chunk, where tasks are looked at, not trained on."""
+    """Cut tasks 0 .. num_tasks - 1 of a split into jobs: first task and number of tasks of each."""
     size = tasks_per_chunk(experiment, num_parameters)
     return [(first, min(size, num_tasks - first)) for first in range(0, num_tasks, size)]

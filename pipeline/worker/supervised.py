@@ -1,87 +1,109 @@
-"""Supervised tasks as a worker knows them: support and query sets, sampled whenever it suits."""
+"""Supervised tasks as a worker knows them: support and query sets, which can be sampled ahead."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
-from torch import Tensor, nn
+import numpy as np
+import torch
+from torch import Tensor
 from torch.func import vmap
 
-from pipeline.config.experiment import Experiment
-from pipeline.maml.adaptation import Adaptation
+from pipeline.config.phases import phase_at
+from pipeline.maml.diagnostics import diagnose
 from pipeline.maml.learning_curve import adaptation_curve
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.parameters import Params
 from pipeline.maml.representations import head_inputs, nearest_centroid
-from pipeline.worker.jobs import Cut, Judged
-from pipeline.worker.task_source import EVALUATION_SEED, Indices, Taken, Variants
+from pipeline.worker.jobs import Cut, DiagnosisJob, EvaluationJob, Job
+from pipeline.worker.learner import Learner
+from pipeline.worker.task_source import (
+    EVALUATION_SEED,
+    Answer,
+    Indices,
+    TaskSource,
+    TrainingChunk,
+    Variants,
+)
 from pipeline.worker.task_supply import TaskSupply
 from tasks.base import Examples, Supervised, TaskBatch
 
 
-class SupervisedDomain:
-    """A `Domain`."""
+class SupervisedTasks(TaskSource):
+    """Tasks whose examples are sampled. Their own job is `DiagnosisJob`."""
 
-    def __init__(
-        self,
-        experiment: Experiment,
-        task: Supervised,
-        model: nn.Module,
-        adaptation: Adaptation,
-        alpha: Tensor,
-        cut: Cut,
-    ):
-        """Tasks are computed where `alpha`, the inner rate, is."""
-        self.objective = Objective(model, task)
-        self._kind = experiment.task.kind
+    def __init__(self, learner: Learner, task: Supervised, cut: Cut):
+        super().__init__(learner)
+        experiment, alpha = learner.experiment, learner.alpha
+        self.objective = Objective(learner.model, task)
         self._task, self._variants = task, Variants(experiment, task)
-        self._model, self._adaptation, self._alpha = model, adaptation, alpha
         self._place = partial(TaskBatch.to, device=alpha.device, dtype=alpha.dtype)
         self._supply = TaskSupply(
             task, experiment.seed, cut, experiment.outer.iterations, self._place
         )
-        self.prepare_ahead = self._supply.prepare_ahead
 
-    def take(self, theta: Params, iteration: int, chunk: int) -> Taken:
-        return Taken(self._supply.take(iteration, chunk), {})
+    def training_chunk(self, theta: Params, iteration: int, chunk: int) -> TrainingChunk:
+        return TrainingChunk(self._supply.take(iteration, chunk), {})
+
+    def prepare_ahead(self) -> bool:
+        return self._supply.prepare_ahead()
+
+    def answer(self, theta: Params, job: Job) -> Answer:
+        if isinstance(job, DiagnosisJob):
+            return self._diagnosis(theta, job)
+        return super().answer(theta, job)
 
     def held_out(self, split: str, indices: Indices) -> TaskBatch:
-        """Tasks of a split."""
+        """The validation or test tasks with these indices."""
         return self._place(self._task.sample(EVALUATION_SEED, split, indices))
 
-    def examine(
-        self,
-        theta: Params,
-        split: str,
-        indices: Indices,
-        steps: tuple[int, ...],
-        changes: dict[str, Any],
-        judged: Judged,
-    ) -> dict[str, Tensor]:
-        task = self._variants.of(changes)
-        batch = self._place(task.sample(EVALUATION_SEED, split, indices))
-        if judged == "oracle":
+    def evaluate(self, theta: Params, job: EvaluationJob) -> dict[str, Tensor]:
+        """Raises ValueError where an oracle is asked for and the tasks have none."""
+        task = self._variants.of(job.changes)
+        indices = np.arange(job.first, job.first + job.count)
+        batch = self._place(task.sample(EVALUATION_SEED, job.split, indices))
+        if job.judged == "oracle":
             prediction = task.oracle(batch)
             if prediction is None:
-                raise ValueError(f"evaluation.baselines: {self._kind} tasks have no oracle")
-            return _unadapted(task, batch, prediction, steps)
-        if judged == "nearest centroid":
+                kind = self.learner.experiment.task.kind
+                raise ValueError(f"evaluation.baselines: {kind} tasks have no oracle")
+            return _unadapted(task, batch, prediction, job.steps)
+        if job.judged == "nearest centroid":
             scores = self._nearest_centroids(task, theta, batch)
-            metrics = _unadapted(task, batch, scores, steps)
+            metrics = _unadapted(task, batch, scores, job.steps)
             del metrics["loss"]  # scores are cosines: their cross-entropy says nothing
             return metrics
-        objective = Objective(self._model, task)
-        return adaptation_curve(objective, self._adaptation, theta, batch, self._alpha, steps=steps)
+        learner = self.learner
+        objective = Objective(learner.model, task)
+        return adaptation_curve(
+            objective, learner.adaptation, theta, batch, learner.alpha, steps=job.steps
+        )
+
+    def _diagnosis(self, theta: Params, job: DiagnosisJob) -> Answer:
+        """`diagnostics.diagnose` on validation tasks."""
+        learner = self.learner
+        phase = phase_at(learner.experiment, job.iteration)
+        found = diagnose(
+            self.objective,
+            learner.adaptation,
+            theta,
+            self.held_out("validation", np.arange(job.first, job.first + job.count)),
+            learner.knobs(phase, job.iteration),
+            order="second" if phase.second_order else "first",
+            estimator=learner.experiment.outer.estimator,
+        )
+        if found.second is None or found.first is None:
+            return Answer(job.count, found.metrics)
+        both = torch.stack([learner.layout.join(g) for g in (found.second, found.first)])
+        return Answer(job.count, found.metrics, both)
 
     def _nearest_centroids(self, task: Supervised, theta: Params, batch: TaskBatch) -> Tensor:
         """Scores of every task's queries from the features that the head sees, [B, m, N]."""
-        params = {**self._adaptation.slow(theta, 0), **self._adaptation.start(theta)}
+        adaptation, model = self.learner.adaptation, self.learner.model
+        params = {**adaptation.slow(theta, 0), **adaptation.start(theta)}
 
         def one(support: Examples, query: Examples) -> Tensor:
-            of_support, of_query = (
-                head_inputs(self._model, params, part.x) for part in (support, query)
-            )
+            of_support, of_query = (head_inputs(model, params, part.x) for part in (support, query))
             return nearest_centroid(of_support, support.y, of_query, task.output_size)
 
         return vmap(one)(batch.support, batch.query)

@@ -1,80 +1,129 @@
-"""What a worker knows about its tasks: where their data comes from, how they are judged.
+"""What a worker knows of its tasks: where their data comes from, and which jobs they answer.
 
-`supervised` samples examples; `reinforcement` acts. Everything between - adaptation,
-meta-gradients, chunks, workers, the driver - is the same for both and asks through this interface.
+`supervised` samples examples; `reinforcement` collects trajectories by acting. Everything around
+them - adaptation, meta-gradients, chunks, workers - asks a `TaskSource` and never which kind it is:
+what only one kind has (jobs, compiled functions, work that is done ahead) is owned by that kind,
+and the base class says what happens where a kind has nothing.
 """
 
 from __future__ import annotations
 
 import json
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from abc import ABC, abstractmethod
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
 from pipeline.config.experiment import Experiment
+from pipeline.maml.compilation import Work
 from pipeline.maml.meta_loss import Batch, TaskLoss
 from pipeline.maml.parameters import Params
-from pipeline.worker.jobs import Judged
+from pipeline.rl.rollouts import Collected
+from pipeline.worker.jobs import EvaluationJob, Job
+from pipeline.worker.learner import Learner
 from tasks.base import TaskDistribution
 
 Indices = npt.NDArray[np.int64]
 EVALUATION_SEED = 0
-"""Validation and test tasks are the same for every run, whatever its seed: curves can be paired."""
+"""The seed of validation and test tasks. It is not the run's seed: every run is evaluated on the
+same tasks, so that curves can be compared task by task."""
 
 _Tasks = TypeVar("_Tasks", bound=TaskDistribution)
 
 
-class Taken(NamedTuple):
-    """The tasks of a chunk."""
+class TrainingChunk(NamedTuple):
+    """The data of a chunk of B training tasks."""
 
     batch: Batch
-    facts: dict[str, Tensor]
-    """What collecting them had to say, per task, [B]."""
+    metrics: dict[str, Tensor]
+    """What was measured while the data was collected, per task, [B]; empty for sampled data."""
 
 
-class Domain(Protocol):
-    """Supervised tasks, or tasks to act in."""
+class Answer(NamedTuple):
+    """The answer to a job, on the compute device."""
 
-    @property
-    def objective(self) -> TaskLoss:
-        """The losses of a task."""
-        ...
+    num_tasks: int
+    metrics: dict[str, Tensor]
+    """Shapes as in `jobs.ChunkResult`."""
+    gradient: Tensor | None = None
+    """Shapes as in `jobs.ChunkResult`."""
 
-    def take(self, theta: Params, iteration: int, chunk: int) -> Taken:
-        """The training tasks of a chunk, for this θ."""
-        ...
+
+class TaskSource(ABC):
+    """The tasks of an experiment, as a worker knows them.
+
+    θ is given by name (`Params`), on the compute device. Tensors that are returned are there too.
+    """
+
+    objective: TaskLoss
+    """The losses of a task."""
+    constants: tuple[Any, ...] = ()
+    """What `objective` was built from, besides the task, the model and `inner`: two experiments
+    share a compiled program only where these are equal."""
+
+    def __init__(self, learner: Learner):
+        self.learner = learner
+
+    @abstractmethod
+    def training_chunk(self, theta: Params, iteration: int, chunk: int) -> TrainingChunk:
+        """The training tasks of a chunk; θ matters only where data comes from acting."""
+
+    @abstractmethod
+    def evaluate(self, theta: Params, job: EvaluationJob) -> dict[str, Tensor]:
+        """Metrics of each task after each of `job.steps` steps of adaptation,
+        [len(job.steps), job.count]."""
+
+    def answer(self, theta: Params, job: Job) -> Answer:
+        """Do a job other than the meta-gradient, which is the same for every kind of tasks.
+
+        A kind with jobs of its own overrides this, and leaves the rest to it. Raises ValueError for
+        a job that these tasks do not have.
+        """
+        if isinstance(job, EvaluationJob):
+            return Answer(job.count, self.evaluate(theta, job))
+        raise ValueError(
+            f"{self.learner.experiment.task.kind} tasks are {type(self).__name__}, which do not "
+            f"have the job {type(job).__name__}"
+        )
+
+    def warm_up(self, theta: Params) -> None:  # noqa: B027  # most have nothing to prepare
+        """Compile the functions that belong to this kind of tasks alone.
+
+        Raises ValueError for a model that cannot be trained on these tasks.
+        """
+
+    def works(self, theta: Params, chunks: int) -> list[Work]:
+        """What `chunks` chunks call of the functions that belong to this kind of tasks alone and
+        are worth compiling; none by default."""
+        return []
 
     def prepare_ahead(self) -> bool:
         """Use idle time for the next iteration; False if there is nothing to do."""
-        ...
+        return False
 
-    def examine(
-        self,
-        theta: Params,
-        split: str,
-        indices: Indices,
-        steps: tuple[int, ...],
-        changes: dict[str, Any],
-        judged: Judged,
-    ) -> dict[str, Tensor]:
-        """Metrics of each task after each of `steps`, [len(steps), B].
+    def act_out(self, theta: Params, split: str, indices: Indices, steps: int) -> Collected:
+        """Trajectories in tasks of a split, before and after each of `steps` steps of adaptation.
 
-        `changes` are task settings that differ from the experiment's.
+        Raises ValueError where tasks are not acted in.
         """
-        ...
+        raise ValueError(
+            f"{self.learner.experiment.task.kind} tasks are {type(self).__name__}, in which no "
+            "policy acts"
+        )
 
 
 class Variants(Generic[_Tasks]):
-    """The experiment's tasks with some settings changed; built once."""
+    """An experiment's task distributions with some settings changed; each is built once."""
 
     def __init__(self, experiment: Experiment, task: _Tasks):
+        """`task` is the distribution without changes."""
         self._experiment = experiment
         self._built: dict[str, Any] = {json.dumps({}): task}
 
     def of(self, changes: dict[str, Any]) -> _Tasks:
-        """The tasks with these changes."""
+        """The task distribution with these settings changed."""
         key = json.dumps(changes, sort_keys=True)
         if key not in self._built:
             self._built[key] = self._experiment.build_task(**changes)

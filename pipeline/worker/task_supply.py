@@ -1,4 +1,7 @@
-"""The training tasks of a worker's chunks: sampled in blocks, and ahead of time."""
+"""The training tasks of a worker's chunks: sampled in blocks of iterations, and ahead of time.
+
+Supervised tasks do not depend on θ, so a worker samples the next iteration while it would wait.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ import numpy as np
 from pipeline.worker.jobs import Cut
 from tasks.base import Supervised, TaskBatch
 
-_BLOCK_BYTES = 2**18
-_LONGEST_BLOCK = 64  # iterations that are sampled at once
+_BLOCK_BYTES = 2**18  # of sampled tasks, per block
+_LONGEST_BLOCK = 64  # iterations
 
 
 class _Chunk(NamedTuple):
@@ -20,7 +23,10 @@ class _Chunk(NamedTuple):
 
 
 class TaskSupply:
-    """Training task i of iteration t has the index t·tasks_per_batch + i, whoever samples it."""
+    """Training tasks of a worker.
+
+    Task i of iteration t has the index t·tasks_per_batch + i, so every worker samples the same.
+    """
 
     def __init__(
         self,
@@ -30,7 +36,7 @@ class TaskSupply:
         iterations: int,
         place: Callable[[TaskBatch], TaskBatch],
     ):
-        """`place` brings sampled tasks to where they are computed."""
+        """`seed` is the run's; `place` moves sampled tasks to the compute device and precision."""
         self._task, self._seed = task, seed
         self._cut, self._iterations = cut, iterations
         self._place = place
@@ -39,7 +45,7 @@ class TaskSupply:
         self._prepared: dict[_Chunk, TaskBatch] = {}
 
     def take(self, iteration: int, chunk: int) -> TaskBatch:
-        """The tasks of a chunk: prepared, or sampled now."""
+        """The tasks of a chunk: prepared ones, or else sampled now; each is handed out once."""
         wanted = _Chunk(iteration, chunk)
         if wanted not in self._prepared:
             self._sample(wanted)
@@ -52,8 +58,7 @@ class TaskSupply:
     def prepare_ahead(self) -> bool:
         """Sample one chunk of the next iteration; False if there is none left to sample.
 
-        Supervised tasks do not depend on θ, so a worker does this while the driver aggregates. Its
-        chunks of this iteration are the best guess at those of the next.
+        The chunks that a worker had in this iteration are the best guess at those of the next.
         """
         if not self._to_prepare:
             return False
@@ -64,11 +69,11 @@ class TaskSupply:
         return True
 
     def _sample(self, wanted: _Chunk) -> None:
-        """Prepare the tasks of a chunk - and, where they are so small that a call costs more than
-        its numbers, those of the same chunk in the iterations around it.
+        """Prepare the tasks of a chunk, and those of the same chunk in the rest of its block.
 
-        Blocks of iterations begin at multiples of their length: which tasks are sampled together
-        must not depend on who samples when, or the last bits might.
+        Tasks can be so small that a call to sample them costs more than their numbers; then many
+        iterations are sampled in one call. Blocks begin at multiples of their length: which tasks
+        are sampled together must not depend on who samples when, or the last bits might.
         """
         members = self._cut.members(wanted.chunk)
         length = self._iterations_per_block()
@@ -84,6 +89,7 @@ class TaskSupply:
             self._prepared[_Chunk(start + number, wanted.chunk)] = tasks.select(of_it)
 
     def _iterations_per_block(self) -> int:
+        """As many iterations as fill `_BLOCK_BYTES`, 1 to `_LONGEST_BLOCK`."""
         if self._block is None:
             one = self._task.sample(self._seed, "train", np.arange(1))
             size = self._cut.per_chunk * sum(t.nbytes for examples in one for t in examples)

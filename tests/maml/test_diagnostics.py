@@ -146,7 +146,7 @@ def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
         flat = Layout.of(theta).join(theta).numpy()
         # The tasks of a gradient job in place of the validation tasks.
         batch = computer.program(GradientJob(0, 0))[1]
-        computer._domain.held_out = lambda *a, batch=batch: batch  # type: ignore[method-assign]
+        computer._source.held_out = lambda *a, batch=batch: batch  # type: ignore[method-assign]
         gradients[order] = computer.program(GradientJob(1, 0))[0](
             torch.from_numpy(flat), batch, Knobs(torch.tensor(0.01, dtype=torch.float64))
         )[0]
