@@ -1,4 +1,4 @@
-"""The process that computes chunks for a driver elsewhere: what Ray starts on the nodes."""
+"""The process that Ray starts on a node: it computes chunks for a driver elsewhere."""
 
 from __future__ import annotations
 
@@ -27,14 +27,15 @@ _T = TypeVar("_T")
 class ChunkActor:
     """The Ray actor: a `ChunkComputer` in a process of its own.
 
-    One thread computes, one job after the other; Ray's threads meanwhile carry the answer to the
-    job before and the arguments of the next one.
+    One thread of its own computes, one job after the other. Ray's threads only wait for it, so
+    they can meanwhile send the last answer and receive the arguments of the next job.
     """
 
     def __init__(self, experiment: Experiment, compile: bool, import_paths: list[str]):
-        # A task or model of the user's own is imported as the driver would.
+        """`import_paths` are the folders in which the driver finds a user's own tasks and models;
+        they are added to `sys.path`."""
         sys.path += [path for path in import_paths if path not in sys.path]
-        # Without this, N actors would start N x cores threads.
+        # By default torch starts a thread per core in every actor.
         torch.set_num_threads(threads_per_chunk(experiment, 1))
         self._experiment, self._compile = experiment.without_gpu(), compile
         self._computer: ChunkComputer | None = None
@@ -42,11 +43,14 @@ class ChunkActor:
         threading.Thread(target=self._compute, name="compute", daemon=True).start()
 
     def ready(self) -> tuple[int, list[str]]:
-        """Build and warm up everything; returns the process id, and warnings for the driver."""
+        """Build and warm up the computer; returns the process id, and warnings for the driver.
+
+        Raises what `ChunkComputer` and its `warm_up` raise.
+        """
         return os.getpid(), self._computed(self._build)
 
     def run(self, theta: FlatVector, job: Job) -> ChunkResult:
-        """Compute a job at θ."""
+        """Do a job at θ, a flat vector [D]. Raises what `ChunkComputer.run` raises."""
 
         def work() -> ChunkResult:
             self._build()
@@ -56,15 +60,16 @@ class ChunkActor:
         return self._computed(work)
 
     def _computed(self, work: Callable[[], _T]) -> _T:
-        """What `work` returns or raises on the computing thread."""
+        """Run `work` on the computing thread; returns what it returns, raises what it raises."""
         future: Future[_T] = Future()
         self._work.put((work, future))
         return future.result()
 
     def _compute(self) -> None:
+        """The computing thread: do what is queued; prepare the next iteration when idle."""
         while True:
             try:
-                # The answer to the last job leaves first.
+                # Not idle at once: Ray's threads need the processor to send the last answer.
                 work, future = self._work.get(timeout=_IDLE)
             except Empty:
                 if self._prepared_ahead():
@@ -80,9 +85,10 @@ class ChunkActor:
         try:
             return self._computer is not None and self._computer.prepare_ahead()
         except Exception:
-            return True  # the job itself will meet the error, and report it
+            return True  # the job that needs these tasks will meet the error, and report it
 
     def _build(self) -> list[str]:
+        """Build and warm up the computer unless that is done; returns the warnings given then."""
         if self._computer is not None:
             return []
         warnings = _Warnings()
@@ -98,7 +104,7 @@ class ChunkActor:
 
 
 class _Warnings(logging.Handler):
-    """Collects warnings: what an actor writes to its log nobody reads."""
+    """Collects warnings for the driver to show: nobody reads the log of an actor."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

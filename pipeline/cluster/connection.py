@@ -1,4 +1,4 @@
-"""Which Ray: a running cluster or one of our own; whether it has room."""
+"""Connects to a running Ray cluster or starts Ray on this machine; tells whether it has room."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def cluster_address(experiment: Experiment) -> str | None:
 
 
 def connect(experiment: Experiment, size: int) -> bool:
-    """Make sure that Ray is there; True if it was started here and is ours to stop."""
+    """Connect this process to Ray, for `size` workers. Returns whether it was not connected before,
+    so that the caller must shut Ray down again. Raises WorkersLost where Ray does not start."""
     import ray
 
     if ray.is_initialized():
@@ -43,15 +44,19 @@ def connect(experiment: Experiment, size: int) -> bool:
 
 
 def worker_bundle(experiment: Experiment) -> dict[str, float]:
-    """What a worker takes, as Ray names it."""
+    """The resources of a worker by Ray's names, 'CPU' and 'GPU'; those that it takes none of are
+    left out."""
     cluster = experiment.cluster
     amounts = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     return {kind: amount for kind, amount in amounts.items() if amount}
 
 
 def lacking(who: str, bundles: Sequence[Mapping[str, float]]) -> str:
-    """What Ray has too little of for all bundles at once, whoever uses it now, in words; '' if it
-    has enough. The last bundle is that of a worker; `who` is as "a trial takes 2 workers of"."""
+    """What Ray has too little of for all bundles at once, in words; '' if it has enough.
+
+    Resources that others use now count as there. The last bundle is that of a worker; `who` begins
+    the sentence, as "a trial takes 2 workers of" does.
+    """
     import ray
 
     there = ray.cluster_resources()
@@ -72,7 +77,8 @@ def lacking(who: str, bundles: Sequence[Mapping[str, float]]) -> str:
 
 
 def refuse_or_wait(experiment: Experiment, missing: str, notice: Callable[[str], None]) -> None:
-    """Act on what `lacking` says. Raises ValueError where Ray cannot grow."""
+    """Act on the answer of `lacking`: where something is missing, tell that the run waits for a
+    cluster to grow. Raises ValueError where Ray is this machine alone, which cannot grow."""
     if missing and cluster_address(experiment) is None:
         raise ValueError(missing)
     if missing:
@@ -80,7 +86,7 @@ def refuse_or_wait(experiment: Experiment, missing: str, notice: Callable[[str],
 
 
 def as_text(amounts: Mapping[str, float]) -> str:
-    """Resources in words."""
+    """Resources in words: '1 CPU, 0.5 GPU'."""
     return ", ".join(f"{amount:g} {kind}" for kind, amount in amounts.items())
 
 

@@ -1,7 +1,7 @@
-"""Who runs the jobs of an iteration: the interface of worker groups, and the group without actors.
+"""Who does the jobs of an iteration: the interface of worker groups, and the group in this process.
 
-`ray_group` holds the other group. Both call `ChunkComputer.run` and nothing else, so that local
-and distributed runs share every computation; only the transport differs.
+`ray_group` holds the group of Ray actors. Both call `ChunkComputer.run` and nothing else, so that
+local and distributed runs share every computation; only the transport differs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import ChunkResult, Job
 
 Notice = Callable[[str], None]
-"""Receives a line for a person: a worker died, a chunk was issued again, ..."""
+"""Shows a line to a person: a worker died, a chunk was issued again, ..."""
 
 
 class WorkersLost(Exception):
@@ -33,30 +33,36 @@ class Round(NamedTuple):
 
     results: list[ChunkResult]
     busiest_seconds: float
-    """Sampling and computing of the worker that had most to do: what the driver cannot avoid."""
+    """Seconds of sampling and computing of the worker that had most to do: the least time that the
+    driver had to wait."""
 
 
 class WorkerGroup(Protocol):
-    """Runs jobs, wherever."""
+    """Does jobs, in this process or elsewhere."""
 
     size: int
     """Number of actors; 0 in process."""
 
     def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
-        """Blocks until every job is answered. `theta` is a flat vector [D]."""
+        """Do every job at θ, a flat vector [D], and wait for all answers.
+
+        Raises what `ChunkComputer.run` raises, and WorkersLost.
+        """
         ...
 
     def close(self) -> None:
-        """Give back what was taken."""
+        """End the workers, and give back what they took."""
         ...
 
 
 class InProcess:
-    """The group without actors."""
+    """The group without actors: jobs are done here, one after the other."""
 
     size = 0
 
     def __init__(self, experiment: Experiment, compile: bool, *, warm_up: bool = True):
+        """Sets torch's number of threads until `close`. Without `warm_up` functions are compiled
+        when they are first used. Raises what `ChunkComputer` and its `warm_up` raise."""
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads_per_chunk(experiment, 0))
         self._computer = ChunkComputer(experiment, compile)
@@ -79,14 +85,16 @@ class InProcess:
 
 
 def threads_per_chunk(experiment: Experiment, workers: int) -> int:
-    """Threads that compute a chunk: as configured, one per CPU of an actor, or all cores here."""
+    """Threads that compute a chunk: `compute.threads` where it is set, else one per CPU of an actor
+    (`workers` > 0), or one per core of this machine."""
     if experiment.compute.threads is not None:
         return experiment.compute.threads
     return max(1, int(experiment.cluster.cpus_per_worker)) if workers else os.cpu_count() or 1
 
 
 def on_driver(experiment: Experiment) -> Experiment:
-    """For a head node without GPU, whose actors will have one."""
+    """The experiment as this process computes it: on the CPU where actors will have the GPUs,
+    because the head node of a cluster often has none."""
     if not experiment.cluster.gpus_per_worker:
         return experiment
     return experiment.changed(compute={"device": "cpu"})
@@ -94,10 +102,10 @@ def on_driver(experiment: Experiment) -> Experiment:
 
 @contextlib.contextmanager
 def one_compiler_per_node() -> Iterator[None]:
-    """Let one process of a node compile first; the others then find its work in the cache.
+    """Let one process of a node compile at a time; the others find its work in the cache.
 
-    The lock is the operating system's: it ends with the process that holds it. A courtesy, not a
-    must: after ten minutes (a stopped process?) one compiles all the same.
+    The lock is the operating system's: it ends with the process that holds it. It only saves time:
+    who has waited for ten minutes (the holder may be suspended) compiles all the same.
     """
     lock = FileLock(os.path.join(tempfile.gettempdir(), f"maml-compile-{os.getuid()}.lock"))
     with contextlib.suppress(Timeout):

@@ -1,7 +1,7 @@
-"""What travels with a job: the current folder, as git knows it, packed.
+"""Packs what travels with a job: the files of the current folder that git does not ignore.
 
 Where the folder is not the project itself, the project's packages travel with it, so that a job
-always runs the code that is here; the nodes need only what it imports.
+always runs the code of this machine; the nodes need only the libraries that it imports.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LIMIT = 100 * 2**20
-"""Bytes that the jobs API takes, packed."""
+"""Bytes that the jobs API takes, once packed."""
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("pipeline", "tasks", "tune_configs")
@@ -26,9 +26,10 @@ class JobError(Exception):
 
 @contextlib.contextmanager
 def packed(folder: Path) -> Iterator[Path]:
-    """The folder as a job's working directory, in a temporary zip. Raises JobError.
+    """Pack the folder as a job's working directory; yields the path of a temporary zip.
 
-    The same files give the same bytes: the head then has the package already.
+    The same files give the same bytes, so that the head recognises a package that it has already.
+    Raises JobError where the folder is too large.
     """
     files = files_to_ship(folder)
     sizes = {name: path.stat().st_size for name, path in files.items()}
@@ -39,7 +40,7 @@ def packed(folder: Path) -> Iterator[Path]:
             for name, path in sorted(files.items()):
                 if not fits:
                     break
-                # Its date would make another package of it.
+                # Without the date of the file, which would change the bytes.
                 zipped.writestr(_plain(name), path.read_bytes())
                 fits = file.tell() < LIMIT
         if not fits or package.stat().st_size >= LIMIT:
@@ -54,7 +55,10 @@ def packed(folder: Path) -> Iterator[Path]:
 
 
 def files_to_ship(folder: Path) -> dict[str, Path]:
-    """The files of a job's working directory, by their path in it. Raises JobError."""
+    """The files of a job's working directory, by their path in it.
+
+    Raises JobError where a file would hide one of the project's packages, or git fails.
+    """
     files = {name: folder / name for name in _listed(folder) if (folder / name).is_file()}
     if "pipeline/cli/__main__.py" in files:
         return files
@@ -71,7 +75,11 @@ def files_to_ship(folder: Path) -> dict[str, Path]:
 
 
 def _listed(folder: Path) -> list[str]:
-    """What git knows and does not ignore below the folder; without git, everything."""
+    """Paths of the files below the folder that travel.
+
+    In a repository those that git tracks, and others that neither git ignores nor `_left_out`
+    excludes; elsewhere all that `_left_out` does not exclude. Raises JobError where git fails.
+    """
     if any((above / ".git").exists() for above in (folder, *folder.parents)):
         command = ["git", "ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard"]
         try:
@@ -88,12 +96,14 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _left_out(name: str) -> bool:
+    """Whether a file is data, a run's, or a tool's, and so has no place in a job."""
     parts = Path(name).parts
     hidden = {".git", ".venv", "venv", "__pycache__"}
     return parts[0] in ("data", "runs") or not hidden.isdisjoint(parts)
 
 
 def _plain(name: str) -> zipfile.ZipInfo:
+    """An entry of a zip that depends on nothing but its name."""
     info = zipfile.ZipInfo(name)
     info.compress_type, info.external_attr = zipfile.ZIP_DEFLATED, 0o644 << 16
     return info

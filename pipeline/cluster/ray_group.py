@@ -36,43 +36,56 @@ from pipeline.config.experiment import Experiment
 from pipeline.maml.parameters import FlatVector
 from pipeline.worker.jobs import FOLLOW_UPS, ChunkResult, GradientJob, Job
 
-_TICK = 0.5  # seconds between looks at what is overdue
-_QUIET = 20.0  # seconds without a worker at the start until somebody is told
-_SHORTEST_TIMEOUT = 30.0
-_FIRST_TIMEOUT = 600.0  # while nothing is known of how long a chunk takes
+_TICK = 0.5  # seconds between checks for overdue jobs
+_QUIET = 20.0  # seconds between notices that no worker has started yet
+_SHORTEST_TIMEOUT = 30.0  # seconds
+_FIRST_TIMEOUT = 600.0  # seconds, as long as no chunk has been answered
 _REPLACED_AFTER = 3  # timeouts without an answer
-_PATIENCE = 1200.0  # seconds without any worker: its successor may wait to compile, then compile
+_PATIENCE = 1200.0  # seconds without any worker; a new one may have to compile, and wait for that
 _JOBS_AHEAD = 2  # a worker goes on with its second job while the answer to the first travels
-_MANY = 8  # calls under way, from which on answers are collected together
+_MANY = 8  # with more calls under way, all answers that are there are collected at once
 
 
 @dataclass(eq=False)
 class _Worker:
+    """An actor, as the driver knows it."""
+
     number: int
     handle: Any
+    """Ray's handle of the actor."""
     pid: int | None = None
-    """None until it answered that it is ready."""
+    """Its process id; None until it has answered that it is ready."""
     ready_again: float = 0.0
-    """When to ask a restarting worker next (time.monotonic)."""
+    """When to ask a restarting worker whether it is ready (time.monotonic)."""
     calls: list[_Call] = field(default_factory=list)
-    """What it has been asked and not answered yet, in this order."""
+    """The calls that it has not answered yet, oldest first."""
 
 
 @dataclass(eq=False)
 class _Call:
+    """Something that a worker was asked to do."""
+
     worker: _Worker
     started: float
+    """When the worker could begin with it (time.monotonic)."""
     round: int = -1
-    """-1: the question whether it is ready."""
+    """Number of the `run` that it belongs to; -1 for the question whether the worker is ready."""
     job: int = -1
+    """Position in the jobs of that `run`."""
     what: Job | None = None
     issued_again: bool = False
+    """Whether another worker has been given the same job."""
 
 
 class RayWorkers:
     """A group of Ray actors."""
 
     def __init__(self, experiment: Experiment, compile: bool, size: int, notice: Notice):
+        """Start `size` actors and wait for the first one; the others join when they are ready.
+
+        Raises ValueError where Ray has no room for them and cannot grow, WorkersLost, and what
+        building a worker raises.
+        """
         import ray
 
         self._ray = ray
@@ -86,12 +99,13 @@ class RayWorkers:
         self._lost_since: float | None = None
         self._replaced = 0
         self._looked = 0.0
-        """When it was last checked whether a worker is overdue (time.monotonic)."""
+        """When it was last checked whether a job is overdue (time.monotonic)."""
         self._warned: set[str] = set()
         self._durations: dict[type, deque[float]] = {}
-        """Of the last calls, by kind of job."""
+        """Seconds that the last jobs took, by class of job."""
         self._holders: dict[int, _Worker] = {}
-        """Who acted a chunk out, by its number: others would have to do it again."""
+        """The worker that has the trajectories of a chunk, by its number; any other would have to
+        collect them again before it can answer a follow-up."""
         self._calls: dict[Any, _Call] = {}
         self._actor = ray.remote(ChunkActor).options(
             num_cpus=experiment.cluster.cpus_per_worker,
@@ -135,7 +149,7 @@ class RayWorkers:
         return Round([answers[n] for n in range(len(jobs))], max(busy.values()))
 
     def pids(self) -> list[int]:
-        """Process ids of the workers that are ready."""
+        """Process ids of the workers that are ready, in no order."""
         return [worker.pid for worker in self._workers if worker.pid is not None]
 
     def close(self) -> None:
@@ -154,7 +168,7 @@ class RayWorkers:
         waiting: deque[int],
         answers: dict[int, ChunkResult],
     ) -> None:
-        """Give jobs to the workers that have the fewest, while there are jobs."""
+        """Give waiting jobs to workers: first to those with no job, then to those with one."""
         for load in range(_JOBS_AHEAD):
             for worker in self._workers:
                 if worker.pid is None or len(worker.calls) != load:
@@ -172,7 +186,8 @@ class RayWorkers:
         waiting: deque[int],
         answers: dict[int, ChunkResult],
     ) -> int | None:
-        """The job that a worker is to do next; questions about trajectories go to who has them."""
+        """The job that a worker is to do next, or None; follow-ups go to the worker that has the
+        trajectories, as long as it is there."""
         for job in list(waiting):
             if job in answers:
                 waiting.remove(job)
@@ -185,7 +200,7 @@ class RayWorkers:
         return None if isinstance(jobs[0], FOLLOW_UPS) else self._stolen(worker, answers)
 
     def _stolen(self, thief: _Worker, answers: dict[int, ChunkResult]) -> int | None:
-        """For a worker with nothing to do: a job that waits behind another one elsewhere."""
+        """For a worker with nothing to do: a job that waits behind another job of its worker."""
         if thief.calls:
             return None
         for worker in self._workers:
@@ -201,7 +216,10 @@ class RayWorkers:
         call.worker.calls.append(call)
 
     def _wait(self) -> list[tuple[_Call, ChunkResult | None]]:
-        """Calls that have ended, with the answer or None for one that was lost."""
+        """Wait for calls to end; returns those of jobs, with their answer or None if it was lost.
+
+        Raises WorkersLost, and what a job raised.
+        """
         for worker in self._workers:
             due = worker.pid is None and time.monotonic() >= worker.ready_again
             if due and not worker.calls:
@@ -227,6 +245,8 @@ class RayWorkers:
         return settled
 
     def _answer(self, ref: Any, call: _Call) -> ChunkResult | None:
+        """Take in the end of a call: its answer, or None where there is none - the worker was lost
+        or has only said that it is ready. Raises what the job raised."""
         errors = self._ray.exceptions
         worker = call.worker
         try:
@@ -269,18 +289,20 @@ class RayWorkers:
             self._lost_since = time.monotonic()
 
     def _timeout(self) -> float:
-        """Seconds after which a chunk is overdue; longer after each replacement, so that work which
-        simply takes that long is done in the end."""
+        """Seconds after which a job is overdue. They double with each replacement of a worker, so
+        that work which takes long is done in the end."""
         limit = self._experiment.cluster.chunk_timeout
         if limit is None:
             if not self._durations:
                 return _FIRST_TIMEOUT
-            # The longest kind of job: any may have to collect its trajectories again.
+            # By the class of job that takes longest: any may have to collect trajectories again.
             longest = max(statistics.median(seconds) for seconds in self._durations.values())
             limit = max(_SHORTEST_TIMEOUT, 20 * longest)
         return float(limit * 2**self._replaced)
 
     def _issue_overdue_again(self, waiting: deque[int], answers: dict[int, ChunkResult]) -> None:
+        """Put the jobs of workers that are silent for too long back into `waiting`, and replace
+        those that stay silent."""
         limit, now = self._timeout(), time.monotonic()
         for worker in self._workers:
             calls = [call for call in worker.calls if call.round >= 0]
@@ -317,6 +339,7 @@ class RayWorkers:
                 self._notice(self._waiting_for(now - began))
 
     def _waiting_for(self, seconds: float) -> str:
+        """Why no worker has started after so many seconds, in words."""
         workers = "the worker" if self.size == 1 else f"the first of {self.size} workers"
         if self._had_room:
             work = "import torch and compile" if self._compile else "import torch"
@@ -329,7 +352,8 @@ class RayWorkers:
         )
 
     def _has_room(self) -> bool:
-        """Whether a worker can start at once. Once it does, what it takes is no longer free."""
+        """Whether Ray has room for a worker right now. Only asked before the first one starts,
+        because that one takes the room."""
         if cluster_address(self._experiment) is None:
             return True  # nobody else is there
         if self._ray.util.get_current_placement_group() is not None:

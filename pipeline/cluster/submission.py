@@ -1,4 +1,4 @@
-"""Any `maml` command as a job of a Ray cluster, through the head's jobs API.
+"""Submits any `maml` command as a job of a Ray cluster, through the head's jobs API.
 
     here                                          head                           every node
     ----                                          ----                           ----------
@@ -35,8 +35,10 @@ from tasks.data_root import DATA_ROOT, absolute_root
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 JOB_RUNS = "~/maml-runs"
-"""Where a job's runs are, on the head: its working directory ends with it."""
+"""The folder on the head for a job's runs. Not the job's working directory: Ray deletes that when
+the job ends."""
 INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended."""
 
 _ANSWER = 10.0  # seconds within which a head answers
 _STOP = 60  # seconds that a job has to write a checkpoint before it is killed
@@ -50,7 +52,7 @@ class HeadLost(Exception):
 
 @dataclass(frozen=True)
 class Job:
-    """What a head knows of a job."""
+    """A job, as the head knows it."""
 
     id: str
     status: str
@@ -112,7 +114,8 @@ class Head:
         return _client(self.address, self._headers)
 
     def check_versions(self) -> None:
-        """Raise JobError unless the head has this machine's Ray, and its minor Python version."""
+        """Raise JobError unless the head has this machine's version of Ray, and of Python up to the
+        minor number."""
         import ray
 
         # The head's web server names its Python; a proxy in between may hide it.
@@ -150,7 +153,7 @@ class Head:
         return sorted(found, key=lambda job: job.started or 0.0, reverse=True)
 
     def job(self, name: str) -> Job:
-        """Raises JobError if there is none of this name."""
+        """The job of this name. Raises JobError if there is none."""
         return _job(self._ask(self._client.get_job_info, name))
 
     def logs(self, name: str) -> str:
@@ -158,9 +161,11 @@ class Head:
         return str(self._ask(self._client.get_job_logs, name))
 
     def follow(self, name: str, write: Callable[[str], None]) -> Job:
-        """Hand a job's output to `write` as it comes, from its beginning, until the job has ended.
+        """Hand a job's output to `write` as it comes, from its beginning; returns the job once it
+        has ended.
 
-        Raises JobError, and HeadLost if the head is away for long.
+        Raises JobError, BrokenPipeError where `write` does, and HeadLost if the head does not
+        answer for a minute.
         """
         self.job(name)
         shown = 0
@@ -209,6 +214,7 @@ class Head:
         return job
 
     def _ask(self, request: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+        """Call a method of Ray's client. Raises JobError for all that the client raises."""
         try:
             return request(*arguments, **options)
         except _failures() as error:
@@ -221,7 +227,8 @@ class Head:
 
 
 def default_address() -> str:
-    """The address in Ray's own environment variables, else a head on this machine or a tunnel."""
+    """The dashboard's address in Ray's own environment variables, else port 8265 of this machine: a
+    head here, or a tunnel to one."""
     for variable in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS"):
         address = os.environ.get(variable, "")
         if address.startswith(("http://", "https://")):
@@ -230,14 +237,14 @@ def default_address() -> str:
 
 
 def default_name(arguments: Sequence[str]) -> str:
-    """A name that tells what the job does, and when it was submitted."""
+    """A job's name, from its first words and the time: 'train-sinusoid-20260131-120000'."""
     words = "-".join(word for word in arguments[:2] if not word.startswith("-"))
     words = re.sub(r"[^A-Za-z0-9._-]+", "-", words).strip("._-") or "maml"
     return f"{words}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
 def job_environment(chosen: Mapping[str, str]) -> dict[str, str]:
-    """What a job finds in its environment: what is passed on from here, then what was chosen."""
+    """A job's environment variables: those of this machine that matter to it, then `chosen`."""
     passed = {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP), RUNS: JOB_RUNS}
     if uri := os.environ.get("MLFLOW_TRACKING_URI"):
         passed["MLFLOW_TRACKING_URI"] = uri
@@ -249,7 +256,8 @@ def job_environment(chosen: Mapping[str, str]) -> dict[str, str]:
 def what_to_know(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
 ) -> list[str]:
-    """What a person should hear before a training runs elsewhere, in sentences."""
+    """Where the data, the record and the results of a training will be once it runs elsewhere, as
+    far as that may surprise; in sentences."""
     if arguments[0] not in ("train", "search"):
         return []
     given = {argument.partition("=")[0] for argument in arguments if "=" in argument}
@@ -304,7 +312,8 @@ def _version(address: str, headers: dict[str, str]) -> tuple[int, dict[str, str]
 
 
 def _token(address: str) -> tuple[str, str]:
-    """This machine's token, where Ray looks for it, and the name of that place. Raises JobError."""
+    """This machine's token, and the name of the place where it was found; Ray looks in the same
+    places. Raises JobError where there is none."""
     if os.environ.get("RAY_AUTH_MODE", "").lower() == "disabled":
         raise JobError(
             f"the head at {address} wants a token, but RAY_AUTH_MODE=disabled here: "
