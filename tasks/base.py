@@ -76,6 +76,12 @@ class TaskDistribution(ABC):
     higher_is_better: ClassVar[bool] = False
     loss_name: ClassVar[str] = "loss"
     """What the loss is called in tables and plots."""
+    has_classes: ClassVar[bool] = False
+    """Whether targets are labels 0 .. output_size - 1."""
+
+    def has_oracle(self, split: str) -> bool:
+        """Whether there is an oracle to compare with: somebody who knows the tasks of the split."""
+        return False
 
     def check(self, split: str) -> None:  # noqa: B027  # nothing to check is fine
         """Raise ValueError or an error of the data where tasks of this split cannot be sampled.
@@ -126,6 +132,9 @@ class Supervised(TaskDistribution):
         """Predictions for `batch.query.x` by one who knows the tasks, or None where nobody can."""
         return None
 
+    def has_oracle(self, split: str) -> bool:
+        return self.oracle(self.sample(0, split, np.arange(1))) is not None
+
 
 class Regression(Supervised):
     """Tasks judged by the mean squared error (eq. 5, as a mean: the rate does not depend on K)."""
@@ -147,6 +156,7 @@ class Regression(Supervised):
 class Classification(Supervised):
     """Tasks judged by the mean cross-entropy (eq. 6) and by accuracy."""
 
+    has_classes: ClassVar[bool] = True
     primary_metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
     loss_name: ClassVar[str] = "cross-entropy"

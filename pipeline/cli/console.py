@@ -100,7 +100,7 @@ class ConsoleWatcher(LiveLine, Watcher):
         self._first = 0
         self._per_iteration, self._unit = 0, "tasks/s"
         self._metric, self._metric_name, self._percent = "loss", "loss", False
-        self._shown_metrics: dict[str, str] = {}
+        self._inner_steps = 0
 
     def starting(self, experiment: Experiment, run_dir: Path) -> None:
         out.print(f"{experiment.name} -> {run_dir}", style="bold", markup=False, soft_wrap=True)
@@ -128,12 +128,7 @@ class ConsoleWatcher(LiveLine, Watcher):
         task = experiment.build_task()
         self._metric = task.primary_metric
         self._metric_name, self._percent = metric_label(task, self._metric)
-        self._shown_metrics = dict(_SHOWN)
-        if experiment.reinforcement is not None:
-            steps = experiment.inner.steps
-            self._shown_metrics = {f"train/return_step{steps}": "return after adaptation"}
-            if steps:
-                self._shown_metrics = {"train/return_step0": "return", **self._shown_metrics}
+        self._inner_steps = experiment.inner.steps
         self._total, self._first = experiment.outer.iterations, session.iteration
         if pretraining is None:
             self._per_iteration, self._unit = experiment.outer.tasks_per_batch, "tasks/s"
@@ -150,7 +145,7 @@ class ConsoleWatcher(LiveLine, Watcher):
             f"iteration {iteration:,}/{self._total:,}  "
             + "".join(
                 f"{name} {metrics[key]:.4g}  "
-                for key, name in self._shown_metrics.items()
+                for key, name in _shown(metrics, self._inner_steps).items()
                 if key in metrics
             )
             + f"{per_second * self._per_iteration:,.0f} {self._unit}  "
@@ -169,6 +164,16 @@ class ConsoleWatcher(LiveLine, Watcher):
     def testing(self, experiment: Experiment) -> None:
         self.stop()
         out.print(f"meta-test on {experiment.evaluation.tasks} tasks ...")
+
+
+def _shown(metrics: dict[str, float], inner_steps: int) -> dict[str, str]:
+    """The metrics of an update that the live line shows, and what they are called there: returns
+    where there are any, which say more than the surrogate loss, else losses."""
+    returns = {
+        "train/return_step0": "return",
+        f"train/return_step{inner_steps}": "return after adaptation",
+    }
+    return returns if "train/return_step0" in metrics else _SHOWN
 
 
 def curves_table(task: Any, curves: Sequence[Curve]) -> Table:

@@ -67,7 +67,7 @@ def train(
     `maml config list` shows the shipped experiments, `maml config show NAME` all their settings.
     """
     from pipeline.cli.console import ConsoleWatcher, curves_table, out
-    from pipeline.config.loading import experiments, load, load_to_resume, new_run_dir
+    from pipeline.config.loading import load, load_to_resume, new_run_dir, trained_baseline
     from pipeline.evaluation.health import verdict
     from pipeline.evaluation.run_report import read_diagnoses
     from pipeline.training.loop import train as meta_train
@@ -95,8 +95,7 @@ def train(
         plots = typed(run_dir / "plots" / "health_*.png")
         watcher.say(f"health       {verdict(loaded, diagnoses)}; {plots}")
     watcher.say(f"meta-test    maml evaluate {typed(run_dir)}")
-    baseline = f"{loaded.name}-pretrained"
-    if loaded.reinforcement is not None and baseline in experiments():
+    if baseline := trained_baseline(loaded):
         other = f"maml train {baseline}, then maml compare {typed(run_dir)} OTHER"
         watcher.say(f"baseline     {other}")
     if loaded.tracking.enabled:

@@ -59,6 +59,16 @@ def experiments() -> dict[str, str]:
     }
 
 
+def trained_baseline(experiment: Experiment) -> str | None:
+    """The shipped experiment that trains one policy for all tasks of `experiment`, if there is one.
+
+    None for supervised tasks: their baselines are measured by the meta-test.
+    """
+    # Asked of the configuration, because it is about which experiments are configured.
+    name = f"{experiment.name}-pretrained"
+    return name if experiment.reinforcement is not None and name in experiments() else None
+
+
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a shipped name or a YAML file, with overrides like `inner.lr=0.1`.
 
@@ -213,6 +223,8 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
 
 
 def _is_acted(kind: str) -> bool:
+    """Whether an experiment with these tasks has a section `reinforcement`: here it is decided,
+    before there is an `Experiment` that could be asked."""
     return issubclass(cast(type, resolve("task", kind)), MDPs)
 
 

@@ -39,7 +39,7 @@ from pipeline.maml.representations import (
 )
 from pipeline.worker.learner import adaptation_of, model_of
 from pipeline.worker.task_source import EVALUATION_SEED
-from tasks.base import Classification, Examples, Supervised, TaskBatch, supervised
+from tasks.base import Examples, Supervised, TaskBatch, supervised
 
 FRACTIONS = tuple(round(0.1 * i, 1) for i in range(16))
 """Of the way from θ (0) to θ'_i (1), and beyond."""
@@ -130,7 +130,7 @@ def analyze(
         torch.tensor(experiment.inner.lr, dtype=dtype),
         steps,
         task.primary_metric,
-        task.output_size if isinstance(task, Classification) else 0,
+        task.output_size if task.has_classes else 0,
     )
     found: list[dict[str, npt.NDArray[Any]]] = []
     for first in range(0, num_tasks, _TASKS_AT_ONCE):

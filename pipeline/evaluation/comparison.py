@@ -19,7 +19,7 @@ import numpy.typing as npt
 from pipeline.cluster.group import InProcess
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, load_run
-from pipeline.evaluation.meta_test import Curve, Exam, check_tasks, curve_of, task_by_task
+from pipeline.evaluation.meta_test import Curve, EvaluationSpec, check_tasks, curve_of, task_by_task
 from pipeline.maml.estimates import mean_and_ci95
 from pipeline.maml.parameters import Params, flat_vector
 from pipeline.runs.folder import Which, parameters_of
@@ -83,7 +83,7 @@ def compare_runs(
     ] or [""]
     report = steps or tuple(sorted({step for e in experiments for step in e.report_steps}))
     count = num_tasks or min(e.evaluation.tasks for e in experiments)
-    exams = [Exam(split, count, report, variant) for variant in variants]
+    specs = [EvaluationSpec(split, count, report, variant) for variant in variants]
     thetas = [
         parameters_of(experiment, run_dir, checkpoint)
         for experiment, run_dir in zip(experiments, run_dirs, strict=True)
@@ -91,12 +91,12 @@ def compare_runs(
     for experiment in experiments:
         check_tasks(experiment, (split,))
     _refuse_other_data(names, experiments)
-    measured = [_measured(e, theta, exams) for e, theta in zip(experiments, thetas, strict=True)]
+    measured = [_measured(e, theta, specs) for e, theta in zip(experiments, thetas, strict=True)]
     metric = experiments[0].build_task().primary_metric
     found = []
-    for exam, by_run in zip(exams, zip(*measured, strict=True), strict=True):
+    for spec, by_run in zip(specs, zip(*measured, strict=True), strict=True):
         curves = [
-            curve_of(experiment, by_task, exam, name)
+            curve_of(experiment, by_task, spec, name)
             for experiment, by_task, name in zip(experiments, by_run, names, strict=True)
         ]
         values = [by_task[metric] for by_task in by_run]
@@ -104,7 +104,7 @@ def compare_runs(
             difference(names[j], values[j], names[i], values[i])
             for i, j in combinations(range(len(names)), 2)
         ]
-        found.append(PairedComparison(exam.variant, metric, report, curves, differences))
+        found.append(PairedComparison(spec.variant, metric, report, curves, differences))
     return found
 
 
@@ -118,12 +118,12 @@ def recipes(found: Sequence[PairedComparison]) -> dict[str, list[str]]:
 
 
 def _measured(
-    experiment: Experiment, theta: Params, exams: Sequence[Exam]
+    experiment: Experiment, theta: Params, specs: Sequence[EvaluationSpec]
 ) -> list[dict[str, npt.NDArray[Any]]]:
-    """Metrics of single tasks, exam by exam."""
+    """Metrics of single tasks, spec by spec."""
     flat = flat_vector(theta)
     with InProcess(experiment, compile=False, warm_up=False) as workers:
-        return [task_by_task(workers, experiment, flat, exam) for exam in exams]
+        return [task_by_task(workers, experiment, flat, spec) for spec in specs]
 
 
 def difference(

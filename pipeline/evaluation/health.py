@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -48,9 +49,7 @@ def health(
         else:
             metrics |= {f"{name}_step{s}": float(mean) for s, mean in enumerate(means)}
     if results[0].gradient is not None:
-        both = sum(np.asarray(r.gradient, dtype=np.float64) for r in results)
-        assert isinstance(both, np.ndarray)
-        second, first = both
+        second, first = reduce(np.add, [np.asarray(r.gradient, np.float64) for r in results])
         norms = float(np.linalg.norm(second)), float(np.linalg.norm(first))
         metrics["order_cosine"] = _ratio(float(second @ first), norms[0] * norms[1])
         metrics["order_norm_ratio"] = _ratio(*norms)
@@ -145,16 +144,11 @@ def theta_ran_away(metrics: Mapping[str, float], first_loss: float | None) -> bo
 def why_not_finite(
     experiment: Experiment, metrics: Mapping[str, float], first_loss: float | None
 ) -> str:
-    """What to change where meta-gradients are not finite any more.
+    """What to change where meta-gradients through supervised tasks are not finite any more.
 
     `metrics` are means over the tasks, `first_loss` the support loss when the run began; None if it
     has not been finite once.
     """
-    if experiment.reinforcement is not None:
-        return (
-            "Adapt or move in smaller steps (inner.lr; reinforcement.max_kl, or outer.lr where the "
-            "update is not trpo), or take more task.trajectories"
-        )
     loss, inner = metrics["support_loss"], experiment.inner
     if first_loss is None and not math.isfinite(loss):
         return "The loss is not finite before anything is learned: look at the data of these tasks"

@@ -25,15 +25,15 @@ from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import Which, parameters_of
 from pipeline.worker.jobs import EvaluationJob, Judged, in_chunks
 from pipeline.worker.learner import initial_parameters
-from pipeline.worker.task_source import EVALUATION_SEED
-from tasks.base import SPLITS, Classification, Supervised, TaskDistribution
-from tasks.control.mdp import MDPs
+from tasks.base import SPLITS
 
 _NORMALISATION = {
     "batch": "statistics of the current batch, support and query apart",
     "batch-affine": "statistics of the current batch, support and query apart; scale and bias",
     "none": "none",
 }
+_OF_POLICIES = ("estimator", "discount", "gae_lambda", "update")
+"""Settings of the section `reinforcement`, of experiments that have it, that numbers depend on."""
 TRAINED, RANDOM = "trained", "random init"
 ORACLE, CENTROID = "oracle", "nearest centroid"
 BASELINES = (RANDOM, ORACLE, CENTROID)
@@ -77,13 +77,13 @@ class Curve:
         return asdict(self)
 
 
-class Exam(NamedTuple):
-    """What parameters are examined on: tasks 0 .. num_tasks - 1 of a split."""
+class EvaluationSpec(NamedTuple):
+    """What θ is evaluated on: tasks 0 .. num_tasks - 1 of a split, after some gradient steps."""
 
     split: str
     num_tasks: int
     steps: tuple[int, ...]
-    """Gradient steps after which to look."""
+    """Gradient steps after which metrics are reported, ascending."""
     variant: str = ""
     """Name of the changed task settings (`evaluation.variants`), or ''."""
 
@@ -96,25 +96,25 @@ def adaptation_curve_of(
     workers: WorkerGroup,
     experiment: Experiment,
     theta: FlatVector,
-    exam: Exam,
+    spec: EvaluationSpec,
     who: str = TRAINED,
 ) -> Curve:
-    """Means over the tasks that θ (flat, [D]) is examined on, with their confidence intervals."""
-    by_task = task_by_task(workers, experiment, theta, exam, _JUDGED.get(who, "model"))
-    return curve_of(experiment, by_task, exam, who)
+    """Evaluate θ (flat, [D]): means over the tasks, with their confidence intervals."""
+    by_task = task_by_task(workers, experiment, theta, spec, _JUDGED.get(who, "model"))
+    return curve_of(experiment, by_task, spec, who)
 
 
 def task_by_task(
     workers: WorkerGroup,
     experiment: Experiment,
     theta: FlatVector,
-    exam: Exam,
+    spec: EvaluationSpec,
     judged: Judged = "model",
 ) -> dict[str, npt.NDArray[Any]]:
     """Metrics of single tasks, [steps, tasks]."""
     jobs = [
-        EvaluationJob(exam.split, first, count, exam.steps, exam.changes(experiment), judged)
-        for first, count in in_chunks(experiment, theta.size, exam.num_tasks)
+        EvaluationJob(spec.split, first, count, spec.steps, spec.changes(experiment), judged)
+        for first, count in in_chunks(experiment, theta.size, spec.num_tasks)
     ]
     results = workers.run(theta, jobs).results
     return {
@@ -126,18 +126,18 @@ def task_by_task(
 def curve_of(
     experiment: Experiment,
     by_task: Mapping[str, npt.NDArray[Any]],
-    exam: Exam,
+    spec: EvaluationSpec,
     who: str = TRAINED,
 ) -> Curve:
     """Means over the tasks, with their confidence intervals."""
     estimates = {name: mean_and_ci95(values) for name, values in by_task.items()}
     return Curve(
         who,
-        exam.variant,
-        exam.steps,
+        spec.variant,
+        spec.steps,
         {name: mean.tolist() for name, (mean, _) in estimates.items()},
         {name: ci95.tolist() for name, (_, ci95) in estimates.items()},
-        protocol(experiment, exam),
+        protocol(experiment, spec),
     )
 
 
@@ -160,14 +160,14 @@ def meta_test(
         starting_points[RANDOM] = flat_vector(fresh)
     curves = []
     for variant in experiment.evaluation.variants or ("",):
-        exam = Exam(
+        spec = EvaluationSpec(
             split,
             num_tasks or experiment.evaluation.tasks,
             steps or experiment.report_steps,
             variant,
         )
         for who in (TRAINED, *baselines):
-            curve = adaptation_curve_of(workers, experiment, starting_points[who], exam, who)
+            curve = adaptation_curve_of(workers, experiment, starting_points[who], spec, who)
             on_curve(curve)
             curves.append(curve)
     return curves
@@ -204,13 +204,11 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
     task = experiment.build_task()
     for split in splits:
         task.check(split)
-    if ORACLE in experiment.evaluation.baselines and not _has_oracle(task, splits[-1]):
+    if ORACLE in experiment.evaluation.baselines and not task.has_oracle(splits[-1]):
         raise ValueError(
             f"evaluation.baselines: {experiment.task.kind} tasks have no oracle; leave it out"
         )
-    if CENTROID.replace(" ", "-") in experiment.evaluation.baselines and not isinstance(
-        task, Classification
-    ):
+    if CENTROID.replace(" ", "-") in experiment.evaluation.baselines and not task.has_classes:
         raise ValueError(
             f"evaluation.baselines: {experiment.task.kind} tasks have no classes, and so no "
             "nearest-centroid; leave it out"
@@ -224,26 +222,20 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
         variant.check(splits[-1])
 
 
-def _has_oracle(task: TaskDistribution, split: str) -> bool:
-    if isinstance(task, Supervised):
-        return task.oracle(task.sample(EVALUATION_SEED, split, np.arange(1))) is not None
-    return isinstance(task, MDPs) and task.has_expert
-
-
-def protocol(experiment: Experiment, exam: Exam) -> dict[str, Any]:
+def protocol(experiment: Experiment, spec: EvaluationSpec) -> dict[str, Any]:
     """What a reader must know to compare a number with another."""
-    inner, acting = experiment.inner, experiment.reinforcement
+    inner, settings = experiment.inner, experiment.flat()
     special: dict[str, Any] = {}
     if inner.later_lr_factor != 1:
         special["inner_later_lr_factor"] = inner.later_lr_factor
-    if acting is not None:
-        of_acting = ("estimator", "discount", "gae_lambda", "update")
-        special |= {name: getattr(acting, name) for name in of_acting}
+    for name in _OF_POLICIES:
+        if (path := f"reinforcement.{name}") in settings:
+            special[name] = settings[path]
     return {
-        **experiment.build_task(**exam.changes(experiment)).protocol(),
+        **experiment.build_task(**spec.changes(experiment)).protocol(),
         "task_kind": experiment.task.kind,
-        "split": exam.split,
-        "tasks": exam.num_tasks,
+        "split": spec.split,
+        "tasks": spec.num_tasks,
         "algorithm": name_of(experiment),
         "inner_lr": inner.lr
         if inner.rates == "fixed"

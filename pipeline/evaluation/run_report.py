@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import singledispatch
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +29,7 @@ from pipeline.maml.parameters import Params, flat_vector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.learner import adaptation_of, model_of
 from pipeline.worker.task_source import EVALUATION_SEED
+from tasks.base import TaskDistribution
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.sinusoid import Sinusoid
 
@@ -57,23 +59,41 @@ def write_plots(
         )
         written.append(path)
     history = read_history(run_dir, experiment.inner.steps)
-    if history["iteration"]:
+    if history.values["iteration"]:
         path = folder / "training.png"
-        label = "return" if experiment.reinforcement is not None else task.loss_name
-        plot_training(history, path, metric=label, title=experiment.name)
+        label, _ = metric_label(task, history.metric)
+        plot_training(history.values, path, metric=label, title=experiment.name)
         written.append(path)
     inner = experiment.inner
     plain = inner.rates == "fixed" and inner.optimizer == "sgd"
     written += plot_health(read_diagnoses(run_dir), folder, inner.lr if plain else None)
-    if isinstance(task, MDPs):
-        acted = _acted(experiment, theta, "test", _NUM_TASKS, experiment.report_steps)
-        written.append(_draw_acting(experiment, task, acted, "test", folder))
-    if isinstance(task, Sinusoid):
-        path = folder / "fits.png"
-        steps = (0, 1, experiment.report_steps[-1])
-        plot_sinusoid_fits(path, sinusoid_fits(experiment, task, theta, steps))
-        written.append(path)
-    return written
+    return written + _pictures_of(task, experiment, theta, folder)
+
+
+@singledispatch
+def _pictures_of(
+    task: TaskDistribution, experiment: Experiment, theta: Params, folder: Path
+) -> list[Path]:
+    """Draw what only this class of tasks can show, if anything; returns the files."""
+    return []
+
+
+@_pictures_of.register(MDPs)
+def _pictures_of_acting(
+    task: MDPs, experiment: Experiment, theta: Params, folder: Path
+) -> list[Path]:
+    acted = _acted(experiment, theta, "test", _NUM_TASKS, experiment.report_steps)
+    return [_draw_acting(experiment, task, acted, "test", folder)]
+
+
+@_pictures_of.register(Sinusoid)
+def _pictures_of_sinusoids(
+    task: Sinusoid, experiment: Experiment, theta: Params, folder: Path
+) -> list[Path]:
+    path = folder / "fits.png"
+    steps = (0, 1, experiment.report_steps[-1])
+    plot_sinusoid_fits(path, sinusoid_fits(experiment, task, theta, steps))
+    return [path]
 
 
 def plot_comparison(task: Any, found: Sequence[PairedComparison], path: Path) -> None:
@@ -123,29 +143,41 @@ def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
     return "\n".join([*lines, "", f"± CI95 over tasks; {_caption(curves)}"])
 
 
-def read_history(run_dir: Path, steps: int = 1) -> dict[str, list[float]]:
-    """The training losses (or returns) of metrics.jsonl by iteration, as the plot takes them."""
+class TrainingHistory(NamedTuple):
+    """How a metric went during training."""
+
+    metric: str
+    """'return' or 'loss'."""
+    values: dict[str, list[float]]
+    """'iteration', and as many values under the name of each series."""
+
+
+def read_history(run_dir: Path, steps: int = 1) -> TrainingHistory:
+    """The training returns of metrics.jsonl or, where there are none, its losses, by iteration.
+
+    `steps` are those of adaptation.
+    """
+    returns = {
+        after_steps(steps): f"train/return_step{steps}",
+        after_steps(0): "train/return_step0",
+    }
+    of_one_policy = {"one policy for all tasks": "train/return_step0"}
+    losses = {
+        "support, before adaptation": "train/support_loss",
+        "query, after adaptation": "train/query_loss",
+    }
     records = _records(run_dir)
-    for series in (
-        {
-            after_steps(steps): f"train/return_step{steps}",
-            after_steps(0): "train/return_step0",
-        }
-        if steps
-        else {"one policy for all tasks": "train/return_step0"},
-        {
-            "support, before adaptation": "train/support_loss",
-            "query, after adaptation": "train/query_loss",
-        },
-        {"pretraining": "train/loss"},
+    for metric, series in (
+        ("return", returns if steps else of_one_policy),
+        ("loss", losses),
+        ("loss", {"pretraining": "train/loss"}),
     ):
         found = [record for record in records if set(series.values()) <= set(record)]
         if found:
-            return {
-                "iteration": [record["iteration"] for record in found],
-                **{name: [record[key] for record in found] for name, key in series.items()},
-            }
-    return {"iteration": []}
+            iterations = [record["iteration"] for record in found]
+            by_name = {name: [record[key] for record in found] for name, key in series.items()}
+            return TrainingHistory(metric, {"iteration": iterations, **by_name})
+    return TrainingHistory("loss", {"iteration": []})
 
 
 def read_diagnoses(run_dir: Path) -> list[dict[str, float]]:
@@ -192,13 +224,15 @@ def sinusoid_fits(
     ]
 
 
-def check_video(experiment: Experiment) -> None:
-    """Raises ValueError where there will be nothing to see."""
-    if experiment.reinforcement is None:
+def check_video(experiment: Experiment) -> MDPs:
+    """The tasks that `write_video` shows. Raises ValueError for supervised ones."""
+    task = experiment.build_task()
+    if not isinstance(task, MDPs):
         raise ValueError(
             f"--video: shows a policy that acts, and {experiment.task.kind} tasks are supervised; "
             "leave it out"
         )
+    return task
 
 
 def write_video(
@@ -211,9 +245,8 @@ def write_video(
     steps: tuple[int, ...] | None = None,
 ) -> list[Path]:
     """What the policy does in the first tasks of a split, a handful at most: all in one figure, and
-    an animation of each task on a plane."""
-    task = experiment.build_task()
-    assert isinstance(task, MDPs)
+    an animation of each task on a plane. Raises ValueError for supervised tasks."""
+    task = check_video(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     count = min(num_tasks or _NUM_TASKS, _MOST_TASKS)
     acted = _acted(experiment, theta, split, count, steps or experiment.report_steps)

@@ -27,7 +27,7 @@ from pipeline.maml.learning_curve import trajectory
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.parameters import Layout, Params
 from pipeline.worker.learner import adaptation_of, meta_parameters_of
-from tasks.base import Classification, Examples, supervised
+from tasks.base import Examples, supervised
 
 RECIPE, PARAMETERS = "recipe.json", "theta.safetensors"
 
@@ -108,7 +108,7 @@ class Adapter:
             experiment.seed,
         ).to(self._dtype)
         task = supervised(experiment.build_task(), "an exported model")
-        self.classifies = isinstance(task, Classification)
+        self.classifies = task.has_classes
         self._adaptation = adaptation_of(experiment, model)
         self._objective = Objective(model, task)
         self._theta = {name: value.to(self._dtype) for name, value in theta.items()}

@@ -3,7 +3,7 @@
     for every iteration:
         every chunk of tasks:  sample, adapt (eq. 2), differentiate the query loss    workers
         mean over the tasks                                                           aggregation
-        θ <- θ − β · meta-gradient (eq. 4)                                            outer_update
+        θ <- θ − β · meta-gradient (eq. 4)                                            outer_step
 
 The driver is the only one who writes: checkpoints, the run's folder, MLflow.
 """
@@ -21,16 +21,15 @@ from pipeline.evaluation.health import (
     health,
     theta_ran_away,
     warnings_of,
-    why_not_finite,
 )
-from pipeline.evaluation.meta_test import Curve, Exam, adaptation_curve_of, meta_test
+from pipeline.evaluation.meta_test import Curve, EvaluationSpec, adaptation_curve_of, meta_test
 from pipeline.training.aggregation import Aggregate, aggregate
 from pipeline.training.endings import Diverged, Interrupted
 from pipeline.training.opening import open_session
+from pipeline.training.outer_step import MetaBatch
 from pipeline.training.pretraining import check_pretraining
 from pipeline.training.ray_train import pretrain
 from pipeline.training.session import Session, Watcher
-from pipeline.training.trust_region import Questions, policy_update
 from pipeline.worker.jobs import GradientJob
 
 
@@ -94,7 +93,8 @@ def meta_update(session: Session) -> None:
     answered = time.perf_counter()
     mean = aggregate(answers.results)
     aggregated = time.perf_counter()
-    moved = outer_update(session, mean)
+    batch = MetaBatch(session.iteration, session.num_chunks, session.workers)
+    moved = session.outer_step.move(session.update, mean, batch)
     updated = time.perf_counter()
     session.iteration += 1
     _guard(session, mean)
@@ -107,25 +107,6 @@ def meta_update(session: Session) -> None:
             "seconds/updating": updated - aggregated,
         },
         began,
-    )
-
-
-def outer_update(session: Session, mean: Aggregate) -> dict[str, float]:
-    """θ_t -> θ_{t+1}; what there is to log of it."""
-    settings = session.experiment.reinforcement
-    if settings is None:
-        lr = session.update.lr
-        return {"meta_gradient_norm": session.update.step(mean.gradient), "outer_lr": lr}
-    collected_by = session.theta.copy()
-    return policy_update(
-        settings,
-        session.update,
-        mean,
-        Questions(
-            session.iteration,
-            session.num_chunks,
-            lambda jobs: session.workers.run(collected_by, jobs).results,
-        ),
     )
 
 
@@ -161,7 +142,7 @@ def _guard(session: Session, mean: Aggregate) -> None:
     first_loss = session.history.first("train/support_loss")
     if session.experiment.diagnostics.every and not theta_ran_away(mean.metrics, first_loss):
         diagnose(session)  # the first one may still be to come
-    advice = why_not_finite(session.experiment, mean.metrics, first_loss)
+    advice = session.outer_step.advice(session.experiment, mean.metrics, first_loss)
     raise Diverged(
         f"{what}. {limit} updates in a row were not finite, so training stopped; none was applied. "
         f"{advice}"
@@ -171,12 +152,12 @@ def _guard(session: Session, mean: Aggregate) -> None:
 def validate(session: Session) -> None:
     """Adapt to validation tasks, and record how that went."""
     experiment = session.experiment
-    exam = Exam(
+    spec = EvaluationSpec(
         "validation",
         experiment.evaluation.validation_tasks,
         tuple(sorted({*experiment.report_steps, experiment.selection_step})),
     )
-    curve = adaptation_curve_of(session.workers, experiment, session.theta, exam)
+    curve = adaptation_curve_of(session.workers, experiment, session.theta, spec)
     chosen = curve.steps.index(experiment.selection_step)
     session.record_validation(curve, curve.mean[session.metric][chosen])
 

@@ -17,7 +17,7 @@ from pipeline.cluster.connection import cluster_address, connect, worker_bundle
 from pipeline.cluster.group import on_driver, threads_per_chunk
 from pipeline.config.experiment import Experiment
 from pipeline.maml.parameters import FlatVector, flat_vector
-from pipeline.training.trust_region import usual_questions
+from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import GradientJob, Job
 from pipeline.worker.learner import initial_parameters
@@ -94,7 +94,7 @@ class _Measured(NamedTuple):
 
 
 def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads: int) -> _Measured:
-    theta = flat_vector(initial_parameters(experiment))
+    theta, step = flat_vector(initial_parameters(experiment)), outer_step_of(experiment)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -103,8 +103,7 @@ def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads:
         for iteration in range(_MEASURED):  # the first one warms up
             # Each of other tasks: what is asked again is answered from what was kept.
             asked: list[tuple[Job, int]] = [(GradientJob(iteration, 0), 1)]
-            if experiment.reinforcement is not None:
-                asked += usual_questions(experiment.reinforcement, iteration, theta)
+            asked += step.usual_questions(iteration, theta)
             seconds = sum(count * _seconds(computer, theta, job) for job, count in asked)
             found.append(_Measured(seconds, sum(count for _, count in asked)))
             if time.perf_counter() - began > _LONG_ENOUGH:

@@ -22,6 +22,7 @@ from pipeline.maml.parameters import FlatVector, Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState, save_theta
 from pipeline.runs.folder import History, RunFolderError
 from pipeline.runs.tracker import NullTracker, RunTracker
+from pipeline.training.outer_step import outer_step_of
 from pipeline.training.outer_update import OuterUpdate
 from pipeline.training.placement import decide_compile
 from pipeline.worker.jobs import Cut, tasks_per_chunk
@@ -70,6 +71,7 @@ class Session:
         task = experiment.build_task()
         self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
         self.update = OuterUpdate(theta, experiment.outer)
+        self.outer_step = outer_step_of(experiment)
         self.iteration = 0
         """Completed meta-updates."""
         self.pretraining: dict[str, Tensor] = {}

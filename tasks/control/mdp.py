@@ -91,6 +91,9 @@ class MDPs(TaskDistribution, ABC):
         """Outputs of a policy: mean and log standard deviation, or a score per action."""
         return 2 * self.num_actions if self.actions == "continuous" else self.num_actions
 
+    def has_oracle(self, split: str) -> bool:
+        return self.has_expert
+
     @abstractmethod
     def parameters(self, keys: UInt64) -> npt.NDArray[np.float64]:
         """The numbers that make the tasks with these keys (`tasks.random.task_keys`), [B, P]."""

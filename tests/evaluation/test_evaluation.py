@@ -11,7 +11,12 @@ import pytest
 import torch
 
 from pipeline.cluster.group import InProcess
-from pipeline.evaluation.meta_test import Exam, adaptation_curve_of, evaluate_run, meta_test
+from pipeline.evaluation.meta_test import (
+    EvaluationSpec,
+    adaptation_curve_of,
+    evaluate_run,
+    meta_test,
+)
 from pipeline.maml.parameters import flat_vector
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.loop import train
@@ -44,7 +49,7 @@ def test_curve_and_interval_have_a_closed_form(quadratic: dict[str, Any]) -> Non
     flat = flat_vector(theta)
     steps = (0, 1, 4, 12)
     with InProcess(experiment, compile=False) as workers:
-        curve = adaptation_curve_of(workers, experiment, flat, Exam("test", 25, steps))
+        curve = adaptation_curve_of(workers, experiment, flat, EvaluationSpec("test", 25, steps))
     task = experiment.build_task()
     assert isinstance(task, Quadratic)
     optima = task.optima(EVALUATION_SEED, "test", np.arange(25))
@@ -61,9 +66,9 @@ def test_chunks_of_any_size_give_the_same_curve(quadratic: dict[str, Any]) -> No
     for chunk in (1, 4, 10):
         experiment = experiment_of(quadratic, outer={"tasks_per_chunk": chunk})
         theta = initial_parameters(experiment)
-        exam = Exam("test", 10, (0, 2))
+        spec = EvaluationSpec("test", 10, (0, 2))
         with InProcess(experiment, compile=False) as workers:
-            curves.append(adaptation_curve_of(workers, experiment, flat_vector(theta), exam))
+            curves.append(adaptation_curve_of(workers, experiment, flat_vector(theta), spec))
     for curve in curves[1:]:
         assert curve.mean["loss"] == pytest.approx(curves[0].mean["loss"], rel=1e-12)
 

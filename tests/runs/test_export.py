@@ -22,7 +22,7 @@ import pytest
 from pipeline.cluster.group import InProcess
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load_run
-from pipeline.evaluation.meta_test import Exam, task_by_task
+from pipeline.evaluation.meta_test import EvaluationSpec, task_by_task
 from pipeline.maml.parameters import flat_vector
 from pipeline.runs.catalog import find_run
 from pipeline.runs.export import (
@@ -83,7 +83,9 @@ def test_it_answers_as_evaluation_does(run: Path) -> None:
     experiment = load_run(run)
     theta = parameters_of(experiment, run)
     with InProcess(experiment, compile=False, warm_up=False) as workers:
-        by_task = task_by_task(workers, experiment, flat_vector(theta), Exam("test", 8, (0, 2)))
+        by_task = task_by_task(
+            workers, experiment, flat_vector(theta), EvaluationSpec("test", 8, (0, 2))
+        )
     adapter = Adapter.load(run)
     batch = sampled(experiment, 8)
     for position, steps in ((0, 0), (1, None)):
