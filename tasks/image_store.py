@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from tasks.base import SPLITS
+from tasks.errors import ReportedError
 
 UInt8 = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
@@ -35,7 +36,7 @@ _FORMAT = 1
 IMAGES, MANIFEST = "images.arrow", "manifest.json"
 
 
-class StoreError(Exception):
+class StoreError(ReportedError):
     """Data that is missing, damaged or cannot be written; the message says what to do."""
 
 

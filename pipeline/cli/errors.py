@@ -18,6 +18,8 @@ from typing import Any
 import typer
 from rich.markup import escape
 
+from tasks.errors import ReportedError
+
 DEBUG = "MAML_DEBUG"
 """Environment variable that `--debug` sets."""
 
@@ -105,33 +107,10 @@ def ui_command(experiment: Any, run_dir: Path) -> str:
 
 def _described(error: Exception) -> tuple[str, int]:
     """The message for an error, and the exit code."""
-    from pipeline.cluster.group import WorkersLost
-    from pipeline.cluster.job_package import JobError
-    from pipeline.cluster.submission import HeadLost
-    from pipeline.config.loading import ConfigError
-    from pipeline.runs.checkpoint import CheckpointError
-    from pipeline.runs.files import WriteError
-    from pipeline.runs.folder import RunFolderError
-    from pipeline.runs.mlflow_sender import TrackingError
-    from pipeline.training.endings import Interrupted, TrainingFailed
-    from tasks.image_store import StoreError
-
-    if isinstance(error, Interrupted):
-        return str(error), 130
-    if isinstance(
-        error,
-        ConfigError
-        | RunFolderError
-        | CheckpointError
-        | WriteError
-        | TrackingError
-        | JobError
-        | StoreError
-        | ValueError,
-    ):
+    if isinstance(error, ReportedError):
+        return str(error), error.exit_code
+    if isinstance(error, ValueError):
         return str(error), 2
-    if isinstance(error, TrainingFailed | WorkersLost | HeadLost):
-        return str(error), 1
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
 

@@ -19,13 +19,16 @@ from pipeline.config.experiment import Experiment
 from pipeline.maml.parameters import FlatVector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import ChunkResult, Job
+from tasks.errors import ReportedError
 
 Notice = Callable[[str], None]
 """Shows a line to a person: a worker died, a chunk was issued again, ..."""
 
 
-class WorkersLost(Exception):
+class WorkersLost(ReportedError):
     """No worker is left, and none will come back."""
+
+    exit_code = 1
 
 
 class Round(NamedTuple):

@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from tasks.errors import ReportedError
+
 LIMIT = 100 * 2**20
 """Bytes that the jobs API takes, once packed."""
 
@@ -20,7 +22,7 @@ _PROJECT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("pipeline", "tasks", "tune_configs")
 
 
-class JobError(Exception):
+class JobError(ReportedError):
     """A job cannot be submitted or found; `str()` says what to do."""
 
 

@@ -32,6 +32,7 @@ from typing import Any
 from pipeline.cluster.job_package import JobError
 from pipeline.config.loading import RUNS
 from tasks.data_root import DATA_ROOT, absolute_root
+from tasks.errors import ReportedError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 JOB_RUNS = "~/maml-runs"
@@ -46,8 +47,10 @@ _PATIENCE = 60.0  # seconds without the head until following ends
 _ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
-class HeadLost(Exception):
+class HeadLost(ReportedError):
     """The head went away while a job was followed."""
+
+    exit_code = 1
 
 
 @dataclass(frozen=True)

@@ -34,13 +34,14 @@ from pipeline.config.schedulers import build_scheduler
 from pipeline.config.settings import Outer
 from tasks.control.mdp import MDPs
 from tasks.data_root import default_root
+from tasks.errors import ReportedError
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "tune_configs"
 RUNS = "MAML_RUNS"
 """Environment variable: the folder of runs, by default `runs` in the current folder."""
 
 
-class ConfigError(Exception):
+class ConfigError(ReportedError):
     """All that is wrong with an experiment; `str()` is the message for a person."""
 
     def __init__(self, source: str, errors: Sequence[str]):

@@ -32,6 +32,7 @@ from torch import Tensor
 from pipeline.config.experiment import Experiment
 from pipeline.maml.parameters import Params
 from pipeline.runs.files import unique_suffix, write_atomically
+from tasks.errors import ReportedError
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +42,7 @@ _MANIFEST = re.compile(r"iteration-(\d{8,})\.json")
 _OURS = re.compile(r"iteration-\d{8,}(-[0-9a-f]{8}\.safetensors|\.json(\.[0-9a-f]{8}\.tmp)?)")
 
 
-class CheckpointError(Exception):
+class CheckpointError(ReportedError):
     """A checkpoint cannot be written or read; `str()` says where, why and what to do."""
 
 

@@ -6,8 +6,10 @@ import os
 import uuid
 from pathlib import Path
 
+from tasks.errors import ReportedError
 
-class WriteError(Exception):
+
+class WriteError(ReportedError):
     """A file of a run or a search cannot be written; `str()` names it and says what to do."""
 
 

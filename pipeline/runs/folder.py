@@ -22,12 +22,13 @@ from pipeline.maml.parameters import Layout, Params
 from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState, load_theta
 from pipeline.runs.files import write_atomically
 from pipeline.worker.learner import initial_parameters
+from tasks.errors import ReportedError
 
 Which = Literal["final", "best"]
 """Whose parameters: those of the last iteration, or of the best validation."""
 
 
-class RunFolderError(Exception):
+class RunFolderError(ReportedError):
     """The run's folder cannot be used as asked; `str()` says what to do."""
 
 

@@ -24,6 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.runs.files import write_atomically
+from tasks.errors import ReportedError
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ _ENVIRONMENT = {
 }
 
 
-class TrackingError(Exception):
+class TrackingError(ReportedError):
     """Tracking cannot work with these settings; `str()` says what to do."""
 
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from tasks.errors import ReportedError
 
-class TrainingFailed(Exception):
+
+class TrainingFailed(ReportedError):
     """The run cannot go on; `str()` says why and what to do. A checkpoint holds what it has."""
+
+    exit_code = 1
 
 
 class Diverged(TrainingFailed):
     """Numbers that are not finite ended the run; continued, it would end in the same way."""
 
 
-class Interrupted(Exception):
+class Interrupted(ReportedError):
     """The run was asked to stop, and has: its state is in a checkpoint."""
+
+    exit_code = 130
 
 
 Interruption = (Interrupted, KeyboardInterrupt)

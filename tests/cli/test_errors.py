@@ -1,0 +1,63 @@
+"""Every error of the packages that is meant for a person carries its exit code."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+
+import pytest
+
+from pipeline.cli.errors import _described
+from tasks.errors import ReportedError
+from tests.places import ROOT
+
+EXIT_CODES = {
+    "CheckpointError": 2,
+    "ConfigError": 2,
+    "Diverged": 1,
+    "HeadLost": 1,
+    "Interrupted": 130,
+    "JobError": 2,
+    "RunFolderError": 2,
+    "StoreError": 2,
+    "TrackingError": 2,
+    "TrainingFailed": 1,
+    "WorkersLost": 1,
+    "WriteError": 2,
+}
+INTERNAL = {"ComponentError"}  # becomes part of a ConfigError
+
+
+def errors() -> dict[str, type[Exception]]:
+    """The classes of errors that pipeline/ and tasks/ define, by name."""
+    found = {}
+    for folder in ("pipeline", "tasks"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.parse(path.read_text()).body:
+                if not isinstance(node, ast.ClassDef) or path.name == "mlflow_model.py":
+                    continue
+                module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+                value = getattr(importlib.import_module(module), node.name)
+                if issubclass(value, Exception):
+                    found[node.name] = value
+    return found
+
+
+def test_every_error_says_its_exit_code() -> None:
+    found = errors()
+    assert set(found) == {*EXIT_CODES, *INTERNAL, "ReportedError"}
+    for name, code in EXIT_CODES.items():
+        assert issubclass(found[name], ReportedError), name
+        assert found[name].exit_code == code, name
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("task: no"), ("task: no", 2)),
+        (KeyError("lost"), ("KeyError: 'lost' (--debug shows where)", 1)),
+        (ReportedError("data: gone"), ("data: gone", 2)),
+    ],
+)
+def test_other_errors(error: Exception, expected: tuple[str, int]) -> None:
+    assert _described(error) == expected
