@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load, with_settings
-from pipeline.search.run import search
+from pipeline.search.run import run_search
 from pipeline.search.trial import base_experiment
 from pipeline.training.loop import meta_train
 from pipeline.training.opening import open_session
@@ -85,7 +85,7 @@ def main() -> None:
         one_after_the_other(arguments.folder, arguments.iterations)
         return
     if arguments.way:
-        found = search(
+        found = run_search(
             experiment(arguments.iterations, arguments.way), arguments.folder / "runs" / "search"
         )
         assert len(found.trials) == 16

@@ -1,5 +1,16 @@
-"""`python -m pipeline.cli`: what jobs start."""
+"""Where `maml` and `python -m pipeline.cli` start; jobs of a cluster start the latter."""
 
-from pipeline.cli.main import main
+from pipeline.cli.foreign import refuse_foreign_tasks
 
-main()
+
+def main() -> None:
+    """Run the command, unless the packages on the path are not the project's own."""
+    refuse_foreign_tasks()
+    # Only now: these imports already need the package `tasks`.
+    from pipeline.cli.main import main as run
+
+    run()
+
+
+if __name__ == "__main__":
+    main()

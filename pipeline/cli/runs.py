@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pipeline.cli.arguments import StoreUri
 from pipeline.cli.errors import reporting_errors
 
 runs_app = typer.Typer(help="List runs and searches, newest first; compare some of them.")
@@ -17,10 +18,6 @@ _TRIALS_SHOWN = 5  # of a search, unless its trials are what was asked for
 _NOTHING = "–"
 _COLORS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "yellow"}
 
-Uri = Annotated[
-    str | None,
-    typer.Option(help="tracking store; by default MLFLOW_TRACKING_URI, else runs/mlflow.db"),
-]
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -38,7 +35,7 @@ def list_all(
             show_default=False,
         ),
     ] = "",
-    uri: Uri = None,
+    uri: StoreUri = None,
     as_json: Json = False,
 ) -> None:
     """List runs and searches, newest first: `maml runs`. Compare some: `maml runs compare A B`."""
@@ -75,7 +72,7 @@ def compare_some(
             show_default=False,
         ),
     ],
-    uri: Uri = None,
+    uri: StoreUri = None,
     as_json: Json = False,
 ) -> None:
     """Show the settings that differ, and the validation and meta-test of runs, side by side."""

@@ -7,7 +7,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.errors import StopRequest, reporting_errors, resumable, typed, ui_command
+from pipeline.cli.errors import reporting_errors
+from pipeline.cli.hints import typed, ui_command
+from pipeline.cli.resumable import carry_out, load_new_or_resumed
 
 
 @reporting_errors
@@ -38,30 +40,20 @@ def search(
     """
     from pipeline.cli.console import out
     from pipeline.cli.search_console import SearchConsole, search_table
-    from pipeline.config.loading import ConfigError, load, new_run_dir
-    from pipeline.search.run import load_search
-    from pipeline.search.run import search as run_search
+    from pipeline.search.run import load_search, run_search
     from pipeline.training.endings import TrainingFailed
 
-    if resume is not None:
-        folder = resume.expanduser().absolute()
-        if overrides:
-            raise ConfigError("the overrides", ["a resumed search keeps its settings"])
-        loaded = load_search(folder, experiment)
-    else:
-        loaded = load(experiment, overrides or [])
-        folder = new_run_dir(loaded)
-
+    loaded, folder = load_new_or_resumed(experiment, overrides or [], resume, load_search)
     watcher = SearchConsole()
-    stop = StopRequest(watcher, "stopping and saving the search (again to stop at once)")
-    with resumable(watcher, f"maml search {experiment} --resume {typed(folder)}"):
-        result = run_search(
-            loaded,
-            folder,
-            resume=resume is not None,
-            watcher=watcher,
-            should_stop=lambda: stop.requested,
-        )
+    result = carry_out(
+        run_search,
+        loaded,
+        folder,
+        resume=resume is not None,
+        watcher=watcher,
+        command=f"maml search {experiment}",
+        on_stop="stopping and saving the search (again to stop at once)",
+    )
     watcher.stop()
     # Wider than a narrow terminal if it must be: no number is cut.
     out.print(search_table(result), width=max(out.width, 120), crop=False)

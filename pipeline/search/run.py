@@ -70,7 +70,7 @@ class SearchResult:
         return best_of(self.trials, self.plan.criterion)
 
 
-def search(
+def run_search(
     experiment: Experiment,
     folder: Path,
     *,
@@ -78,10 +78,19 @@ def search(
     watcher: SearchWatcher | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> SearchResult:
-    """Try what the experiment's search section says; a trial that fails does not end the search.
+    """Search for the best settings of an experiment: one short training, a trial, for each.
 
-    Raises ConfigError, ValueError, RunFolderError, TrackingError for what is wrong before anything
-    is started, and Interrupted.
+    `experiment` has a `search` section that says what to try; `folder` is where the search leaves
+    its trials and results: a new one, or with `resume` that of a search which goes on, keeping the
+    trials that have ended. `watcher` is told how the search gets on. `should_stop` is asked while
+    trials run; True saves the search and ends it.
+
+    Returns all trials, the best first, with the findings in words. A trial that fails does not end
+    the search.
+
+    Raises Interrupted if the search was stopped; and before anything is started ConfigError,
+    ValueError, RunFolderError, StoreError or TrackingError for what is wrong with the space, the
+    folder, the data or the tracking store.
     """
     watcher = watcher or SearchWatcher()
     experiment = with_absolute_data(experiment)
@@ -114,8 +123,13 @@ def search(
     return SearchResult(plan, results, words)
 
 
-def load_search(folder: Path, name_or_path: str) -> Experiment:
-    """The experiment of a search that is to be continued. Raises ConfigError, RunFolderError."""
+def load_search(folder: Path, name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
+    """The experiment of a search that is to be continued; no override can change it.
+
+    Raises ConfigError, RunFolderError.
+    """
+    if overrides:
+        raise ConfigError("the overrides", ["a resumed search keeps its settings"])
     path = folder / "search.yaml"
     if not path.is_file():
         raise RunFolderError(f"{folder} is not the folder of a search: it has no search.yaml")

@@ -251,3 +251,18 @@ def test_help_is_there_for_every_command(command: list[str], tmp_path: Path) -> 
     assert "Usage: " in done.stdout
     text = re.sub(r"[│╭╮╰╯─\s]+", " ", done.stdout)
     assert len(text) > 100
+
+
+def test_the_version_is_printed(tmp_path: Path) -> None:
+    done = maml("--version", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"maml-pipeline \d+\.\d+\.\d+\n", done.stdout)
+
+
+@pytest.mark.parametrize(
+    "command", [[], ["train"], ["jobs", "logs"], ["data", "prepare", "images"]]
+)
+def test_h_is_short_for_help(command: list[str], tmp_path: Path) -> None:
+    short, long = (maml(*command, option, cwd=tmp_path) for option in ("-h", "--help"))
+    assert short.returncode == 0
+    assert short.stdout == long.stdout

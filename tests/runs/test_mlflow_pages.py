@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pipeline.runs.catalog import find_run
-from pipeline.search.run import search
+from pipeline.search.run import run_search
 from pipeline.training.loop import train
 from tests.commands import clean_environment
 from tests.conftest import experiment_of
@@ -49,7 +49,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Projec
     }
     settings = {**SETTINGS, "tracking": {"uri": f"sqlite:///{runs}/mlflow.db"}}
     experiment = experiment_of({**settings, "search": section}, outer={"iterations": 12})
-    found = search(experiment, runs / "sweep")
+    found = run_search(experiment, runs / "sweep")
     train(experiment_of(settings), runs / "alone")
     return Project(folder, tuple(trial.trial_id for trial in found.trials))
 

@@ -18,7 +18,7 @@ from pipeline.config.loading import from_dict, load, load_run, with_settings
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.runs.folder import RunFolderError
 from pipeline.search.report import compare_orders
-from pipeline.search.run import search
+from pipeline.search.run import run_search
 from pipeline.search.trial import COMPLETE, FAILED, STOPPED, Criterion, TrialResult
 from pipeline.search.tune import SearchWatcher
 from pipeline.training.loop import train
@@ -68,7 +68,7 @@ def test_a_grid_equals_an_exhaustive_evaluation(
     space = {"inner.lr": {"grid": rates}, "inner.order": {"choice": ["second", "first"]}}
     section = {"space": space, "scheduler": "none", "algorithm": "grid", "max_concurrent": 2}
     experiment = from_dict({**quadratic, "search": section})
-    found = search(experiment, tmp_path / "search")
+    found = run_search(experiment, tmp_path / "search")
     assert [t.outcome for t in found.trials] == [COMPLETE] * 8
     alone = {}
     for trial in found.trials:
@@ -91,7 +91,7 @@ def test_a_grid_equals_an_exhaustive_evaluation(
     assert list(pandas.read_csv(tmp_path / "search" / "results.csv")["trial"]) == list(
         table["trial"]
     )
-    again = search(experiment, tmp_path / "search", resume=True)
+    again = run_search(experiment, tmp_path / "search", resume=True)
     assert again.trials == found.trials
     assert "at equal settings, 4 of them trained to the end" in found.words[-2]
     best = load(str(tmp_path / "search" / "best.yaml"))
@@ -105,7 +105,7 @@ def test_algorithms_can_be_searched(quick: dict[str, Any], tmp_path: Path, ray_l
     names = ["maml", "reptile", "maml++"]
     section = {"space": {"algorithm": {"grid": names}}, "scheduler": "none", "samples": 1}
     experiment = from_dict({**quick, "search": section})
-    found = search(experiment, tmp_path / "search")
+    found = run_search(experiment, tmp_path / "search")
     outcomes = {t.settings["algorithm"]: t.outcome for t in found.trials}
     assert outcomes == dict.fromkeys(names, COMPLETE)
     for trial in found.trials:
@@ -120,7 +120,9 @@ def test_policies_are_searched_by_their_returns(
 ) -> None:
     section = {"space": {"inner.lr": {"grid": [0.01, 1.0]}}, "scheduler": "none", "samples": 1}
     outer = {**moving["outer"], "iterations": 2}
-    found = search(from_dict({**moving, "outer": outer, "search": section}), tmp_path / "search")
+    found = run_search(
+        from_dict({**moving, "outer": outer, "search": section}), tmp_path / "search"
+    )
     assert [trial.outcome for trial in found.trials] == [COMPLETE] * 2
     best, other = found.trials
     assert found.best == best
@@ -140,12 +142,12 @@ def test_tpe_finds_the_best_rate(
         "algorithm": "tpe",
         "max_concurrent": 1,
     }
-    found = search(from_dict({**quadratic, "search": section}), tmp_path / "search")
+    found = run_search(from_dict({**quadratic, "search": section}), tmp_path / "search")
     assert found.best is not None
     assert abs(found.best.settings["inner.lr"] - OPTIMUM) < 0.06
     assert len(found.trials) == 20
     with pytest.raises(RunFolderError, match="already holds results; continue a search with"):
-        search(from_dict({**quadratic, "search": section}), tmp_path / "search")
+        run_search(from_dict({**quadratic, "search": section}), tmp_path / "search")
 
 
 @pytest.mark.parametrize("scheduler", ["hyperband", "median"])
@@ -164,7 +166,7 @@ def test_schedulers_stop_what_is_bad(
     settings = {**quadratic, "search": section, "cluster": {"workers": 0, "cpus_per_worker": 2}}
     settings["evaluation"] = {**quadratic["evaluation"], "every": 6}
     listener = Listener()
-    found = search(from_dict(settings), tmp_path / "search", watcher=listener)
+    found = run_search(from_dict(settings), tmp_path / "search", watcher=listener)
     outcomes = {t.settings["inner.lr"]: t.outcome for t in found.trials}
     assert set(outcomes.values()) == {COMPLETE, STOPPED}
     assert outcomes[OPTIMUM] == COMPLETE
@@ -184,7 +186,7 @@ def test_asha_in_mlflow(quadratic: dict[str, Any], tmp_path: Path, ray_local: No
     settings = {**quadratic, "search": section, "tracking": {"enabled": True, "experiment": "mine"}}
     settings["evaluation"] = {**quadratic["evaluation"], "every": 6}
     listener = Listener()
-    found = search(from_dict(settings), tmp_path / "runs" / "search", watcher=listener)
+    found = run_search(from_dict(settings), tmp_path / "runs" / "search", watcher=listener)
     assert listener.notices == []
     outcomes = {t.settings["inner.lr"]: t.outcome for t in found.trials}
     assert outcomes[1e25] == FAILED
@@ -243,7 +245,7 @@ def test_population_based_training(
     settings = {**quadratic, "search": section, "cluster": {"workers": 0, "cpus_per_worker": 2}}
     settings["tracking"] = {"enabled": True}
     settings["evaluation"] = {**quadratic["evaluation"], "every": 10}
-    found = search(from_dict(settings), tmp_path / "runs" / "search")
+    found = run_search(from_dict(settings), tmp_path / "runs" / "search")
     assert [t.outcome for t in found.trials] == [COMPLETE] * 4
     states = {}
     for trial in found.trials:
@@ -269,7 +271,7 @@ def test_trials_have_workers_of_their_own(
     """Two actors per trial, in the trial's placement group; the result is that of no actors."""
     section = {"space": {"inner.lr": {"grid": [0.02]}}, "scheduler": "none"}
     settings = {**quick, "search": section, "cluster": {"workers": 2, "cpus_per_worker": 2}}
-    found = search(from_dict(settings), tmp_path / "search")
+    found = run_search(from_dict(settings), tmp_path / "search")
     assert [t.outcome for t in found.trials] == [COMPLETE]
     for trial in found.trials:
         folder = tmp_path / "search" / "trials" / trial.trial_id
@@ -285,7 +287,7 @@ def test_more_than_there_is_is_refused(
     settings = {**quick, "search": section, "cluster": {"workers": 5, "cpus_per_worker": 1}}
     message = "5 workers of 1 CPU, together 5 CPU, and Ray has 4"
     with pytest.raises(ValueError, match=message):
-        search(from_dict(settings), tmp_path / "search")
+        run_search(from_dict(settings), tmp_path / "search")
 
 
 def trial(name: str, order: str, lr: float, speed: float = 10.0) -> TrialResult:

@@ -10,7 +10,7 @@ import yaml
 
 from pipeline.config.loading import ConfigError, experiments, from_dict, load
 from pipeline.runs.folder import RunFolderError
-from pipeline.search.run import load_search, search
+from pipeline.search.run import load_search, run_search
 from pipeline.search.space import corners, possible_experiments, settings_of, within
 from pipeline.search.trial import Criterion, base_experiment, bundles, criterion
 
@@ -79,7 +79,7 @@ def test_what_cannot_be_combined(quick: dict[str, Any]) -> None:
 
 def test_a_search_needs_a_section(quick: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="search: missing"):
-        search(from_dict(quick), tmp_path / "run")
+        run_search(from_dict(quick), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -105,7 +105,7 @@ def test_a_metric_that_does_not_exist(
     """Refused before the folder is made, let alone Ray started."""
     space = {"inner.lr": {"loguniform": [0.01, 0.1]}}
     with pytest.raises(ValueError, match=expected):
-        search(searching(quick, space, metric=metric), tmp_path / "run")
+        run_search(searching(quick, space, metric=metric), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -113,7 +113,7 @@ def test_scheduler_arguments_are_checked(quick: dict[str, Any], tmp_path: Path) 
     space = {"inner.lr": {"loguniform": [0.01, 0.1]}}
     wrong = searching(quick, space, scheduler_args={"patience": 3})
     with pytest.raises(ValueError, match=r"search.scheduler_args: .*patience"):
-        search(wrong, tmp_path / "run")
+        run_search(wrong, tmp_path / "run")
 
 
 def test_criterion(quick: dict[str, Any]) -> None:

@@ -1,0 +1,65 @@
+"""`maml config ...`: shipped experiments, algorithms and settings."""
+
+from __future__ import annotations
+
+import json
+
+import typer
+
+from pipeline.cli.arguments import ExperimentName, Overrides
+from pipeline.cli.errors import reporting_errors
+
+config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
+
+
+@config_app.command("list")
+@reporting_errors
+def config_list() -> None:
+    """The shipped experiments."""
+    from rich.table import Table
+
+    from pipeline.cli.console import out
+    from pipeline.config.loading import experiments
+
+    table = Table.grid(padding=(0, 2))
+    for name, description in experiments().items():
+        table.add_row(f"[bold]{name}[/]", description)
+    out.print(table)
+
+
+@config_app.command("algorithms")
+@reporting_errors
+def config_algorithms() -> None:
+    """The MAML family: what `algorithm:` may be, and what each one sets."""
+    from rich.markup import escape
+    from rich.table import Table
+
+    from pipeline.cli.console import out
+    from pipeline.config.algorithms import DESCRIPTIONS, PRESETS
+
+    table = Table.grid(padding=(0, 2))
+    for name, description in DESCRIPTIONS.items():
+        settings = "\n".join(f"{path}={value}" for path, value in PRESETS[name].items())
+        table.add_row(f"[bold]{name}[/]", f"{description}\n[dim]{escape(settings)}[/]".rstrip())
+    out.print(table)
+
+
+@config_app.command("show")
+@reporting_errors
+def config_show(
+    experiment: ExperimentName,
+    overrides: Overrides = None,
+) -> None:
+    """Print an experiment with every default filled in."""
+    from pipeline.config.loading import load
+
+    print(load(experiment, overrides or []).to_yaml(), end="")
+
+
+@config_app.command("schema")
+@reporting_errors
+def config_schema() -> None:
+    """Print the JSON schema of experiments."""
+    from pipeline.config.loading import json_schema
+
+    print(json.dumps(json_schema(), indent=1))

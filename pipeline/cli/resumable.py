@@ -1,0 +1,110 @@
+"""Work that can be stopped and taken up again: what `maml train` and `maml search` share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from pipeline.cli.errors import show_tracebacks
+from pipeline.cli.hints import typed
+
+if TYPE_CHECKING:
+    from pipeline.config.experiment import Experiment
+
+T = TypeVar("T")
+
+
+def load_new_or_resumed(
+    experiment: str,
+    overrides: Sequence[str],
+    resume: Path | None,
+    load_to_resume: Callable[[Path, str, Sequence[str]], Experiment],
+) -> tuple[Experiment, Path]:
+    """The experiment, and the absolute folder that its results go to.
+
+    Without `resume` the experiment is read by its name and the folder is a new one; otherwise the
+    folder is `resume`, and `load_to_resume(folder, experiment, overrides)` reads what it holds.
+    Raises ConfigError, and what `load_to_resume` raises.
+    """
+    from pipeline.config.loading import load, new_run_dir
+
+    if resume is None:
+        loaded = load(experiment, overrides)
+        return loaded, new_run_dir(loaded)
+    folder = resume.expanduser().absolute()
+    return load_to_resume(folder, experiment, overrides), folder
+
+
+def carry_out(
+    work: Callable[..., T],
+    experiment: Experiment,
+    folder: Path,
+    *,
+    resume: bool,
+    watcher: Any,
+    command: str,
+    on_stop: str,
+) -> T:
+    """Run `work` on the experiment until it is done, and return what it returns.
+
+    The first Ctrl-C or SIGTERM prints `on_stop` and lets the work save its state. Where the work
+    ends early, `command --resume FOLDER` is shown. Raises Interrupted, TrainingFailed, and what
+    `work` raises before it has started.
+    """
+    stop = StopRequest(watcher, on_stop)
+    with resumable(watcher, f"{command} --resume {typed(folder)}"):
+        return work(
+            experiment,
+            folder,
+            resume=resume,
+            watcher=watcher,
+            should_stop=lambda: stop.requested,
+        )
+
+
+class StopRequest:
+    """Handles Ctrl-C and SIGTERM: the first one asks for a checkpoint, the second ends at once."""
+
+    def __init__(self, watcher: Any, message: str):
+        """`message` is shown at the first signal, if `watcher.training` says that there is a state
+        to be saved."""
+        self.requested = False
+        self._watcher = watcher
+        self._message = message
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested or not self._watcher.training:
+            raise KeyboardInterrupt
+        self.requested = True
+        # Not print: the signal may have come in the middle of one.
+        os.write(2, f"\n{self._message}\n".encode())
+
+
+@contextlib.contextmanager
+def resumable(watcher: Any, command: str) -> Iterator[None]:
+    """Says by which command the work goes on, if it ends early after it has started.
+
+    Errors before the start pass unchanged; later ones become TrainingFailed, except Interrupted
+    and KeyboardInterrupt, and with --debug all of them pass.
+    """
+    try:
+        yield
+    except (Exception, KeyboardInterrupt) as error:
+        watcher.stop()
+        if not watcher.has_started:
+            raise
+        from pipeline.training.endings import Diverged, Interrupted, TrainingFailed
+
+        if not isinstance(error, Diverged):
+            watcher.say(f"to continue: {command}")
+        if show_tracebacks() or isinstance(error, Interrupted | TrainingFailed | KeyboardInterrupt):
+            raise
+        # What would be bad input before the start is a failure now.
+        raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
