@@ -16,16 +16,23 @@ _ALIKE = 0.75  # of 1: what a mistyped setting has in common with the one that w
 
 
 def readable(found: Sequence[Any]) -> list[str]:
-    """pydantic's errors as 'path: what is wrong, got value', one for each setting."""
+    """pydantic's errors as 'path: what is wrong, got value'.
+
+    A setting that may be of several types has one error; a section has one for each of its rules
+    that it breaks.
+    """
     by_path: dict[str, list[Any]] = {}
     for error in found:
         path = ".".join(str(part) for part in error["loc"] if not _TYPE.fullmatch(str(part)))
         by_path.setdefault(path, []).append(error)
-    return [_message(path, errors) for path, errors in by_path.items()]
+    # The messages of a section's rules are lines of one error of pydantic's.
+    return [
+        line for path, errors in by_path.items() for line in _message(path, errors).splitlines()
+    ]
 
 
 def _message(path: str, errors: Sequence[Any]) -> str:
-    """What is wrong with a setting. One that may be of several types has an error for each."""
+    """The message for one path; pydantic has an error for each type that the setting may have."""
     kind, text = errors[0]["type"], str(errors[0]["msg"])
     if kind == "extra_forbidden":
         return f"{path}: unknown setting{_meant(path)}"

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.config.components import build_task
+from pipeline.config.rules import EXPERIMENT_RULES
 from pipeline.config.search import Search
 from pipeline.config.settings import (
     Checkpointing,
@@ -63,75 +64,7 @@ class Experiment(Section):
     data: Data = Field(default_factory=Data)
     search: Search | None = Field(None, description="what `maml search` tries")
 
-    @model_validator(mode="after")
-    def _sensible(self) -> Experiment:
-        inner, outer = self.inner, self.outer
-        if outer.estimator == "reptile":
-            wrong = {
-                "inner.order: reptile has no second order": inner.order != "first",
-                "inner.rates: reptile has no gradient by which rates could be learned": (
-                    inner.rates != "fixed"
-                ),
-                "inner.per_step: reptile has no gradient for what does not adapt": inner.per_step,
-                "outer.query_losses: reptile looks at no query loss": outer.query_losses != "last",
-            }
-            if found := [what for what, is_so in wrong.items() if is_so]:
-                raise ValueError("; ".join(found))
-        weights = outer.query_losses
-        if not isinstance(weights, str) and (
-            len(weights) != inner.steps or min(weights) < 0 or not sum(weights)
-        ):
-            raise ValueError(
-                f"outer.query_losses: needs a weight of at least 0 for each of inner.steps "
-                f"({inner.steps}), not all 0, got {list(weights)}"
-            )
-        if self.pretraining is not None:
-            wrong = {
-                "algorithm: pretraining has none of the family": self.algorithm != "maml",
-                "inner.rates: pretraining learns no inner rates": inner.rates != "fixed",
-                "inner.per_step: pretraining knows no steps": inner.per_step,
-                "diagnostics.every: pretraining has no meta-gradient": self.diagnostics.every,
-                "search: tries meta-learning only, not pretraining": self.search is not None,
-            }
-            if found := [what for what, is_so in wrong.items() if is_so]:
-                raise ValueError("; ".join(found))
-        if self.reinforcement is not None:
-            wrong = {
-                "outer.estimator: reptile is for supervised tasks": outer.estimator == "reptile",
-                "outer.query_losses: trajectories of the query come from the last step alone": (
-                    outer.query_losses != "last"
-                ),
-                "inner.batch_size: each step has trajectories of its own": inner.batch_size,
-                "pretraining: is for supervised tasks; inner.steps=0 trains one policy for all "
-                "tasks": self.pretraining is not None,
-                "diagnostics.every: reinforcement learning records its own with every update": (
-                    self.diagnostics.every
-                ),
-                "inner.order: annealed is for supervised tasks": inner.order == "annealed",
-                "inner.per_step: trajectories would not be those of the policy that a step looks "
-                "at": inner.per_step,
-                "inner.rates: without inner.steps there are none to learn": (
-                    inner.rates != "fixed" and not inner.steps
-                ),
-                "inner.checkpoint: is for supervised tasks": inner.checkpoint,
-            }
-            if self.reinforcement.update == "trpo":
-                wrong |= {
-                    f"outer.{name}: reinforcement.update=trpo has its own way to move, within "
-                    "reinforcement.max_kl": getattr(outer, name) != Outer.model_fields[name].default
-                    for name in ("lr", "optimizer", "weight_decay", "clip_norm", "clip_value")
-                } | {
-                    "outer.scheduler: reinforcement.update=trpo has no rate": (
-                        outer.scheduler is not None
-                    )
-                }
-            if found := [what for what, is_so in wrong.items() if is_so]:
-                raise ValueError("; ".join(found))
-        elif not inner.steps:
-            raise ValueError("inner.steps: must be at least 1, got 0")
-        if inner.rates != "fixed" and outer.weight_decay:
-            raise ValueError("outer.weight_decay: would pull the learned inner.rates to zero")
-        return self
+    rules = EXPERIMENT_RULES
 
     @property
     def second_order_from(self) -> int:

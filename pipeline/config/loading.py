@@ -71,9 +71,12 @@ def trained_baseline(experiment: Experiment) -> str | None:
 
 
 def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a shipped name or a YAML file, with overrides like `inner.lr=0.1`.
+    """Read an experiment and check all of it.
 
-    Raises ConfigError.
+    `name_or_path` is the name of a shipped experiment (`maml config list`) or the path of a YAML
+    file. `overrides` are settings to change, such as `inner.lr=0.1`; their values are read as YAML.
+    Returns the experiment with every default filled in. Raises ConfigError with everything that is
+    wrong, one line for each setting.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():

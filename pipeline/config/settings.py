@@ -2,17 +2,43 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from tasks.data_root import default_root
 
 
+class Rule(NamedTuple):
+    """What a section must not say."""
+
+    where: str
+    """The setting to be named, by its path."""
+    when: Callable[[Any], object]
+    """Whether a section breaks the rule; truth counts."""
+    why: str | Callable[[Any], str]
+    """What is wrong then, or a function of the section that says it with the section's values."""
+
+    def message(self, section: Any) -> str:
+        """The error for a section that breaks the rule."""
+        return f"{self.where}: {self.why if isinstance(self.why, str) else self.why(section)}"
+
+
 class Section(BaseModel):
-    """Base of all sections: unknown keys are errors, values cannot be changed afterwards."""
+    """Base of all sections: unknown keys are errors, values cannot be changed afterwards.
+
+    Every rule of `rules` that a section breaks is a line of one ValueError.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    @model_validator(mode="after")
+    def _keeps_its_rules(self) -> Self:
+        if broken := [rule.message(self) for rule in self.rules if rule.when(self)]:
+            raise ValueError("\n".join(broken))
+        return self
 
 
 class Component(Section):
@@ -77,13 +103,13 @@ class Inner(Section):
     def _one_is_a_list(cls, value: Any) -> Any:
         return [value] if isinstance(value, str) else value
 
-    @model_validator(mode="after")
-    def _annealed(self) -> Inner:
-        if self.order != "annealed" and self.second_order_from is not None:
-            raise ValueError(
-                f"inner.second_order_from: only annealed order has it, inner.order is {self.order}"
-            )
-        return self
+    rules = (
+        Rule(
+            "inner.second_order_from",
+            lambda inner: inner.order != "annealed" and inner.second_order_from is not None,
+            lambda inner: f"only annealed order has it, inner.order is {inner.order}",
+        ),
+    )
 
 
 class Outer(Section):
@@ -125,26 +151,56 @@ class Outer(Section):
         3, ge=1, description="stop after so many non-finite meta-gradients in a row"
     )
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Outer:
-        if self.momentum and self.optimizer != "sgd":
-            raise ValueError(f"outer.momentum: only sgd has momentum, not {self.optimizer}")
-        if self.tasks_per_chunk and self.tasks_per_chunk > self.tasks_per_batch:
-            raise ValueError(
-                f"outer.tasks_per_chunk: {self.tasks_per_chunk} is more than "
-                f"outer.tasks_per_batch ({self.tasks_per_batch})"
-            )
-        if self.scheduler_args and not self.scheduler:
-            raise ValueError("outer.scheduler_args: given without outer.scheduler")
-        return self
+    rules = (
+        Rule(
+            "outer.momentum",
+            lambda outer: outer.momentum and outer.optimizer != "sgd",
+            lambda outer: f"only sgd has momentum, not {outer.optimizer}",
+        ),
+        Rule(
+            "outer.tasks_per_chunk",
+            lambda outer: (outer.tasks_per_chunk or 0) > outer.tasks_per_batch,
+            lambda outer: (
+                f"{outer.tasks_per_chunk} is more than outer.tasks_per_batch "
+                f"({outer.tasks_per_batch})"
+            ),
+        ),
+        Rule(
+            "outer.scheduler_args",
+            lambda outer: outer.scheduler_args and not outer.scheduler,
+            "given without outer.scheduler",
+        ),
+    )
 
 
-_STEP_IN_REGION = ("max_kl", "cg_iterations", "fisher_trajectories", "damping")
 _OF_UPDATE = {
-    "trpo": (*_STEP_IN_REGION, "backtrack", "backtracks"),
+    "trpo": (
+        "max_kl",
+        "cg_iterations",
+        "fisher_trajectories",
+        "damping",
+        "backtrack",
+        "backtracks",
+    ),
     "promp": ("clip", "outer_steps", "inner_kl"),
 }
 """Settings that one `reinforcement.update` alone has."""
+
+
+def _only_of(update: str, name: str) -> Rule:
+    """A setting that one update has is left at its default by the others."""
+    return Rule(
+        f"reinforcement.{name}",
+        # By value, because a resolved configuration holds the defaults of every setting.
+        lambda section: (
+            section.update != update and getattr(section, name) != _default(section, name)
+        ),
+        lambda section: f"only {update} has it, reinforcement.update is {section.update}",
+    )
+
+
+def _default(section: Section, name: str) -> Any:
+    return type(section).model_fields[name].default
 
 
 class Reinforcement(Section):
@@ -179,19 +235,7 @@ class Reinforcement(Section):
         5e-4, ge=0, description="promp: weight of how far θ moves from the policies that acted"
     )
 
-    @model_validator(mode="after")
-    def _of_this_update(self) -> Reinforcement:
-        # By value, because a resolved configuration holds the defaults of every setting.
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        foreign = [
-            f"reinforcement.{name}: only {update} has it, reinforcement.update is {self.update}"
-            for update, names in _OF_UPDATE.items()
-            for name in names
-            if update != self.update and getattr(self, name) != defaults[name]
-        ]
-        if foreign:
-            raise ValueError("; ".join(foreign))
-        return self
+    rules = tuple(_only_of(update, name) for update, names in _OF_UPDATE.items() for name in names)
 
 
 class Compute(Section):
@@ -224,11 +268,13 @@ class Cluster(Section):
         description="seconds after which a chunk is issued again; null: from the chunks before it",
     )
 
-    @model_validator(mode="after")
-    def _not_negative(self) -> Cluster:
-        if self.workers != "auto" and self.workers < 0:
-            raise ValueError(f"cluster.workers: must be 'auto' or at least 0, got {self.workers}")
-        return self
+    rules = (
+        Rule(
+            "cluster.workers",
+            lambda cluster: cluster.workers != "auto" and cluster.workers < 0,
+            lambda cluster: f"must be 'auto' or at least 0, got {cluster.workers}",
+        ),
+    )
 
 
 class Evaluation(Section):
@@ -252,15 +298,18 @@ class Evaluation(Section):
     )
     baselines: tuple[Literal["random-init", "oracle", "nearest-centroid"], ...] = ("random-init",)
 
-    @model_validator(mode="after")
-    def _sorted_steps(self) -> Evaluation:
-        if self.steps is not None and (
-            not self.steps or list(self.steps) != sorted(set(self.steps)) or self.steps[0] < 0
-        ):
-            raise ValueError(
-                f"evaluation.steps: must be ascending and not negative, got {list(self.steps)}"
-            )
-        return self
+    rules = (
+        Rule(
+            "evaluation.steps",
+            lambda evaluation: evaluation.steps is not None and not _ascends(evaluation.steps),
+            lambda evaluation: f"must be ascending and not negative, got {list(evaluation.steps)}",
+        ),
+    )
+
+
+def _ascends(steps: tuple[int, ...]) -> bool:
+    """Whether there are steps, from 0 on, each larger than the one before."""
+    return bool(steps) and list(steps) == sorted(set(steps)) and steps[0] >= 0
 
 
 class Pretraining(Section):

@@ -262,3 +262,30 @@ def test_flat_settings_have_the_paths_of_overrides(quick: dict[str, Any]) -> Non
     assert flat["task.kind"] == "sinusoid"
     dumped = yaml.safe_load(experiment.to_yaml())
     assert dumped["outer"]["tasks_per_batch"] == flat["outer.tasks_per_batch"]
+
+
+def test_every_broken_rule_is_an_error_of_its_own() -> None:
+    changes = ["algorithm=meta-sgd", "outer.estimator=reptile", "outer.weight_decay=0.1"]
+    with pytest.raises(ConfigError) as caught:
+        load("sinusoid", [*changes, "outer.query_losses=all"])
+    assert caught.value.errors == [
+        "inner.order: reptile has no second order",
+        "inner.rates: reptile has no gradient by which rates could be learned",
+        "outer.query_losses: reptile looks at no query loss",
+        "outer.weight_decay: would pull the learned inner.rates to zero",
+    ]
+
+
+def test_rules_of_one_section_are_reported_together() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("sinusoid", ["outer.momentum=0.5", "outer.scheduler_args={gamma: 1}"])
+    assert caught.value.errors == [
+        "outer.momentum: only sgd has momentum, not adam",
+        "outer.scheduler_args: given without outer.scheduler",
+    ]
+
+
+@pytest.mark.parametrize("weights", ["[]", "[1, -1]", "[0]", "[1, 1]"])
+def test_query_weights_are_one_per_step(weights: str) -> None:
+    with pytest.raises(ConfigError, match=r"outer\.query_losses: needs a weight of at least"):
+        load("sinusoid", ["inner.steps=1", f"outer.query_losses={weights}"])
