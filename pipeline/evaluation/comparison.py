@@ -66,9 +66,19 @@ def compare_runs(
     checkpoint: Which = "final",
     overrides: Sequence[str] = (),
 ) -> list[PairedComparison]:
-    """Evaluate finished runs on the same tasks, in this process; one result per variant of these.
+    """Evaluate finished runs on the very same tasks, in this process.
 
-    Raises ConfigError where their tasks differ, CheckpointError.
+    `run_dirs` are the folders of two or more runs. `split` names the tasks: train, validation or
+    test. `num_tasks` of them are adapted to, by default the fewest that one of the runs asks for;
+    metrics are reported after each number of gradient steps in `steps`, by default all that one of
+    the runs reports. `checkpoint` chooses the parameters of every run: "final", those of the last
+    iteration, or "best", those of the best validation. `overrides` change settings of all runs,
+    such as `task.shots=5`.
+
+    Returns one comparison per variant of the tasks that all runs have: a curve per run, and the
+    differences of each pair of runs with confidence intervals and p-values. Raises ConfigError if
+    a folder holds no run or the tasks of the runs differ, CheckpointError if parameters cannot be
+    read, ValueError or StoreError if such tasks cannot be sampled.
     """
     experiments = [load_run(run_dir, overrides) for run_dir in run_dirs]
     names = _names(run_dirs, experiments)

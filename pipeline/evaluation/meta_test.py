@@ -177,12 +177,24 @@ def evaluate_run(
     experiment: Experiment,
     run_dir: Path,
     *,
-    split: str,
-    num_tasks: int | None,
-    steps: tuple[int, ...] | None,
+    split: str = "test",
+    num_tasks: int | None = None,
+    steps: tuple[int, ...] | None = None,
     checkpoint: Which = "final",
 ) -> list[Curve]:
-    """Meta-test the parameters of a run, in this process. Raises CheckpointError."""
+    """Meta-test the parameters of a finished run, in this process.
+
+    `experiment` is that of the run, with settings changed where the test is to be another
+    (`load(RUN_DIR/config.yaml, overrides)`); `run_dir` is its folder. `split` names the tasks:
+    train, validation or test. `num_tasks` of them are adapted to, and metrics are reported after
+    each number of gradient steps in `steps`; None: as the experiment's evaluation section says.
+    `checkpoint` chooses the parameters: "final", those of the last iteration, or "best", those of
+    the best validation.
+
+    Returns a curve for each variant of the tasks and for each baseline on it. Raises
+    CheckpointError if the parameters cannot be read or do not fit the model, ValueError or
+    StoreError if such tasks cannot be sampled.
+    """
     theta = parameters_of(experiment, run_dir, checkpoint)
     check_tasks(experiment, (split,))
     with InProcess(experiment, compile=False, warm_up=False) as workers:

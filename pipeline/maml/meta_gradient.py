@@ -295,8 +295,11 @@ def chunk_function(
 ) -> ChunkFunction:
     """The computation of a chunk, from and to the flat vectors that travel.
 
-    `layout` is that of the meta-parameters. Compiled, all of it is one program, which keeps
-    activations of the way forward for the way back.
+    `objective` is the loss of a task (eq. 3), `adaptation` how θ becomes θ'_S (eq. 2), `layout`
+    that of the meta-parameters. `order` says whether inner gradients are differentiated ("second")
+    or constants ("first"); `estimator` is the meta-gradient ("gradient") or reptile's difference.
+    With `compile` all of it is one program, which keeps activations of the way forward for the way
+    back.
     `checkpoint` makes one program per stage instead: activations live within a stage only, so that
     memory does not grow with the steps, and each step back computes its gradient again. Where one
     program would take minutes to compile, there is one per stage in any case. In eager mode

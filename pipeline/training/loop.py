@@ -41,9 +41,20 @@ def train(
     watcher: Watcher | None = None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Curve]:
-    """Meta-train (or pretrain), then meta-test; returns the curves of the meta-test.
+    """Meta-train an experiment (or pretrain, if it says so), then meta-test it.
 
-    Raises TrainingFailed, Interrupted, and what `open_session` raises.
+    `experiment` says what is computed and where; `run_dir` is the folder that the run leaves its
+    configuration, checkpoints, parameters, results and plots in: a new one, or with `resume` that
+    of a run which goes on from its last checkpoint. `watcher` is told how the run gets on.
+    `should_stop` is asked after every iteration; True saves a checkpoint and ends the run.
+
+    Returns the curves of the meta-test: metrics after every number of gradient steps, one curve
+    for each variant of the test tasks and for each baseline on it.
+
+    Raises TrainingFailed if the run cannot go on (Diverged: its numbers are no longer finite),
+    Interrupted if it was stopped, WorkersLost if no worker is left; and before anything is
+    computed ValueError, RunFolderError, CheckpointError, StoreError or TrackingError for what is
+    wrong with the settings, the folder, the data or the tracking store.
     """
     check_pretraining(experiment)
     with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:

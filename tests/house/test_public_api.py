@@ -1,0 +1,112 @@
+"""What `from pipeline import ...` promises: the names, their documentation, that they load late."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import pydoc
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeline
+from tests.places import ROOT
+
+NAMES = sorted(set(pipeline.__all__) - {"__version__"})
+
+
+def python_blocks(readme: Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.S)
+
+
+def imported_names(code: str) -> set[str]:
+    """The X of every `from pipeline import X`."""
+    return {
+        alias.name
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.ImportFrom) and node.module == "pipeline"
+        for alias in node.names
+    }
+
+
+def test_the_table_is_what_is_promised() -> None:
+    assert set(pipeline._HOMES) == set(pipeline.__all__)
+    assert len(set(pipeline.__all__)) == len(pipeline.__all__)
+    assert set(pipeline.__all__) <= set(dir(pipeline))
+
+
+def test_checkers_see_the_same_names() -> None:
+    """The imports under TYPE_CHECKING, which nothing runs, against the table."""
+    tree = ast.parse((ROOT / "pipeline" / "__init__.py").read_text())
+    (guarded,) = (node for node in tree.body if isinstance(node, ast.If))
+    seen = {
+        alias.name: node.module
+        for node in guarded.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert seen == pipeline._HOMES
+
+
+def test_no_name_hides_a_wing() -> None:
+    wings = {path.name for path in (ROOT / "pipeline").iterdir() if path.is_dir()}
+    assert not wings & set(pipeline.__all__)
+
+
+def test_readmes_name_what_is_promised() -> None:
+    readmes = [path for depth in ("", "*/", "*/*/") for path in ROOT.glob(f"{depth}README.md")]
+    shown = {
+        name for path in readmes for code in python_blocks(path) for name in imported_names(code)
+    }
+    assert shown
+    assert shown <= set(pipeline.__all__)
+    text = (ROOT / "README.md").read_text()
+    assert not [name for name in NAMES if not re.search(rf"\b{name}\b", text)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_name_is_there_and_documented(name: str) -> None:
+    value = getattr(pipeline, name)
+    assert value.__name__ == name
+    assert value.__module__ == pipeline._HOMES[name]
+    assert inspect.getdoc(value)
+    assert re.search(rf"^    {name} +\S", pipeline.__doc__ or "", flags=re.M), "in help(pipeline)"
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        assert signature.return_annotation is not inspect.Signature.empty
+        for parameter in signature.parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty, parameter
+            assert f"`{parameter.name}" in (value.__doc__ or ""), f"{parameter} is not explained"
+
+
+def test_help_is_an_introduction() -> None:
+    shown = pydoc.plain(pydoc.render_doc(pipeline))
+    first, last = shown.index("model-agnostic meta-learning"), shown.index("Everything else may")
+    assert first < shown.index("outer update (eq. 4)") < last < shown.index("PACKAGE CONTENTS")
+
+
+def test_the_version_is_that_of_the_project() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pipeline.__version__)
+
+
+def test_other_names_are_refused() -> None:
+    with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'nothing'"):
+        _ = pipeline.nothing
+    with pytest.raises(ImportError, match="nothing"):
+        exec("from pipeline import nothing")
+
+
+def test_importing_the_package_loads_nothing_slow() -> None:
+    code = (
+        "import sys, pipeline\n"
+        "dir(pipeline), pipeline.__version__\n"
+        "slow = {'torch', 'numpy', 'ray', 'mlflow', 'pydantic', 'tasks'} & set(sys.modules)\n"
+        "assert not slow, slow\n"
+        "from pipeline import Layout\n"
+        "assert 'torch' in sys.modules\n"
+        "assert not {'ray', 'mlflow', 'pydantic'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
