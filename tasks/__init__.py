@@ -1,1 +1,1 @@
-"""What is learned: task distributions. Knows nothing of the pipeline; needs torch and numpy."""
+"""Task distributions: what is learned. They import torch and numpy, and nothing of the pipeline."""

@@ -1,8 +1,8 @@
-"""What is learned: task distributions p(T) and the batches of tasks drawn from them (eq. 1).
+"""Interfaces of task distributions p(T), and the batches of tasks drawn from them (eq. 1).
 
 A supervised task is a support set to adapt on and a query set to be judged by; its horizon H is 1.
-(Tasks to act in are `tasks.control.mdp`.) `TaskDistribution` is the one interface between tasks and
-the pipeline, for the shipped distributions and for a user's own alike.
+`tasks.control.mdp` has the tasks of reinforcement learning. The pipeline knows tasks only through
+`TaskDistribution`, the shipped ones and a user's own alike.
 
 Shapes: B tasks, n support examples and m query examples per task (n = N·K, m = N·Q for N-way
 classification with K shots and Q queries per class).
@@ -20,18 +20,21 @@ from torch.nn import functional as F
 from tasks.random import integers, task_keys
 
 SPLITS = ("train", "validation", "test")
-_WHICH_EXAMPLE = 2**15  # a random stream that no task uses
+_WHICH_EXAMPLE = 2**15  # random stream of `Regression.pooled`; no task uses it
 
 
 class Examples(NamedTuple):
-    """Inputs and targets of one task, or of B tasks with a leading dimension B."""
+    """Inputs and targets of one task, [n, ...], or of B tasks, [B, n, ...]."""
 
     x: Tensor
     y: Tensor
 
     def at_step(self, step: int, batch_size: int | None = None) -> "Examples":
-        """What a step of adaptation learns from, [B, n, ...] -> [B, batch_size, ...]: `batch_size`
-        of the examples in turns, or all."""
+        """The examples for a step of adaptation, [B, n, ...] -> [B, batch_size, ...].
+
+        Successive steps take the examples in turns; all of them where `batch_size` is None or not
+        smaller than n.
+        """
         available = self.x.shape[1]
         if batch_size is None or batch_size >= available:
             return self
@@ -54,12 +57,12 @@ class TaskBatch(NamedTuple):
         return TaskBatch(*(Examples(place(part.x), place(part.y)) for part in self))
 
     def select(self, which: slice) -> "TaskBatch":
-        """Some of the tasks; views."""
+        """Some of the tasks, as views."""
         return TaskBatch(*(Examples(part.x[which], part.y[which]) for part in self))
 
 
 class TaskDistribution(ABC):
-    """p(T). Subclass it, usually as `@dataclass(frozen=True, kw_only=True)`.
+    """A distribution p(T) over tasks. Subclass it as `@dataclass(frozen=True, kw_only=True)`.
 
     The constructor's keyword parameters are the settings of the `task:` section of an experiment:
     they are checked against their type annotations, and a ValueError raised in `__post_init__`
@@ -70,7 +73,7 @@ class TaskDistribution(ABC):
     input_shape: tuple[int, ...]
     """Shape of one example's input, without batch dimensions."""
     output_size: int
-    """Number of outputs the model must have: classes, or dimensions of the regression target."""
+    """Number of outputs that the model must have: classes, or dimensions of the target."""
     primary_metric: ClassVar[str] = "loss"
     """The metric by which checkpoints are chosen; 'loss' or a key of `metrics`."""
     higher_is_better: ClassVar[bool] = False
@@ -83,19 +86,19 @@ class TaskDistribution(ABC):
         """Whether there is an oracle to compare with: somebody who knows the tasks of the split."""
         return False
 
-    def check(self, split: str) -> None:  # noqa: B027  # nothing to check is fine
+    def check(self, split: str) -> None:  # noqa: B027  # not abstract: most tasks need no check
         """Raise ValueError or an error of the data where tasks of this split cannot be sampled.
 
         Called before a run starts, so that it does not end after hours in its first validation.
         """
 
     def protocol(self) -> dict[str, Any]:
-        """What a reader must know to compare a number measured on these tasks."""
+        """What a reader must know to compare numbers measured on these tasks, as plain values."""
         return {}
 
 
 class Supervised(TaskDistribution):
-    """Tasks whose examples can be sampled: what they are does not depend on who learns them."""
+    """Tasks whose examples can be sampled: they do not depend on the learner."""
 
     @abstractmethod
     def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
@@ -107,7 +110,7 @@ class Supervised(TaskDistribution):
 
     @abstractmethod
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """L_T of one task: the *mean* over its examples, a scalar."""
+        """The loss L_T of one task: the *mean* over its examples, a scalar."""
 
     def metrics(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Further scalars of one task worth reporting, by name (means over its examples)."""
@@ -115,21 +118,21 @@ class Supervised(TaskDistribution):
 
     @property
     def pooled_size(self) -> int:
-        """Number of outputs of one network for all training tasks at once, without adaptation."""
+        """Number of outputs of one network that learns all training tasks at once (pretraining)."""
         return self.output_size
 
     def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
-        """Training examples with these numbers as ordinary supervised learning sees them.
+        """The training examples with these numbers for ordinary supervised learning, without tasks.
 
-        Without tasks, that is: inputs [n, ...] and targets [n, ...] for one network with
-        `pooled_size` outputs. Pure, as `sample` is. Raises ValueError where there is no such view.
+        Inputs [n, ...] and targets [n, ...] for one network with `pooled_size` outputs. Pure, as
+        `sample` is. Raises ValueError where the tasks have no common targets.
         """
         raise ValueError(
             f"pretraining: {type(self).__name__} tasks have no common targets (no method `pooled`)"
         )
 
     def oracle(self, batch: TaskBatch) -> Tensor | None:
-        """Predictions for `batch.query.x` by one who knows the tasks, or None where nobody can."""
+        """The best predictions for `batch.query.x`, knowing the tasks; None if unknown."""
         return None
 
     def has_oracle(self, split: str) -> bool:
@@ -137,12 +140,12 @@ class Supervised(TaskDistribution):
 
 
 class Regression(Supervised):
-    """Tasks judged by the mean squared error (eq. 5, as a mean: the rate does not depend on K)."""
+    """Tasks judged by the squared error (eq. 5, but a mean, so that rates do not depend on K)."""
 
     loss_name: ClassVar[str] = "MSE"
 
     def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
-        """One example, any, of each of the training tasks with these indices."""
+        """One random query example of each of the training tasks with these indices."""
         query = self.sample(seed, "train", indices).query
         keys = task_keys(seed, "train", indices)
         which = as_tensor(integers(keys, _WHICH_EXAMPLE, 1, query.x.shape[1])[:, 0])
@@ -169,25 +172,25 @@ class Classification(Supervised):
 
 
 def supervised(task: TaskDistribution, what: str) -> Supervised:
-    """The same tasks. Raises ValueError where they are none that `what` can be done with."""
+    """Return `task` if it is supervised; else raise ValueError, saying that `what` needs it."""
     if not isinstance(task, Supervised):
         raise ValueError(f"task.kind: {what} needs supervised tasks, not {type(task).__name__}")
     return task
 
 
 def at_least(name: str, value: float, minimum: float) -> None:
-    """Raise the ValueError that the configuration turns into an error of the field `name`."""
+    """Raise ValueError unless value >= minimum; the configuration reports it for field `name`."""
     if not value >= minimum:
         raise ValueError(f"{name}: must be at least {minimum}, got {value}")
 
 
 def ascending(name: str, bounds: tuple[float, float]) -> None:
-    """Raise unless `bounds` is (low, high) with low < high."""
+    """Raise ValueError unless `bounds` is (low, high) with low < high."""
     if not bounds[0] < bounds[1]:
         raise ValueError(f"{name}: must be [low, high] with low < high, got {list(bounds)}")
 
 
 def as_tensor(array: npt.NDArray[Any]) -> Tensor:
-    """A tensor of an array, precision kept; the computation casts it where it runs."""
+    """The array as a CPU tensor of the same precision; `TaskBatch.to` casts it later."""
     array = np.ascontiguousarray(array)
     return torch.from_numpy(array if array.flags.writeable else array.copy())

@@ -1,11 +1,11 @@
-"""What `data.root` may say. Light: the command line's help and the configuration need no more."""
+"""Rules for `data.root`: its default, paths, URIs. Imports nothing heavy: help must be quick."""
 
 import os
 import re
 from pathlib import Path
 
 DATA_ROOT = "MAML_DATA_ROOT"
-"""Environment variable: `data.root`, unless the configuration says otherwise."""
+"""Environment variable that holds the default of `data.root`."""
 
 
 def default_root() -> str:
@@ -14,10 +14,10 @@ def default_root() -> str:
 
 
 def is_uri(root: str) -> bool:
-    """Whether stores are copied from `root` instead of being opened there."""
+    """Whether `root` is a URI, from which stores are copied, rather than a folder."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", root) is not None
 
 
 def absolute_root(root: str) -> str:
-    """A URI as it is; a path as it is meant here, for processes that run elsewhere."""
+    """Make a path absolute, for processes with another working directory; keep a URI."""
     return root if is_uri(root) else str(Path(root).expanduser().absolute())

@@ -1,4 +1,4 @@
-"""Fetching a file from the web: resumed where it broke off, and in place only when checked."""
+"""Downloads a file: resumes where it broke off, and checks the content before it is in place."""
 
 import hashlib
 import http.client
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tasks.image_store import Progress, StoreError, no_progress
 
-_BLOCK = 1 << 16
+_BLOCK = 1 << 16  # bytes
 
 
 def fetch(
@@ -22,10 +22,10 @@ def fetch(
 ) -> Path:
     """Download `url` to `target` unless it is there already, and return `target`.
 
-    Bytes arrive in `target` + '.part'; a broken connection is taken up again from there, in this
-    call (`attempts` times) or in a later one. `timeout` seconds without a byte count as broken.
-    Raises StoreError for no network, an HTTP error, a folder that cannot be written, and a content
-    that does not have this MD5 (the part file is deleted then: resuming it would never help).
+    Bytes arrive in `target` + '.part'. After a broken connection the download continues from there,
+    in this call (`attempts` times) or in a later one; `timeout` seconds without a byte count as
+    broken. Raises StoreError for no network, an HTTP error, a folder that cannot be written, and
+    content with another MD5. Such a part file is deleted, since resuming it would never help.
     """
     try:
         if target.is_file() and _md5(target) == md5:
@@ -65,7 +65,7 @@ def _receive(url: str, part: Path, timeout: float, on_progress: Progress) -> Non
     try:
         response = urllib.request.urlopen(request, timeout=timeout)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing beyond what is there: the MD5 decides whether it is whole
+        if error.code == 416:  # the part file has all bytes already; `fetch` checks its MD5
             error.close()
             return
         raise
@@ -85,9 +85,10 @@ def _receive(url: str, part: Path, timeout: float, on_progress: Progress) -> Non
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
+    """One block. Raises URLError for an error of the network, which is worth another attempt."""
     try:
         return response.read(_BLOCK)
-    except OSError as error:  # of the network, not of the disk: only this one is worth another try
+    except OSError as error:  # tells it from an error of the disk
         raise urllib.error.URLError(error) from error
 
 

@@ -1,4 +1,4 @@
-"""N-way K-shot classification: tasks drawn from the classes of an image store.
+"""N-way K-shot classification: draws tasks from the classes of an image store.
 
 Shapes: B tasks, N ways, K shots, Q queries per class, images [C, H, W] with pixels in [0, 1].
 """
@@ -24,7 +24,7 @@ _CLASSES, _TURNS, _IMAGES = range(3)  # random streams
 
 
 class _Rows(NamedTuple):
-    """The classes of one split: class c has the rows [firsts[c], firsts[c] + counts[c])."""
+    """The images of one split: class c has the rows [firsts[c], firsts[c] + counts[c])."""
 
     images: UInt8
     firsts: Int64
@@ -33,17 +33,17 @@ class _Rows(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class FewShot(Classification):
-    """N different classes in random order, K + Q different images of each.
+    """A task is N different classes in random order, with K + Q different images of each.
 
-    A class's label is its place in that order, so it is drawn anew for every task, and the same in
-    support and query set. `rotations` by multiples of 90 degrees, in every split:
+    A class's label is its place in that order: drawn anew for every task, and the same in support
+    and query set. `rotations`, by multiples of 90 degrees, apply to every split:
       none       images as they are;
       per-task   each class of a task is turned by its own random angle (Santoro et al. 2016, Finn
-                 et al. 2017); the turned class counts as the same class, never meeting itself;
-      classes    each class stands for four, one per angle, and they may meet in one task (Vinyals
-                 et al. 2016).
+                 et al. 2017); all angles count as one class, which occurs once in a task;
+      classes    each class becomes four classes, one per angle, and several of them may occur in
+                 one task (Vinyals et al. 2016).
 
-    Raises ValueError for settings that no store could satisfy; `check` is for the rest.
+    Raises ValueError for settings that no store could satisfy; `check` compares with the store.
     """
 
     data_root: str = "data"
@@ -74,7 +74,7 @@ class FewShot(Classification):
         return image_class.split
 
     def open_store(self) -> ImageStore:
-        """The store, opened once per process. Raises StoreError."""
+        """The store; a process opens it once. Raises StoreError."""
         return _store(self.store_root(), self.store_name(), self.prepare_command())
 
     @property
@@ -87,7 +87,7 @@ class FewShot(Classification):
         return self.ways
 
     def check(self, split: str) -> None:
-        """Raise unless the store is sound and can pose tasks of this split.
+        """Raise unless the store is intact and has enough classes and images for this split.
 
         Raises StoreError without a usable store, and a ValueError that begins with the setting's
         name where the split has too few classes, or a class too few images.
@@ -110,9 +110,7 @@ class FewShot(Classification):
         where = np.moveaxis(rows.firsts[classes][..., None] + picks, 1, 2)  # [B, K + Q, N]
         images = rows.images.take(where, axis=0)
         if turns is not None:
-            for turn in (1, 2, 3):
-                task, label = np.nonzero(turns == turn)
-                images[task, :, label] = np.rot90(images[task, :, label], turn, axes=(2, 3))
+            _turn(images.swapaxes(1, 2), turns)
         return TaskBatch(
             support=self._examples(images[:, : self.shots]),
             query=self._examples(images[:, self.shots :]),
@@ -120,7 +118,7 @@ class FewShot(Classification):
 
     @property
     def pooled_size(self) -> int:
-        """All training classes; four times as many where a turned class is another one."""
+        """The number of training classes; four times as many with `rotations: classes`."""
         classes = sum(self.split_of(each) == "train" for each in self.open_store().classes)
         return classes * (4 if self.rotations == "classes" else 1)
 
@@ -137,8 +135,7 @@ class FewShot(Classification):
         labels = classes
         if self.rotations != "none":
             turns = integers(keys, _TURNS, 1, 4)[:, 0]
-            for turn in (1, 2, 3):
-                images[turns == turn] = np.rot90(images[turns == turn], turn, axes=(1, 2))
+            _turn(images, turns)
             if self.rotations == "classes":
                 labels = 4 * classes + turns
         x = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32)
@@ -158,7 +155,7 @@ class FewShot(Classification):
         }
 
     def _draw_classes(self, keys: UInt64, available: int) -> tuple[Int64, Int64 | None]:
-        """Classes and their quarter turns, both [B, N]."""
+        """The classes of every task and their quarter turns, both [B, N]; None: no turns."""
         angles = 4 if self.rotations == "classes" else 1
         drawn = _different(keys, np.full(len(keys), available * angles), self.ways, _CLASSES)
         if self.rotations == "classes":
@@ -168,7 +165,7 @@ class FewShot(Classification):
         return drawn, None
 
     def _examples(self, images: UInt8) -> Examples:
-        """Of images [B, n, N, H, W, C]."""
+        """Inputs and labels from images [B, n, N, H, W, C]."""
         num_tasks, count, ways, *shape = images.shape
         flat = torch.from_numpy(images.reshape(num_tasks, count * ways, *shape))
         x = flat.permute(0, 1, 4, 2, 3).to(torch.float32, memory_format=torch.contiguous_format)
@@ -176,12 +173,19 @@ class FewShot(Classification):
         return Examples(x.div_(255.0), as_tensor(labels))
 
 
+def _turn(images: UInt8, turns: Int64) -> None:
+    """Turn images [*S, ..., H, W, C] in place by the quarter turns [*S]."""
+    for turn in (1, 2, 3):
+        which = turns == turn
+        images[which] = np.rot90(images[which], turn, axes=(-3, -2))
+
+
 def _different(keys: UInt64, populations: Int64, count: int, stream: int = 0) -> Int64:
     """`count` different integers of [0, population) in random order: [...] -> [..., count].
 
-    One draw after the other, each out of what the earlier ones left: its rank among the values left
-    is turned into the value. The work does not depend on the population, unlike `random.choose`,
-    and populations may differ.
+    Each draw is a rank among the values that the earlier draws left, which is then turned into the
+    value. Unlike `random.choose`, the work does not depend on the population, and every entry may
+    have a population of its own.
     """
     ranks = uniform(keys, stream, count) * (populations[..., None] - np.arange(count))
     drawn = ranks.astype(np.int64)
@@ -195,19 +199,20 @@ def _different(keys: UInt64, populations: Int64, count: int, stream: int = 0) ->
 
 @lru_cache(maxsize=16)
 def _store(root: str, name: str, command: str) -> ImageStore:
+    """Open a store, once per process; copy it first if its root is a URI."""
     return ImageStore.open(local_root(root, name, command), name, command=command)
 
 
 @lru_cache(maxsize=16)
 def _verify(root: str, name: str, command: str) -> None:
-    """Read every byte, once per process. Raises StoreError."""
-    if not is_uri(root):  # a copy was read when it was opened
+    """Check every byte of a store, once per process. Raises StoreError."""
+    if not is_uri(root):  # `local_root` has checked a copy
         ImageStore.open(root, name, command=command, verify=True)
 
 
 @lru_cache(maxsize=64)
 def _rows(task: FewShot, split: str) -> _Rows:
-    """The split's classes, once they are found sufficient for the task's settings."""
+    """The classes of a split. Raises ValueError if they do not suffice for the task's settings."""
     store = task.open_store()
     height, width, _ = store.image_shape
     if task.rotations != "none" and height != width:

@@ -1,12 +1,12 @@
-"""Procedurally drawn characters: the classification tasks that need no download.
+"""Characters drawn by a program: classification tasks that need no download.
 
 A class is a character of an invented script: a few pen strokes, each a quadratic Bezier curve
-between points of a coarse grid, likely to start where the one before it passes. A drawing of it
-moves every control point, shears, turns and scales the whole a little, and has its own pen width.
+between points of a coarse grid, often starting on the stroke before it. A drawing of the character
+moves every control point a little, shears, turns and scales the whole, and has its own pen width.
 
-Everything follows from the class number and the number of the drawing. Only operations that IEEE
-arithmetic rounds correctly are used (no sines, no logarithms, no matrix products), so that every
-machine draws the same pixels.
+The number of the class and the number of the drawing determine every pixel. Only operations that
+IEEE arithmetic rounds correctly are used (no sines, no logarithms, no matrix products), so that
+every machine draws the same pixels.
 
 Shapes: C classes, V = 20 drawings of each, S strokes, P points along a stroke.
 """
@@ -39,11 +39,11 @@ _SIZE, _DRAWINGS, _STROKES, _POINTS = 28, 20, 5, 32
 _BATCH = 32  # classes whose strokes are computed at once
 _PIXELS = np.arange(_SIZE, dtype=np.float32)[:, None]
 
-# Of a drawing: how far the pen strays from a control point, the width of the character, and the
-# pen's radius, the latter two in pixels.
+# How far a drawing strays from a control point (in units of the grid), the width of a character and
+# the range of the pen's radius (in pixels).
 _TREMBLE, _EXTENT, _PEN_RADIUS = 0.16, 19.0, (0.6, 1.1)
 
-# Random streams: of a class, and of a drawing. Another version is another script.
+# Random streams of a class, then of a drawing. Another version would draw another script.
 _VERSION = 1
 _ORIGIN, _JOIN, _END, _BEND, _COUNT, _DRAWING = range(6)
 _HAND, _AFFINE, _SHIFT, _PEN = range(4)
@@ -53,9 +53,9 @@ _HAND, _AFFINE, _SHIFT, _PEN = range(4)
 class Glyphs(FewShot):
     """Drawn characters as few-shot classes; ink is 1.
 
-    The store is drawn under `data_root` (or on the node itself, where that is a URI) at first use,
-    once for all processes. Of every 20 classes
-    in a row 13 are for training, 2 for validation, 5 for test, whatever `num_classes` is.
+    The store is drawn at first use, once for all processes: under `data_root`, or on the node
+    itself if that is a URI. Of every 20 classes in a row, 13 are for training, 2 for validation and
+    5 for test, whatever `num_classes` is.
     """
 
     num_classes: int = NUM_CLASSES
@@ -114,7 +114,7 @@ def draw(numbers: npt.NDArray[np.int64]) -> UInt8:
     classes = stream_keys(numbers.astype(np.uint64), _VERSION)
     drawings = bits(classes, _DRAWING, _DRAWINGS)
     strokes = _by_hand(_characters(classes), drawings)
-    # Two strokes to five, three being the most common; those that a class lacks repeat its first.
+    # Two to five strokes. Missing ones repeat the first stroke, so that arrays have one shape.
     counts = 2 + (uniform(classes, _COUNT, 1) > np.array([0.3, 0.7, 0.9])).sum(axis=1)
     present = (np.arange(_STROKES) < counts[:, None])[:, None, :, None, None]
     strokes = np.where(present, strokes, strokes[:, :, :1])
@@ -138,12 +138,13 @@ def _prepare_command(num_classes: int) -> str:
 
 
 def _split(number: int) -> str:
+    """The split of a class."""
     place = number % 20
     return "train" if place < 13 else "validation" if place < 15 else "test"
 
 
 def _characters(keys: UInt64) -> Floats:
-    """Control points of five strokes for every class, [C, S, 3, 2], about the square [-1, 1]²."""
+    """Control points of five strokes for every class, [C, S, 3, 2], near the square [-1, 1]²."""
     num_classes = len(keys)
     origins = _grid_points(uniform(keys, _ORIGIN, 2 * _STROKES).reshape(num_classes, _STROKES, 2))
     ends = _grid_points(uniform(keys, _END, 6 * _STROKES).reshape(num_classes, _STROKES, 3, 2))
@@ -155,8 +156,8 @@ def _characters(keys: UInt64) -> Floats:
     for s in range(_STROKES):
         start, score = origins[:, s], np.zeros((num_classes, 3))
         if s:
-            # A pen returns to what is drawn: to the end or the middle of the stroke before. From
-            # there it goes elsewhere than along that stroke.
+            # A stroke starts at the end (35 %) or the middle (25 %) of the stroke before, or
+            # anywhere. Its end is chosen of three, preferring those away from that stroke's line.
             a, b, c = (strokes[:, s - 1, i] for i in range(3))
             join = joins[:, s]
             start = np.where(join < 0.35, c, np.where(join < 0.6, (a + 2 * b + c) / 4, start))
@@ -171,22 +172,22 @@ def _characters(keys: UInt64) -> Floats:
 
 
 def _grid_points(unit: Floats) -> Floats:
-    """Uniform numbers [..., 2] to points of a grid on [-1, 1]², 3 across and 4 down."""
+    """Turn uniform numbers [..., 2] into points of a grid on [-1, 1]², 3 across and 4 down."""
     cells = np.floor(unit * np.array([3.0, 4.0]))
     points: Floats = cells * np.array([0.8, 2 / 3]) - np.array([0.8, 1.0])
     return points
 
 
 def _by_hand(strokes: Floats, keys: UInt64) -> Floats:
-    """The strokes [C, S, 3, 2] as the hand moves in each drawing, [C, V, S, 3, 2]; keys [C, V]."""
+    """Add the tremble of each drawing: strokes [C, S, 3, 2], keys [C, V] -> [C, V, S, 3, 2]."""
     shape = (*keys.shape, 2, _STROKES, 3, 2)
     noise = uniform(keys, _HAND, 2 * _STROKES * 6, -_TREMBLE, _TREMBLE).reshape(shape)
-    # The sum of two uniform numbers: bell-like enough, and without a logarithm.
+    # The sum of two uniform numbers resembles a normal one and needs no logarithm.
     return strokes[:, None] + noise[:, :, 0] + noise[:, :, 1]
 
 
 def _placed(strokes: Floats, keys: UInt64) -> Floats:
-    """The drawings [C, V, S, 3, 2] in pixels: fitted into the image, then sheared and shifted."""
+    """Strokes in pixels, [C, V, S, 3, 2]: fitted into the image, then sheared and shifted."""
     across = _curves(strokes)
     low, high = across.min(axis=2), across.max(axis=2)  # [C, V, 2]
     size = (high - low).max(axis=-1)[..., None]
@@ -208,8 +209,8 @@ def _curves(strokes: Floats) -> Floats:
 
 
 def _ink(points: Floats, radius: Floats) -> UInt8:
-    """Images [V, 28, 28, 1] of a pen of this radius [V, 1] at the points [V, n, 2]."""
-    # The drawings come last: numpy is fastest along a long last axis.
+    """Images [V, 28, 28, 1] that a pen of this radius [V, 1] draws at the points [V, n, 2]."""
+    # The axis of the drawings is last, because numpy is fastest along a long last axis.
     x, y = points.astype(np.float32).transpose(2, 1, 0)[:, :, None] - _PIXELS  # [n, 28, V] each
     x, y = x * x, y * y
     nearest = np.full((_SIZE, _SIZE, len(points)), np.inf, dtype=np.float32)
@@ -217,7 +218,7 @@ def _ink(points: Floats, radius: Floats) -> UInt8:
     for across, down in zip(x, y, strict=True):
         np.add(down[:, None], across, out=there)
         np.minimum(nearest, there, out=nearest)
-    # A pixel is as dark as the pen covers it, were its rim straight there.
+    # A pixel's darkness is the share that the pen covers, taking its rim for a straight line.
     cover = np.clip(radius[:, 0].astype(np.float32) + 0.5 - np.sqrt(nearest), 0.0, 1.0)
     images: UInt8 = (cover * 255.0 + 0.5).astype(np.uint8)
     return np.moveaxis(images, -1, 0)[..., None]

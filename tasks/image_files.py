@@ -1,5 +1,7 @@
-"""Image files inside a folder, a zip or a tar archive: listed, read and decoded. Nothing is ever
-extracted to a place that a file's name could choose."""
+"""Lists, reads and decodes image files in a folder, a zip or a tar archive.
+
+Nothing is extracted to disk, so the name of a file in an archive cannot choose where it would go.
+"""
 
 import bz2
 import contextlib
@@ -22,7 +24,7 @@ from tasks.image_store import StoreError, UInt8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 _GREY_MODES = ("1", "L", "LA")
-# What the archive modules raise on broken bytes; RuntimeError is zipfile's for encrypted members.
+# What the archive modules raise on damaged files; zipfile raises RuntimeError for encrypted ones.
 _DAMAGED = (
     OSError,
     EOFError,
@@ -35,7 +37,7 @@ _DAMAGED = (
 
 
 class ImageFiles(NamedTuple):
-    """Files by their paths within the source, sorted, and the function that reads one."""
+    """The sorted paths of files within the source, and the function that reads one."""
 
     paths: list[PurePosixPath]
     read: Callable[[PurePosixPath], bytes]
@@ -43,9 +45,9 @@ class ImageFiles(NamedTuple):
 
 @contextlib.contextmanager
 def image_files(source: Path) -> Iterator[ImageFiles]:
-    """The images of a folder or archive, hidden files left out.
+    """Open a folder or archive and list its images; hidden files are left out.
 
-    Raises StoreError for a source that does not exist or is damaged; so does reading from it.
+    Raises StoreError for a source that does not exist or is damaged, and so does `read`.
     """
     if not source.exists():
         raise StoreError(f"{source} does not exist")
@@ -69,9 +71,9 @@ def image_files(source: Path) -> Iterator[ImageFiles]:
 
 
 def decode(data: bytes, name: str, size: int | None, channels: int) -> UInt8:
-    """The image as uint8 [H, W, C], resized (Lanczos) to `size` x `size` pixels unless it is None.
+    """Decode an image to uint8 [H, W, C], resized (Lanczos) to `size` x `size` unless it is None.
 
-    Transparent parts become white. Raises StoreError naming the file where it is no image.
+    Transparent parts become white. Raises StoreError naming the file if it is not an image.
     """
     from PIL import Image, ImageOps
 
@@ -84,7 +86,7 @@ def decode(data: bytes, name: str, size: int | None, channels: int) -> UInt8:
                 image = image.convert("RGBA")
                 white = Image.new("RGBA", image.size, "white")
                 image = Image.alpha_composite(white, image)
-            # Also because Pillow resizes 1-bit and palette images without any filter.
+            # Before resizing, because Pillow resizes 1-bit and palette images without a filter.
             image = image.convert("L" if channels == 1 else "RGB")
             if size is not None and image.size != (size, size):
                 image = image.resize((size, size), Image.Resampling.LANCZOS)
@@ -94,17 +96,18 @@ def decode(data: bytes, name: str, size: int | None, channels: int) -> UInt8:
 
 
 def is_grey(data: bytes, name: str) -> bool:
-    """Whether the image's header says that it has no colour. Raises StoreError."""
+    """Whether an image is grey, by its header. Raises StoreError."""
     from PIL import Image
 
     try:
         with Image.open(io.BytesIO(data)) as file:
             return file.mode in _GREY_MODES
-    except Exception as error:  # as above
+    except Exception as error:  # Pillow raises nearly anything on broken bytes
         raise StoreError(f"{name} is not a readable image: {error}") from error
 
 
 def _wanted(names: Iterator[str]) -> list[PurePosixPath]:
+    """The names of images, sorted; without hidden files and macOS's own."""
     paths = (PurePosixPath(name) for name in names)
     return sorted(
         path
@@ -137,7 +140,7 @@ def _zip(source: Path) -> Iterator[ImageFiles]:
 def _tar(source: Path) -> Iterator[ImageFiles]:
     with _seekable(source) as file, tarfile.open(fileobj=file, mode="r:") as archive:
         members = {PurePosixPath(each.name): each for each in archive if each.isfile()}
-        # tarfile takes an archive cut off within a header for a whole one; whole ones end in zeros.
+        # tarfile accepts an archive that was cut off within a header; a whole one ends in zeros.
         file.seek(archive.offset)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("unexpected end of data")
@@ -151,7 +154,7 @@ def _tar(source: Path) -> Iterator[ImageFiles]:
 
 @contextlib.contextmanager
 def _seekable(source: Path) -> Iterator[io.BufferedIOBase]:
-    """The tar file; decompressed first where needed, since its files are read out of order."""
+    """The tar file, decompressed first where needed: its members are read out of order."""
     with source.open("rb") as file:
         magic = file.read(6)
         openers = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\x00", lzma.open))

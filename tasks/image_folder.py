@@ -1,9 +1,9 @@
-"""Any images of one folder per class as few-shot tasks."""
+"""Few-shot tasks from a user's own images, one folder per class."""
 
 import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from os.path import commonpath
 from pathlib import Path, PurePosixPath
@@ -12,7 +12,7 @@ import numpy as np
 
 from tasks.base import SPLITS, at_least
 from tasks.few_shot import FewShot
-from tasks.image_files import decode, image_files, is_grey
+from tasks.image_files import ImageFiles, decode, image_files, is_grey
 from tasks.image_store import (
     ClassImages,
     ImageStore,
@@ -22,6 +22,7 @@ from tasks.image_store import (
     fixed_order,
     no_progress,
     store_folder,
+    with_progress,
     write_store,
 )
 
@@ -36,7 +37,7 @@ _SPLIT_NAMES = {
 
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(FewShot):
-    """Few-shot tasks over the store that `maml data prepare images --name STORE` built."""
+    """Few-shot tasks over a store that `maml data prepare images --name STORE` has built."""
 
     store: str
 
@@ -66,10 +67,10 @@ def prepare_images(
 ) -> ImageStore:
     """Build the store `name` from a folder, zip or tar archive with one folder per class.
 
-    A class is named by its folder's path below what all images have in common. Images are resized
-    to `image_size` x `image_size` pixels (without keeping their proportions, as is usual with
-    miniImageNet); without it they must all have one size. They become grey if `grey`, or if that is
-    None and none of them has colour.
+    A class is named by its folder's path below the folder that all images have in common. Images
+    are resized to `image_size` x `image_size` pixels (proportions are not kept, as is usual with
+    miniImageNet); without it they must all have the same size. They become grey if `grey` is true,
+    or if it is None and none of them has colour.
 
     `split` is one of
       "64/16/20"          numbers of train, validation and test classes, adding up to all of them;
@@ -77,10 +78,10 @@ def prepare_images(
       a file              JSON {"train": [CLASS, ...], "validation": [...], "test": [...]}, or lines
                           CLASS,SPLIT; classes that it does not name are left out;
       None                for a source that has the layout train/CLASS, val/CLASS, test/CLASS.
-    Numbers and fractions cut the classes in the order of a hash of their names, so the split is the
-    same for everyone, whatever the seed of a run.
+    Numbers and fractions divide the classes in the order of a hash of their names, so the split is
+    the same for everyone, whatever the seed of a run.
 
-    Raises StoreError, and ValueError for an `image_size` that is none.
+    Raises StoreError, and ValueError for an `image_size` below 1.
     """
     if image_size is not None:
         at_least("image_size", image_size, 1)
@@ -93,32 +94,39 @@ def prepare_images(
             grey = all(
                 is_grey(files.read(path), str(path)) for each in names for path in folders[each]
             )
-        channels = 1 if grey else 3
-
-        def classes() -> Iterator[ClassImages]:
-            first: tuple[PurePosixPath, UInt8] | None = None
-            for done, each in enumerate(names):
-                on_progress("reading classes", done, len(names))
-                images = []
-                for path in folders[each]:
-                    image = decode(files.read(path), str(path), image_size, channels)
-                    first = first or (path, image)
-                    if image.shape != first[1].shape:
-                        raise StoreError(
-                            f"{path} is {_pixels(image)}, {first[0]} is {_pixels(first[1])}: "
-                            "give --size to make them equal"
-                        )
-                    images.append(image)
-                yield ClassImages(each, splits[each], np.stack(images))
-            on_progress("reading classes", len(names), len(names))
-
+        read = _equal_images(files, image_size, channels=1 if grey else 3)
+        classes = (
+            ClassImages(each, splits[each], np.stack([read(path) for path in folders[each]]))
+            for each in with_progress(names, "reading classes", on_progress)
+        )
         return write_store(
             data_root,
             name,
-            classes(),
+            classes,
             source=Path(source).name,
             command=_prepare_command(name),
         )
+
+
+def _equal_images(
+    files: ImageFiles, image_size: int | None, channels: int
+) -> Callable[[PurePosixPath], UInt8]:
+    """A function that decodes an image; it raises StoreError if the first one had another size."""
+    first: list[tuple[PurePosixPath, UInt8]] = []
+
+    def read(path: PurePosixPath) -> UInt8:
+        image = decode(files.read(path), str(path), image_size, channels)
+        if not first:
+            first.append((path, image))
+        first_path, first_image = first[0]
+        if image.shape != first_image.shape:
+            raise StoreError(
+                f"{path} is {_pixels(image)}, {first_path} is {_pixels(first_image)}: "
+                "give --size to make them equal"
+            )
+        return image
+
+    return read
 
 
 def _prepare_command(name: str) -> str:
@@ -132,7 +140,7 @@ def _pixels(image: UInt8) -> str:
 def _classes(
     source: Path, paths: list[PurePosixPath]
 ) -> tuple[dict[str, list[PurePosixPath]], dict[str, set[str]]]:
-    """The images of every class, and the splits in whose folders it is, if there are such."""
+    """The images of every class, and the splits in whose folders the class is, if there are any."""
     if not paths:
         raise StoreError(f"{source} holds no images")
     top = commonpath([str(path.parent) for path in paths])
@@ -155,6 +163,7 @@ def _classes(
 
 
 def _from_folders(source: Path, found: dict[str, set[str]]) -> dict[str, str]:
+    """The split of every class, by the folders that it is in. Raises StoreError."""
     how = "counts (64/16/20), fractions (0.64/0.16/0.2) or a file"
     if not found:
         raise StoreError(f"{source} has no train/val/test folders: give --split as {how}")
@@ -168,7 +177,7 @@ def _from_folders(source: Path, found: dict[str, set[str]]) -> dict[str, str]:
 
 
 def _assign(split: str, names: list[str]) -> dict[str, str]:
-    """The split of every class, by the option's value. Raises StoreError."""
+    """The split of every class, by the value of the option --split. Raises StoreError."""
     parts = split.split("/")
     if len(parts) != len(SPLITS) or not all(re.fullmatch(r"\d*\.?\d+", part) for part in parts):
         return _read_split(Path(split), names)
@@ -194,6 +203,7 @@ def _assign(split: str, names: list[str]) -> dict[str, str]:
 
 
 def _read_split(path: Path, names: list[str]) -> dict[str, str]:
+    """The split of every class that a file names. Raises StoreError."""
     try:
         text = path.read_text()
         if path.suffix.lower() == ".json":

@@ -1,12 +1,11 @@
-"""Labelled images on disk, memory-mapped: every process of a node reads the same pages.
+"""Stores labelled images on disk, memory-mapped: all processes of a node share the same pages.
 
     DATA_ROOT/NAME/images.arrow    one record batch with one column `image`, a fixed-shape tensor of
                                    uint8 [H, W, C] per row (an Arrow IPC file, uncompressed)
-    DATA_ROOT/NAME/manifest.json   what the rows are: classes, splits, shape, size, content hash
+    DATA_ROOT/NAME/manifest.json   classes, splits, shape, size and content hash
 
 The rows of a class are contiguous, so a class is (first row, count) and needs no label column. A
-store is written beside its place and renamed into it, manifest last: where a manifest is, the store
-is complete.
+store is written in a folder beside its place, which is then renamed: a store is complete or absent.
 
 Shapes: n images of H x W pixels and C channels (1 grey, 3 colour).
 """
@@ -17,7 +16,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from tasks.errors import ReportedError
 
 UInt8 = npt.NDArray[np.uint8]
 Progress = Callable[[str, int, int], None]
-"""`on_progress(what, done, total)`; `total` is 0 where nobody knows it."""
+"""`on_progress(what, done, total)`; `total` is 0 where it is unknown."""
 
 _FORMAT = 1
 IMAGES, MANIFEST = "images.arrow", "manifest.json"
@@ -59,7 +58,15 @@ class ClassImages(NamedTuple):
 
 
 def no_progress(what: str, done: int, total: int) -> None:
-    """The Progress of those who do not watch."""
+    """A Progress that does nothing."""
+
+
+def with_progress(names: Sequence[str], what: str, on_progress: Progress) -> Iterator[str]:
+    """Yield the names one by one, and report how many are done."""
+    for done, name in enumerate(names):
+        on_progress(what, done, len(names))
+        yield name
+    on_progress(what, len(names), len(names))
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ class ImageStore:
     name: str
     source: str
     content_hash: str
-    """SHA-256 of the pixels and the class table: the same data set anywhere has the same one."""
+    """SHA-256 of the pixels and the class table; equal wherever the data set is equal."""
     images: UInt8
     classes: tuple[ImageClass, ...]
 
@@ -84,9 +91,9 @@ class ImageStore:
     ) -> "ImageStore":
         """Map the store DATA_ROOT/`name`.
 
-        Cheap (size and structure are checked); `verify` reads every byte against the content hash.
-        Raises StoreError for a store that is missing, incomplete or damaged; its message names
-        `command`, which builds it.
+        Checks size and structure, which is quick; `verify` compares every byte with the content
+        hash. Raises StoreError for a store that is missing, incomplete or damaged; its message
+        names `command`, which builds the store.
         """
         folder = store_folder(root, name)
         try:
@@ -116,7 +123,7 @@ class ImageStore:
         return tuple(each for each in self.classes if each.split == split)
 
     def summary(self) -> dict[str, Any]:
-        """What a person wants to know of it, as plain values."""
+        """A description for people, as plain values."""
         return {
             "name": self.name,
             "source": self.source,
@@ -128,7 +135,7 @@ class ImageStore:
 
 
 def store_folder(root: Path | str, name: str) -> Path:
-    """Where the store of this name belongs. Raises StoreError for what cannot be a name."""
+    """The folder of the store with this name. Raises StoreError for an impossible name."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
         raise StoreError(f"{name!r} cannot name an image store: use letters, digits, '-' and '_'")
     return Path(root).expanduser().absolute() / name
@@ -140,7 +147,7 @@ def store_exists(root: Path | str, name: str) -> bool:
 
 
 def fixed_order(names: Iterable[str]) -> list[str]:
-    """The names in the order of their SHA-256: shuffled, and the same for everyone and for ever."""
+    """The names sorted by their SHA-256: shuffled, in the same order everywhere."""
     return sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
 
 
@@ -155,10 +162,10 @@ def write_store(
 ) -> ImageStore:
     """Write a store, class by class as `classes` yields them; open and verify it.
 
-    One builder at a time works on a name, others wait; a builder that dies leaves nothing that
-    could be taken for a store. With `replace=False` a store that exists is kept, and `classes` is
-    not asked for anything. Raises StoreError where the folder cannot be written, or holds anything
-    but a store; `classes` raises its own, about its source.
+    One process at a time builds a store, others wait; one that dies leaves nothing that looks like
+    a store. With `replace=False` an existing store is kept and `classes` is not read. Raises
+    StoreError if the folder cannot be written or holds anything but a store, and what `classes`
+    raises.
     """
     folder = store_folder(root, name)
     try:
@@ -174,6 +181,7 @@ def write_store(
 
 
 def _open(folder: Path) -> ImageStore:
+    """Map a store. Raises ValueError, KeyError and errors of pyarrow for a damaged one."""
     import pyarrow as pa
 
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -208,13 +216,14 @@ def _open(folder: Path) -> ImageStore:
 
 
 def _build(folder: Path, classes: Iterable[ClassImages], source: str) -> None:
+    """Write the files of a store beside `folder`, then rename their folder to it."""
     scratch = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(scratch, ignore_errors=True)  # of a builder that was killed
     new, pixels = scratch / "new", scratch / "pixels"
     new.mkdir(parents=True)
     try:
-        # A column that can be mapped as one array is one buffer, so the rows are gathered in a file
-        # first and written from its mapping: memory holds one class, the disk for once all twice.
+        # To be mapped as one array, the column must be one buffer. So the rows go to a scratch file
+        # first and are written from its mapping: memory holds one class, the disk all rows twice.
         table, shape = _gather(pixels, classes)
         count = sum(each.count for each in table)
         images = np.memmap(pixels, np.uint8, mode="r", shape=(count, *shape))
@@ -242,6 +251,7 @@ def _build(folder: Path, classes: Iterable[ClassImages], source: str) -> None:
 def _gather(
     path: Path, classes: Iterable[ClassImages]
 ) -> tuple[list[ImageClass], tuple[int, int, int]]:
+    """Write the pixels of all classes to a file; return the class table and (H, W, C)."""
     table: list[ImageClass] = []
     shape: tuple[int, ...] = ()
     first = 0
@@ -262,6 +272,7 @@ def _gather(
 
 
 def _write_arrow(path: Path, images: npt.NDArray[np.uint8]) -> None:
+    """Write images [n, H, W, C] as one Arrow record batch."""
     import pyarrow as pa
 
     shape = images.shape[1:]
@@ -274,18 +285,20 @@ def _write_arrow(path: Path, images: npt.NDArray[np.uint8]) -> None:
 
 
 def _hash(images: UInt8, classes: Iterable[ImageClass]) -> str:
+    """The content hash of a store."""
     digest = hashlib.sha256(images.reshape(-1).data)
     digest.update(json.dumps([images.shape, [vars(each) for each in classes]]).encode())
     return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:
+    """Wait until a file is on the disk, so that a crash after the rename loses nothing."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def _refuse_foreign(folder: Path) -> None:
-    """Raise rather than replace a folder that holds anything but a store."""
+    """Raise StoreError if the folder holds anything but a store."""
     if not folder.exists():
         return
     if not folder.is_dir() or {each.name for each in folder.iterdir()} - {IMAGES, MANIFEST}:
@@ -297,7 +310,7 @@ def _refuse_foreign(folder: Path) -> None:
 
 @contextlib.contextmanager
 def only_builder(folder: Path) -> Iterator[None]:
-    """Let one process at a time write the store in `folder`; the others wait."""
+    """Hold the lock for writing the store in `folder`; other processes wait."""
     import fcntl
 
     # The kernel frees the lock when its holder dies, so there are no stale locks.

@@ -23,6 +23,7 @@ from tasks.image_store import (
     StoreError,
     fixed_order,
     no_progress,
+    with_progress,
     write_store,
 )
 
@@ -40,11 +41,11 @@ _ARCHIVES = {
 class Omniglot(FewShot):
     """Characters as few-shot classes; ink is 1, paper 0.
 
-    `split` names the fixed division of the characters:
-      vinyals    1028 / 172 / 423, Vinyals et al. 2016: test alphabets are new, one excepted;
-      paper      1100 / 100 / 423, shuffled over all alphabets as in Finn et al. 2017, whose own
-                 shuffle cannot be reproduced: this one is by a hash of the characters' names.
-    Test characters of the one are training characters of the other: never compare across them.
+    `split` names a fixed division of the characters:
+      vinyals    1028 / 172 / 423, Vinyals et al. 2016: all test alphabets but one are new;
+      paper      1100 / 100 / 423, shuffled over all alphabets as in Finn et al. 2017. Their shuffle
+                 cannot be reproduced; this one is by a hash of the characters' names.
+    Test characters of one are training characters of the other: never compare across the two.
     """
 
     queries: int = 1  # as many as shots, by the paper's protocol
@@ -81,12 +82,12 @@ def prepare_omniglot(
     """Build the store `omniglot` (`omniglot-SIZE` for other sizes than 28).
 
     `source` is a folder with the official archives images_background.zip and images_evaluation.zip,
-    zipped or unpacked; their content is checked, not their checksum, so repacked ones will do.
-    Without a source the archives are downloaded to DATA_ROOT/downloads.
+    zipped or unpacked. Their content is checked rather than a checksum, so archives that were
+    packed again are accepted. Without a source the archives are downloaded to DATA_ROOT/downloads.
 
     The 105x105 drawings are inverted (ink 255) and resized with a Lanczos filter. (The original
-    code asked for that filter too, but Pillow resizes 1-bit images without any.)
-    Raises StoreError, and ValueError for an `image_size` that is none.
+    code asks for that filter too, but Pillow resizes 1-bit images without one.)
+    Raises StoreError, and ValueError for an `image_size` below 1.
     """
     at_least("image_size", image_size, 1)
     if source is None:
@@ -103,14 +104,12 @@ def prepare_omniglot(
             raise StoreError(f"{source} is not Omniglot: it has no character {missing[0]}")
 
         def classes() -> Iterator[ClassImages]:
-            for done, name in enumerate(sorted(drawings)):
-                on_progress("reading characters", done, len(drawings))
+            for name in with_progress(sorted(drawings), "reading characters", on_progress):
                 images = [
                     decode(files.read(path), str(path), image_size, channels=1)
                     for files, path in drawings[name]
                 ]
                 yield ClassImages(name, splits[name], 255 - np.stack(images))
-            on_progress("reading characters", len(drawings), len(drawings))
 
         return write_store(
             data_root,
@@ -131,6 +130,7 @@ def _prepare_command(image_size: int) -> str:
 
 
 def _archive(source: Path, name: str) -> Path:
+    """The archive NAME.zip, or the folder NAME. Raises StoreError."""
     for candidate in (source / f"{name}.zip", source / name):
         if candidate.exists():
             return candidate
@@ -138,7 +138,7 @@ def _archive(source: Path, name: str) -> Path:
 
 
 def _drawings(source: Path, files: ImageFiles, characters: int) -> dict[str, list[_Drawing]]:
-    """The drawings of every character of an archive, which must be whole. Raises StoreError."""
+    """The drawings of every character of an archive. Raises StoreError if some are missing."""
     found: dict[str, list[_Drawing]] = {}
     for path in files.paths:
         found.setdefault("/".join(path.parent.parts[-2:]), []).append((files, path))
@@ -154,7 +154,7 @@ def _drawings(source: Path, files: ImageFiles, characters: int) -> dict[str, lis
 
 @cache
 def _vinyals_split() -> dict[str, str]:
-    """The split of every character, by its name ALPHABET/characterNN."""
+    """The split of every character in Vinyals et al. 2016, by name, ALPHABET/characterNN."""
     table = json.loads(Path(__file__).with_name("omniglot_splits.json").read_text())
     return {
         f"{alphabet}/character{number:02}": split
@@ -166,6 +166,7 @@ def _vinyals_split() -> dict[str, str]:
 
 @cache
 def _paper_split() -> dict[str, str]:
+    """The split of every character in the manner of Finn et al. 2017, by name."""
     names = fixed_order(_vinyals_split())
     sizes = {"train": 1100, "validation": 100, "test": 423}
     splits = [split for split, size in sizes.items() for _ in range(size)]

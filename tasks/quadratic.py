@@ -1,4 +1,4 @@
-"""Quadratic tasks: the meta-gradient has a closed form, so they are the oracle of the tests.
+"""Quadratic tasks, whose meta-gradient has a closed form that tests compare with.
 
 Task i has an optimum c_i ~ N(mean, spread²·I) and the loss
 
@@ -60,7 +60,7 @@ class Quadratic(Regression):
         return self.mean + self.spread * normal(keys, _OPTIMUM, self.dimensions)
 
     def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
-        """x [B, D, D], y [B, D, 1]; support and query pose the same quadratic."""
+        """x [B, D, D], y [B, D, 1]; support and query set are the same."""
         optima = self.optima(seed, split, indices)
         scale = np.sqrt(self.curvatures * self.dimensions / 2)
         x = np.broadcast_to(np.diag(scale), (len(optima), self.dimensions, self.dimensions))
@@ -68,7 +68,7 @@ class Quadratic(Regression):
         return TaskBatch(support=examples, query=examples)
 
     def oracle(self, batch: TaskBatch) -> Tensor:
-        """The oracle stands in the optimum."""
+        """The predictions at the optimum: the targets themselves."""
         return batch.query.y
 
     def protocol(self) -> dict[str, Any]:

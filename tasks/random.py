@@ -1,12 +1,11 @@
-"""Random numbers that belong to a task: the same (seed, split, index) gives the same numbers on
-any machine, in any order, in any process.
+"""Random numbers that belong to a task: (seed, split, index) determines them on every machine.
 
-SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number generators") is a
-counter-based generator: number `i` of a stream is a hash of `key + i * golden`, so a whole batch of
-tasks is drawn by one vectorised expression and nothing has a state that could be shared by mistake.
+The generator is SplitMix64 (Steele, Lea & Flood 2014, "Fast splittable pseudorandom number
+generators"). Number `i` of a stream is a hash of `key + i * golden`, so that one vectorised
+expression draws a whole batch of tasks, and there is no state that tasks could share by mistake.
 
-Shapes: B tasks. A `stream` names what the numbers are for (amplitude, noise, ...), so that adding a
-quantity to a task never shifts the others.
+Shapes: B tasks. A `stream` is a number for each quantity of a task (amplitude, noise, ...), so that
+a new quantity does not change the numbers of the others.
 """
 
 from functools import lru_cache
@@ -24,11 +23,8 @@ _SPLIT_CODES = {"train": 1, "validation": 2, "test": 3}
 
 
 def _mix(z: UInt64) -> UInt64:
-    """SplitMix64's finaliser: a bijection of 64-bit words whose output bits look independent.
-
-    Consumes its argument, which must be an array of the caller's own.
-    """
-    # In place: a small array costs little more than the calls that it takes.
+    """SplitMix64's finaliser, a bijection of 64-bit words; overwrites its argument."""
+    # In place, because for small arrays most of the time goes into calls.
     z ^= z >> _R30
     z *= _FIRST
     z ^= z >> _R27
@@ -39,7 +35,7 @@ def _mix(z: UInt64) -> UInt64:
 
 @lru_cache(maxsize=1024)
 def _split_key(seed: int, split: str) -> UInt64:
-    """Key of all tasks of a split, [1]."""
+    """The key from which those of all tasks of a split are derived, [1]."""
     if split not in _SPLIT_CODES:
         raise ValueError(f"split: {split!r} is not one of {', '.join(_SPLIT_CODES)}")
     run = _mix(np.array([seed], dtype=np.int64).view(np.uint64) + _GOLDEN)
@@ -48,13 +44,13 @@ def _split_key(seed: int, split: str) -> UInt64:
 
 @lru_cache(maxsize=1024)
 def _stream_key(stream: int) -> UInt64:
-    """What distinguishes a stream, [1]."""
+    """The word that is mixed into the keys of a stream, [1]."""
     return _mix(np.full(1, stream + 1, dtype=np.uint64) * _GOLDEN)
 
 
 @lru_cache(maxsize=64)
 def _counters(count: int) -> UInt64:
-    """Increments of a stream's numbers, [count]."""
+    """i * golden for i = 1 .. count, [count]."""
     return np.arange(1, count + 1, dtype=np.uint64) * _GOLDEN
 
 
@@ -65,7 +61,7 @@ def task_keys(seed: int, split: str, indices: npt.ArrayLike) -> UInt64:
 
 
 def stream_keys(keys: UInt64, stream: int) -> UInt64:
-    """Keys of an independent stream, shaped as `keys`; use it again for streams within streams."""
+    """The keys of a stream, shaped as `keys`; apply it again for streams within a stream."""
     return _mix(keys ^ _stream_key(stream))
 
 
@@ -105,7 +101,7 @@ def choose(keys: UInt64, stream: int, population: int, count: int) -> npt.NDArra
         raise ValueError(f"cannot choose {count} different items out of {population}")
     tickets = bits(keys, stream, population)
     if count < population:
-        # The smallest `count` tickets win; sorting only those is what makes large classes cheap.
+        # The smallest `count` tickets win; only those are sorted, for speed in large populations.
         winners = np.argpartition(tickets, count, axis=-1)[..., :count]
         order = np.argsort(np.take_along_axis(tickets, winners, axis=-1), axis=-1)
         return np.take_along_axis(winners, order, axis=-1)

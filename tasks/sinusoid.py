@@ -18,9 +18,9 @@ _AMPLITUDE, _PHASE, _SUPPORT, _QUERY = range(4)  # random streams
 class Sinusoid(Regression):
     """A ~ U[amplitude], φ ~ U[phase], x ~ U[x_range]; noiseless targets.
 
-    The published ranges are the defaults. Evaluate with other ranges (`evaluation.variants`) to see
-    how a model generalises out of the range that it was trained on. `query_x_range` moves only the
-    query points: [5, 10] asks for extrapolation from support points inside the training range.
+    The defaults are the published ranges. Evaluate with other ranges (`evaluation.variants`) to see
+    how a model generalises beyond those of its training. `query_x_range` changes the query points
+    alone: [5, 10] asks for extrapolation from support points inside the training range.
     """
 
     shots: int = 10
@@ -68,7 +68,7 @@ class Sinusoid(Regression):
         )
 
     def oracle(self, batch: TaskBatch) -> Tensor:
-        """The oracle knows (A, φ); without noise its prediction is the target itself."""
+        """The predictions with known (A, φ): without noise, the targets themselves."""
         return batch.query.y
 
     def protocol(self) -> dict[str, Any]:

@@ -1,14 +1,14 @@
-"""Where image stores are: a folder that every node sees, or a URI that every node copies from.
+"""Finds image stores: in a folder that every node sees, or at a URI from which each node copies.
 
-    /mnt/stores          opened where they are; nothing is copied, no network is asked
+    /mnt/stores          a folder: its stores are opened in place, without copying or network
     s3://BUCKET/stores   any URI that pyarrow.fs knows: copied to the node's cache at first use
 
-    CACHE/HASH/NAME/     such a copy; HASH is that of the manifest at the URI, so that a store which
-                         was built anew is another copy. Copies may be deleted at any time.
+    CACHE/HASH/NAME/     such a copy. HASH is that of the manifest at the URI, so that a rebuilt
+                         store is copied again. Copies may be deleted at any time.
 
-One process of a node copies, the others wait for it. A copy is read against the content hash of its
-manifest before it is put in place, and by every process that opens it: one that was damaged since
-is fetched again.
+One process of a node copies, the others wait for it. A copy is compared with the content hash of
+its manifest before it is put in place, and by every process that opens it; a damaged one is copied
+again.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ CACHE = "MAML_STORE_CACHE"
 
 
 def writable_root(root: str) -> Path:
-    """Where a store that is made at first use belongs: `root`, or on this node if that is a URI."""
+    """The folder for a store that is made at first use: `root`, or one of this node for a URI."""
     return _cache() / "made-here" if is_uri(root) else Path(root)
 
 
 def local_root(root: str, name: str, command: str) -> Path:
-    """The folder in which the store `name` of `root` can be opened; copies it if need be.
+    """The folder in which the store `name` of `root` can be opened; copies it there if necessary.
 
-    Raises StoreError for a URI that cannot be read, holds no such store or a damaged one, and for a
-    cache that cannot be written; the message names `command`, which builds the store.
+    Raises StoreError for a URI that cannot be read or holds no intact store of this name, and for a
+    cache that cannot be written. The message names `command`, which builds the store.
     """
     if not is_uri(root):
         return Path(root)
@@ -62,7 +62,7 @@ def local_root(root: str, name: str, command: str) -> Path:
 
 
 class _Source:
-    """A store at a URI."""
+    """A store at a URI. Its methods raise StoreError, which says what to do."""
 
     def __init__(self, root: str, name: str, command: str):
         import pyarrow.fs
@@ -79,11 +79,13 @@ class _Source:
         self._folder = f"{path.rstrip('/')}/{name}"
 
     def manifest(self) -> bytes:
+        """The content of the manifest."""
         with self._reading(), self._fs.open_input_file(f"{self._folder}/{MANIFEST}") as file:
             return bytes(file.read())
 
     def copy_images(self, target: Path) -> None:
-        # Read and written apart, so that an error says on which side it was.
+        """Copy the images to a file."""
+        # Only reading is wrapped, so that an error of writing is not blamed on the source.
         with self._reading():
             stream = self._fs.open_input_stream(f"{self._folder}/{IMAGES}")
         with stream, target.open("wb") as file:
@@ -95,12 +97,14 @@ class _Source:
                 file.write(block)
 
     def damaged(self, error: StoreError) -> StoreError:
+        """The error for a copy that is damaged although it was just made."""
         return StoreError(
             f"the image store {self.name} at {self.root} is damaged: {_line(error)}\n{self._build}"
         )
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
+        """Turn errors of reading into StoreErrors."""
         try:
             yield
         except FileNotFoundError as error:
@@ -114,13 +118,14 @@ class _Source:
 
 
 def _cache() -> Path:
+    """The folder of this node's copies."""
     if chosen := os.environ.get(CACHE):
         return Path(chosen).expanduser().absolute()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "maml" / "stores"
 
 
 def _intact(folder: Path, name: str, manifest: bytes) -> bool:
-    """Whether the copy is there, byte for byte."""
+    """Whether there is a copy that matches the manifest byte for byte."""
     try:
         if (folder / name / MANIFEST).read_bytes() != manifest:
             return False
@@ -131,6 +136,7 @@ def _intact(folder: Path, name: str, manifest: bytes) -> bool:
 
 
 def _fetch(source: _Source, manifest: bytes, folder: Path, name: str) -> None:
+    """Copy a store, check it, then put it in place. Raises StoreError and OSError."""
     log.info("copying the image store %s from %s to %s", name, source.root, folder)
     scratch = folder / f".{name}.partial"
     shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
@@ -151,4 +157,5 @@ def _fetch(source: _Source, manifest: bytes, folder: Path, name: str) -> None:
 
 
 def _line(error: Exception) -> str:
+    """The first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,1 +1,1 @@
-"""Tasks as Markov decision processes: reinforcement learning (paper section 5.3)."""
+"""Tasks that are Markov decision processes: reinforcement learning (paper section 5.3)."""

@@ -1,6 +1,6 @@
-"""Tasks to act in that gymnasium runs: any environment of a user's own with a task parameter.
+"""Reinforcement learning in a user's own gymnasium environment with task parameters.
 
-What is needed: something that makes environments, by its path, and in them a method
+The user names a function or class that makes environments; these have a method
 `set_task({"goal": 0.3})`. Gymnasium is imported only when such tasks are built.
 """
 
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 Numbers = npt.NDArray[Any]
 RESETTING = 2**13
-"""Random streams of a task from which its trajectories take their seeds, one per rollout."""
+"""First of the random streams that seed a task's environments; one stream per rollout."""
 
 _idle: dict[str, list[gymnasium.Env[Any, Any]]] = {}
-"""Environments of this process that nobody acts in, by what made them: many are slow to make."""
+"""Environments of this process that are not in use, by `make`. Many take long to make."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +48,7 @@ class Gymnasium(MDPs):
             raise ValueError("ranges: name at least one parameter, as {goal: [-1.0, 1.0]}")
         for name, bounds in self.ranges.items():
             ascending(f"ranges.{name}", bounds)
-        self._spaces  # noqa: B018  # refuses an environment that cannot be acted in
+        self._spaces  # noqa: B018  # raises for an environment that does not fit
 
     @property
     def actions(self) -> Actions:  # type: ignore[override]
@@ -64,7 +64,7 @@ class Gymnasium(MDPs):
         return (int(np.prod(self._spaces.observation.shape)),)
 
     def parameters(self, keys: UInt64) -> npt.NDArray[np.float64]:
-        """In the order of `ranges`, [B, P]."""
+        """The parameters of the tasks, [B, P], in the order of `ranges`."""
         drawn = [
             uniform(keys, stream, 1, *bounds) for stream, bounds in enumerate(self.ranges.values())
         ]
@@ -86,7 +86,7 @@ class Gymnasium(MDPs):
         vector = SyncVectorEnv([lambda one=one: one for one in taken])  # type: ignore[misc]
 
         def give_back() -> None:
-            # In gymnasium 1.1, a vector that is forgotten closes what it was made of.
+            # Gymnasium 1.1 closes the environments of a vector that is garbage-collected.
             vector.closed = True
             _give_back(self.make, taken)
 
@@ -97,6 +97,7 @@ class Gymnasium(MDPs):
 
     @cached_property
     def _spaces(self) -> _Spaces:
+        """The spaces of an environment. Raises ValueError for one that does not fit."""
         (one,) = _take(self.make, 1)
         spaces = _checked(one)
         _try_task(one, {name: low for name, (low, _) in self.ranges.items()})
@@ -106,17 +107,17 @@ class Gymnasium(MDPs):
 
 @dataclass(frozen=True)
 class _Spaces:
-    """What an environment shows and takes."""
+    """Observation and action space of an environment."""
 
     observation: Any
     action: Any
 
 
 class Vectorised:
-    """Gymnasium's vector API as an `Environment`: B tasks x n trajectories, one environment each.
+    """Adapts gymnasium's vector API to `Environment`: one environment per task and trajectory.
 
-    A policy's [-1, 1] is the range of a bounded action, and what is beyond is clipped, as in the
-    original code; an action without bounds is taken as it is.
+    Where an action is bounded, the policy's [-1, 1] is stretched to its range and clipped, as in
+    the original code; an action without bounds is passed on as it is.
     """
 
     def __init__(
@@ -135,7 +136,7 @@ class Vectorised:
         self._ended, self._time = np.zeros(vector.num_envs, dtype=bool), 0
 
     def reset(self, episode: int) -> Tensor:
-        # 32 bits: the most that environments with numpy's older generator take.
+        # 32 bits, because environments with numpy's older generator accept no more.
         seeds = bits(self._keys, RESETTING + episode, self._shape[1]) >> np.uint64(32)
         observation, _ = self._vector.reset(seed=seeds.reshape(-1).tolist())  # type: ignore[arg-type]
         self._ended, self._time = np.zeros(self._vector.num_envs, dtype=bool), 0
@@ -154,7 +155,11 @@ class Vectorised:
         return as_tensor(numbers).to(self._like).reshape(*self._shape, -1)
 
     def _refuse_own_limit(self, cut: Numbers) -> None:
-        """A time limit is no end, so that what follows would count; but gymnasium starts anew."""
+        """Raise ValueError if an environment truncates an episode before the horizon.
+
+        What follows would count, because a time limit is no terminal state; but gymnasium would
+        start a new episode there.
+        """
         if self._time < self._horizon and (cut & ~self._ended).any():
             raise ValueError(
                 f"task.horizon: {self._horizon} is more than the environment's own time limit: it "
@@ -163,7 +168,7 @@ class Vectorised:
 
 
 def _played(space: Any) -> Callable[[Numbers], Numbers]:
-    """What turns a policy's actions [N, ...] into those of an action space."""
+    """The function that turns a policy's actions [N, ...] into those of an action space."""
     if not space.shape:
         return lambda action: action + space.start
     bounded = np.isfinite(space.low) & np.isfinite(space.high)
@@ -173,7 +178,7 @@ def _played(space: Any) -> Callable[[Numbers], Numbers]:
 
 
 def _take(make: str, count: int) -> list[gymnasium.Env[Any, Any]]:
-    """Environments for the caller alone; tasks and seeds are to be set."""
+    """Take `count` environments out of the idle ones, and make those that are missing."""
     idle = _idle.setdefault(make, [])
     made = [_make(make) for _ in range(count - len(idle))]
     taken = [*made, *idle[:count]]
@@ -182,11 +187,12 @@ def _take(make: str, count: int) -> list[gymnasium.Env[Any, Any]]:
 
 
 def _give_back(make: str, environments: list[gymnasium.Env[Any, Any]]) -> None:
+    """Return environments to the idle ones."""
     _idle[make] += environments
 
 
 def _make(path: str) -> gymnasium.Env[Any, Any]:
-    """Raises ValueError naming the setting."""
+    """Make an environment. Raises ValueError naming the setting."""
     try:
         import gymnasium
     except ImportError as error:
@@ -196,7 +202,7 @@ def _make(path: str) -> gymnasium.Env[Any, Any]:
         raise ValueError(f"make: must look like my_module:MyEnvironment, got {path!r}")
     try:
         one = getattr(importlib.import_module(module), name)()
-    except Exception as error:  # whatever a user's code raises is for the user to read
+    except Exception as error:  # a user's code may raise anything
         raise ValueError(f"make: {path} fails: {type(error).__name__}: {error}") from error
     if not isinstance(one, gymnasium.Env):
         raise ValueError(f"make: {path} makes {type(one).__name__}, not a gymnasium.Env")
@@ -204,7 +210,7 @@ def _make(path: str) -> gymnasium.Env[Any, Any]:
 
 
 def _checked(one: gymnasium.Env[Any, Any]) -> _Spaces:
-    """Its spaces. Raises ValueError where a policy cannot act in it or the task cannot be set."""
+    """The spaces of an environment. Raises ValueError for unfit spaces, or without `set_task`."""
     from gymnasium.spaces import Box, Discrete
 
     name, seen, action = type(one.unwrapped).__name__, one.observation_space, one.action_space
@@ -218,12 +224,14 @@ def _checked(one: gymnasium.Env[Any, Any]) -> _Spaces:
 
 
 def _set_task(one: gymnasium.Env[Any, Any], task: Mapping[str, float]) -> None:
+    """Tell an environment its task, through its wrappers."""
     one.get_wrapper_attr("set_task")(task)
 
 
 def _try_task(one: gymnasium.Env[Any, Any], task: Mapping[str, float]) -> None:
+    """Set a task once. Raises ValueError naming the setting if that fails."""
     try:
         _set_task(one, task)
-    except Exception as error:  # as above
+    except Exception as error:  # a user's code may raise anything
         what = f"{type(error).__name__}: {error}"
         raise ValueError(f"ranges: set_task({task}) fails: {what}") from error

@@ -1,9 +1,9 @@
 """Tasks that are Markov decision processes: T = {initial states, transitions, reward, H} (eq. 1).
 
-A task is known by a few numbers (a goal, a velocity); it is a pure function of (seed, split,
-index), as supervised tasks are. What it is learned from cannot be sampled in advance: trajectories
-come about by acting. So an `Environment` runs B tasks x n trajectories at once, and
-`pipeline.experience` acts in it.
+A few numbers make a task (a goal, a velocity). They are a pure function of (seed, split, index), as
+supervised tasks are. Its trajectories cannot be sampled in advance, because they depend on the
+policy: an `Environment` runs B tasks x n trajectories at once, and `pipeline.rl.rollouts` acts in
+it.
 
 Shapes: B tasks, n trajectories per task, horizon H, O observed numbers, A dimensions of actions,
 P numbers that make a task.
@@ -25,11 +25,11 @@ from tasks.random import UInt64
 
 Actions = Literal["continuous", "discrete"]
 ACTING = 2**14
-"""Random streams of a task from which its trajectories take their actions, one per rollout."""
+"""First of the random streams from which a task's actions are drawn; one stream per rollout."""
 
 
 class Step(NamedTuple):
-    """What comes of an action, for all trajectories at once."""
+    """The result of an action, for all trajectories at once."""
 
     observation: Tensor
     """[B, n, O]"""
@@ -42,13 +42,13 @@ class Step(NamedTuple):
 class Environment(Protocol):
     """B tasks x n trajectories, all at the same time step.
 
-    A trajectory whose episode has ended goes on in whatever way is convenient: what it does is
-    masked. Random numbers belong to the tasks (`tasks.random`), so that a trajectory is the same
-    whoever runs it.
+    After the end of its episode a trajectory may go on in any way: what follows is masked. Random
+    numbers belong to the tasks (`tasks.random`), so that a trajectory does not depend on the worker
+    that runs it.
     """
 
     def reset(self, episode: int) -> Tensor:
-        """The first observations of the trajectories with this number, [B, n, O]."""
+        """Start the trajectories of rollout `episode`; return the first observations, [B, n, O]."""
         ...
 
     def step(self, action: Tensor) -> Step:
@@ -56,20 +56,20 @@ class Environment(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back what was taken."""
+        """Release what the environment holds."""
         ...
 
 
 class KnownEnvironment(Environment, Protocol):
-    """An environment of tasks whose best actions are known (`MDPs.has_expert`)."""
+    """An environment that knows the best actions (`MDPs.has_expert`)."""
 
     def expert_action(self) -> Tensor:
-        """What one who knows the tasks would do now."""
+        """The best action in the present state, as `step` takes it."""
         ...
 
 
 class MDPs(TaskDistribution, ABC):
-    """p(T) over Markov decision processes. Subclass it as `@dataclass(frozen=True, kw_only=True)`.
+    """A distribution over Markov decision processes; subclass it as TaskDistribution says.
 
     Subclasses have the settings `trajectories` (per task and step of adaptation: the shots of
     reinforcement learning) and `horizon`.
@@ -81,7 +81,7 @@ class MDPs(TaskDistribution, ABC):
     num_actions: int
     """Dimensions of a continuous action, or number of discrete ones."""
     has_expert: ClassVar[bool] = False
-    """Whether its environments know the best actions: are a `KnownEnvironment`."""
+    """Whether `environment` returns a `KnownEnvironment`."""
     primary_metric: ClassVar[str] = "return"
     higher_is_better: ClassVar[bool] = True
     loss_name: ClassVar[str] = "surrogate loss"
@@ -102,34 +102,33 @@ class MDPs(TaskDistribution, ABC):
     def environment(
         self, parameters: Tensor, keys: UInt64, trajectories: int, like: Tensor
     ) -> Environment:
-        """Where these tasks are acted out.
+        """An environment that runs `trajectories` trajectories of each of B tasks.
 
-        `parameters` [B, P] of the tasks; `keys` [B] for the random numbers that it needs; tensors
-        are to be on the device and in the precision of `like`.
+        `parameters` [B, P] make the tasks, `keys` [B] give the random numbers. The environment's
+        tensors have the device and the precision of `like`.
         """
 
     def positions(self, past: Trajectories) -> Tensor | None:
-        """Where on a plane a task's trajectories lead, [n, H + 1, 2]: where each time step began,
-        and where the last one ended. None where there is no plane.
+        """The positions of a task's trajectories on a plane, [n, H + 1, 2]: at the start of each
+        time step, and at the end of the last one. None for tasks without a plane.
 
-        The first two parameters of tasks on a plane are the goal.
+        On a plane, the first two parameters of a task are its goal.
         """
         return None
 
     over_time: ClassVar[str] = "return so far"
-    """What `course` is, for an axis."""
+    """The name of what `course` returns, for an axis."""
 
     def course(self, past: Trajectories) -> Tensor:
-        """How a task's trajectories went, as a number by time step, [n, H]: what is drawn of tasks
-        without a plane."""
+        """One number per time step of the trajectories, [n, H], to draw tasks without a plane."""
         return past.rewards.cumsum(-1)
 
     def describe(self, parameters: Sequence[float]) -> str:
-        """The task that these numbers make, in a few words."""
+        """The task with these parameters, in a few words."""
         return f"task {', '.join(f'{number:.2g}' for number in parameters)}"
 
     def check_sizes(self) -> None:
-        """For `__post_init__`: raises ValueError naming the setting."""
+        """Check `trajectories` and `horizon`, for `__post_init__`. Raises ValueError."""
         at_least("trajectories", self.trajectories, 1)
         at_least("horizon", self.horizon, 1)
 
@@ -138,9 +137,9 @@ class MDPs(TaskDistribution, ABC):
 
 
 class Trajectories(NamedTuple):
-    """What happened: one record of n trajectories of a task, or of B tasks (leading dimension B).
+    """A record of n trajectories of one task, or of B tasks with a leading dimension B.
 
-    Where an episode ended early, what follows is masked, whatever it holds.
+    After the end of an episode the entries mean nothing, and the mask is 0.
     """
 
     observations: Tensor
@@ -150,13 +149,13 @@ class Trajectories(NamedTuple):
     predictions: Tensor
     """The policy's outputs when it acted, [n, H, output_size]."""
     log_probabilities: Tensor
-    """Of the actions when they were taken, [n, H]; summed over the dimensions of an action."""
+    """Log-probabilities of the actions when they were taken, summed over dimensions, [n, H]."""
     rewards: Tensor
     """[n, H]"""
     mask: Tensor
-    """1 where the episode was still going on, else 0, [n, H]."""
+    """1 until the end of the episode, 0 after it, [n, H]."""
     task: Tensor
-    """The numbers that make the task, [P]."""
+    """The parameters of the task, [P]."""
 
     @property
     def returns(self) -> Tensor:
@@ -170,8 +169,10 @@ class Trajectories(NamedTuple):
 
 
 def masked(trajectories: Trajectories) -> Trajectories:
-    """The same with zeros in what does not count: what is not a number there must not reach a
-    product with the mask."""
+    """The trajectories with zeros after the ends of episodes.
+
+    A NaN there would survive a product with the mask, because NaN · 0 is NaN.
+    """
     valid = trajectories.mask > 0
 
     def clean(values: Tensor) -> Tensor:
@@ -191,6 +192,6 @@ def masked(trajectories: Trajectories) -> Trajectories:
 
 
 def still_going(ended: Tensor) -> Tensor:
-    """Mask [.., H] from the ends [.., H] (bool): the step that ends an episode still counts."""
+    """The mask [..., H] for the ends [..., H] (bool); the step that ends an episode counts."""
     before = torch.cumsum(ended.to(torch.int64), -1) - ended.to(torch.int64)
     return before == 0

@@ -8,11 +8,11 @@ in [-1, 1] and c the contact forces on all bodies, clipped to [-1, 1]:
     ant       ±v  + 0.05  − 0.005 |a|² − 0.0005 |c|²
                                                or  1 − |v − goal|  + 0.05 − 0.005 |a|² − 0.0005 |c|²
 
-An ant's episode ends where its torso is not between 0.2 and 1 above the ground. What differs: v is
-how far the torso came, by the time that it took (the original takes the velocity of the centre of
-mass at the end of the step); observed are coordinates, x included, and velocities (the original
-adds the centre of mass, and for the ant rotation matrix and contact forces). By default an action
-is held as long as there: 0.01 s (cheetah), 0.02 s (ant); in gymnasium it is 0.05 s.
+An ant's episode ends where its torso is not between 0.2 and 1 above the ground. Two things differ
+from the original: v is the mean velocity of the torso during the time step (there, the velocity of
+the centre of mass at its end), and observations are coordinates, x included, and velocities (there
+with the centre of mass, and for the ant rotation matrix and contact forces). By default an action
+lasts as long as there, 0.01 s (cheetah) or 0.02 s (ant); in gymnasium it lasts 0.05 s.
 """
 
 from __future__ import annotations
@@ -34,12 +34,16 @@ from tasks.control.mdp import MDPs, Trajectories
 from tasks.random import UInt64, integers, uniform
 
 _GOAL = 0  # random stream
+_SIZES = {"cheetah": (18, 6), "ant": (29, 8)}  # observed numbers, dimensions of an action
 Numbers = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Locomotion(MDPs):
-    """A robot that is to run as its task says; its goal is one number."""
+    """A robot that runs; its task is one number, the goal.
+
+    An action is held for `frame_skip` steps of `time_step` seconds.
+    """
 
     trajectories: int = 20
     horizon: int = 200
@@ -54,13 +58,21 @@ class Locomotion(MDPs):
         at_least("time_step", self.time_step, 1e-4)
         at_least("frame_skip", self.frame_skip, 1)
 
+    @property
+    def input_shape(self) -> tuple[int, ...]:  # type: ignore[override]  # depends on the robot
+        return (_SIZES[self.robot][0],)
+
+    @property
+    def num_actions(self) -> int:  # type: ignore[override]  # depends on the robot
+        return _SIZES[self.robot][1]
+
     def check(self, split: str) -> None:
         _robots()
 
     @staticmethod
     @abstractmethod
     def gain(velocity: Numbers, goal: Numbers) -> Numbers:
-        """What running at these velocities is worth, [N]."""
+        """The reward for running at these velocities [N], given the goals [N]."""
 
     def environment(
         self, parameters: Tensor, keys: UInt64, trajectories: int, like: Tensor
@@ -86,10 +98,10 @@ class Locomotion(MDPs):
 
 @dataclass(frozen=True, kw_only=True)
 class Direction(Locomotion):
-    """Forwards or backwards, as fast as possible."""
+    """Tasks: run forwards or backwards, as fast as possible."""
 
     def parameters(self, keys: UInt64) -> Numbers:
-        """1 or -1, [B, 1]."""
+        """The directions, 1 or -1, [B, 1]."""
         return np.where(integers(keys, _GOAL, 1, 2) == 1, 1.0, -1.0)
 
     def describe(self, parameters: Sequence[float]) -> str:
@@ -102,7 +114,7 @@ class Direction(Locomotion):
 
 @dataclass(frozen=True, kw_only=True)
 class Velocity(Locomotion):
-    """At a velocity between the two of `velocity_range`."""
+    """Tasks: run at a velocity from `velocity_range`."""
 
     velocity_range: tuple[float, float] = (0.0, 2.0)
 
@@ -128,15 +140,11 @@ class Velocity(Locomotion):
 @dataclass(frozen=True, kw_only=True)
 class CheetahDirection(Direction):
     robot = "cheetah"
-    input_shape = (18,)
-    num_actions = 6
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheetahVelocity(Velocity):
     robot = "cheetah"
-    input_shape = (18,)
-    num_actions = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,8 +153,6 @@ class AntDirection(Direction):
     time_step: float = 0.02
 
     robot = "ant"
-    input_shape = (29,)
-    num_actions = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,16 +161,14 @@ class AntVelocity(Velocity):
     velocity_range: tuple[float, float] = (0.0, 3.0)
 
     robot = "ant"
-    input_shape = (29,)
-    num_actions = 8
 
     @staticmethod
     def gain(velocity: Numbers, goal: Numbers) -> Numbers:
-        return 1.0 - np.abs(velocity - goal)  # or falling would be worth more than standing
+        return 1.0 - np.abs(velocity - goal)  # positive, or falling early would pay
 
 
 def _robots() -> ModuleType:
-    """The simulation, for which MuJoCo is needed. Raises ValueError where it is missing."""
+    """The module `robots`, imported late because it needs MuJoCo. Raises ValueError without it."""
     try:
         from tasks.control import robots
     except ImportError as error:

@@ -1,9 +1,9 @@
 """2D navigation (paper section 5.3): a point moves to a goal that it cannot see.
 
-The observation is the position; the goal is the task. As in the original code: start at the origin,
-the action is a velocity, at most 0.1 per coordinate and time step (the policy's [-1, 1], clipped),
-the reward minus the distance to the goal, and an episode ends where both coordinates are within
-0.01 of it.
+The observation is the position; the goal is the task. As in the original code, the point starts at
+the origin, an action is a velocity of at most 0.1 per coordinate and time step (the policy's
+[-1, 1], clipped), the reward is minus the distance to the goal, and an episode ends where both
+coordinates are within 0.01 of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tasks.control.mdp import MDPs, Step, Trajectories
 from tasks.random import UInt64, uniform
 
 _GOAL = 0  # random stream
-_FASTEST, _NEAR = 0.1, 0.01
+_FASTEST, _NEAR = 0.1, 0.01  # way per coordinate and time step, distance that ends an episode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,11 +58,12 @@ class Navigation(MDPs):
 
 
 def _moved(position: Tensor, action: Tensor) -> Tensor:
+    """The position after an action, both [..., 2]."""
     return position + _FASTEST * action.clamp(-1, 1)
 
 
 class Plane:
-    """The plane on which all points of all tasks move at once."""
+    """The environment: the points of B tasks x n trajectories move at once; `goals` [B, 2]."""
 
     def __init__(self, goals: Tensor, trajectories: int):
         self._goals = goals[:, None]
@@ -79,7 +80,7 @@ class Plane:
         return Step(self._position, -torch.linalg.vector_norm(left, dim=-1), ended)
 
     def expert_action(self) -> Tensor:
-        """To the goal as fast as allowed, which it is in each coordinate."""
+        """Towards the goal, at the highest speed in each coordinate."""
         return ((self._goals - self._position) / _FASTEST).clamp(-1, 1)
 
     def close(self) -> None:

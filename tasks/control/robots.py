@@ -1,9 +1,9 @@
-"""Robots of MuJoCo, many at once, behind gymnasium's vector API.
+"""Simulates many robots at once with MuJoCo, behind gymnasium's vector API.
 
 All robots of a kind share one compiled model; each is a row of numbers, its physical state. A time
-step is one call of MuJoCo's `rollout` for all rows: several times faster than environments that are
-stepped one by one, and what a robot does depends on its own row alone - not even the solver's guess
-is carried over from the step before.
+step is one call of MuJoCo's `rollout` for all rows, which is several times faster than stepping
+environments one by one. The motion of a robot depends on its own row alone: not even the solver's
+initial guess is carried over from the step before.
 
 Shapes: N robots, nq coordinates, nv velocities, nu motors.
 """
@@ -29,20 +29,20 @@ from tasks.random import normal
 
 Numbers = npt.NDArray[np.float64]
 Gain = Callable[[Numbers, Numbers], Numbers]
-"""(forward velocity [N], goal [N]) -> what running like that is worth [N]."""
+"""(forward velocity [N], goal [N]) -> reward for running so [N]."""
 
 _MODELS = Path(gymnasium.__file__).parent / "envs" / "mujoco" / "assets"
 _WHOLE = mujoco.mjtState.mjSTATE_FULLPHYSICS
-_FIRST = 1  # column of the first coordinate, x, in a state; the time is before it
+_FIRST = 1  # column of the first coordinate, x, in a state; column 0 is the time
 _POSITION_NOISE, _VELOCITY_NOISE = 0.01, 0.1
 _START = 0  # random stream
 
 
 class Robot(NamedTuple):
-    """What distinguishes a kind of robot, its model apart."""
+    """The properties of a kind of robot that its model does not contain."""
 
     file: str
-    """The model, among those that gymnasium brings."""
+    """The file of the model, among those that come with gymnasium."""
     height_at: int
     """Which coordinate is the height."""
     heights: tuple[float, float]
@@ -50,9 +50,9 @@ class Robot(NamedTuple):
     survival: float
     """Reward for each time step."""
     control_cost: float
-    """On the squares of the actions."""
+    """Factor of the squared actions, subtracted from the reward."""
     contact_cost: float
-    """On the squares of contact forces, clipped to [-1, 1]; 0: not computed."""
+    """Factor of the squared contact forces, clipped to [-1, 1]; 0: forces are not computed."""
 
 
 ROBOTS = {
@@ -62,7 +62,7 @@ ROBOTS = {
 
 
 class Robots(VectorEnv[Numbers, Numbers, Any]):
-    """N robots of a kind, each with a goal. One that has fallen goes on from where it lies."""
+    """N robots of a kind, each with a goal. A fallen robot is not reset: it moves on as it lies."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class Robots(VectorEnv[Numbers, Numbers, Any]):
     def reset(
         self, *, seed: Any = None, options: dict[str, Any] | None = None
     ) -> tuple[Numbers, dict[str, Any]]:
-        """`seed`: a number for each robot, which decides where it starts."""
+        """`seed` holds one number per robot, which determines its start."""
         nq, nv = self._model.nq, self._model.nv
         noise = normal(np.array(seed, dtype=np.uint64), _START, nq + nv)
         self._state = np.zeros_like(self._state)
@@ -129,12 +129,12 @@ class Robots(VectorEnv[Numbers, Numbers, Any]):
         return ~standing
 
     def _contact_forces(self, actions: Numbers) -> Numbers:
-        """Forces and torques on each body from outside, [N, bodies, 6]; no state holds them."""
+        """Contact forces and torques on each body, [N, bodies, 6]; states do not contain them."""
         data, forces = self._scratch[0], np.empty((self.num_envs, self._model.nbody, 6))
         for row, state in enumerate(self._state):
             mujoco.mj_setState(self._model, data, state, _WHOLE)
             data.ctrl[:] = actions[row]
-            data.qacc_warmstart[:] = 0  # nothing of the robot before
+            data.qacc_warmstart[:] = 0  # or the robot before would influence this one
             mujoco.mj_forward(self._model, data)
             mujoco.mj_rnePostConstraint(self._model, data)
             forces[row] = data.cfrc_ext
@@ -146,9 +146,9 @@ class Robots(VectorEnv[Numbers, Numbers, Any]):
 
 @lru_cache
 def _model(file: str, time_step: float) -> mujoco.MjModel:
-    """Compiled once per process."""
+    """The compiled model of a file; a process compiles it once."""
     with warnings.catch_warnings():
-        # About a tag of gymnasium's file that MuJoCo 4 still understands.
+        # MuJoCo warns of an old tag in gymnasium's file, which it still understands.
         warnings.filterwarnings("ignore", message=".*settotalmass")
         model = mujoco.MjSpec.from_file(str(_MODELS / file)).compile()
     model.opt.timestep = time_step
@@ -156,6 +156,6 @@ def _model(file: str, time_step: float) -> mujoco.MjModel:
 
 
 def _pose(model: mujoco.MjModel) -> Numbers:
-    """Where a robot starts, noise apart: as the model is drawn, unless it says otherwise."""
+    """The coordinates at the start, without noise: the model's own, or its `init_qpos`."""
     pose: Numbers = model.numeric("init_qpos").data if model.nnumeric else model.qpos0
     return pose
