@@ -1,4 +1,4 @@
-"""How training scales with the number of actors: here, and on simulated nodes with GPUs.
+"""Measures how training scales with the number of actors: here, and on simulated GPU nodes.
 
     python benchmarks/scaling.py                        all of it (a quarter of an hour)
     python benchmarks/scaling.py --cases machine        conv4 on 1 and 2 actors of this machine
@@ -63,7 +63,7 @@ TARGET = ("small", 0.2, 64, 0.9)
 
 
 class WaitingComputer(ChunkComputer):
-    """Does all that a worker does but compute."""
+    """Does everything that a worker does, but waits instead of computing."""
 
     def __init__(self, experiment: Experiment, compile: bool):
         super().__init__(experiment, compile)
@@ -89,7 +89,7 @@ class WaitingActor(ChunkActor):
         return []
 
     def set_wait(self, seconds: float) -> None:
-        """What a chunk takes from now on."""
+        """Set the seconds that a chunk takes from now on."""
         assert isinstance(self._computer, WaitingComputer)
         self._computer.wait = seconds
 
@@ -120,7 +120,7 @@ class Slot:
 
 
 class WaitingWorkers(RayWorkers):
-    """The real group; only what an actor handle leads to is another thing."""
+    """The real group of workers, with simulated actors behind its handles."""
 
     def __init__(self, experiment: Experiment, size: int, per_process: int):
         import ray
@@ -152,7 +152,7 @@ class WaitingWorkers(RayWorkers):
 
 
 class Metrics(Watcher):
-    """What the driver says of its iterations."""
+    """Keeps the metrics of every iteration."""
 
     def __init__(self) -> None:
         self.all: list[dict[str, float]] = []
@@ -165,7 +165,7 @@ class Metrics(Watcher):
 
 
 def experiment_of(size: str, actors: int, data: str) -> Experiment:
-    """One chunk per actor; never validated, never ending."""
+    """An endless experiment with one chunk per actor and without validation."""
     return load(
         "glyphs",
         [
@@ -184,17 +184,17 @@ def experiment_of(size: str, actors: int, data: str) -> Experiment:
 
 
 def open_session(experiment: Experiment, folder: Path, workers: RayWorkers) -> Session:
-    """A run as `maml train` opens it, but for its workers, which outlive it."""
+    """A run as `maml train` opens it; its workers are given, and outlive it."""
     folder.mkdir(parents=True)
     store = CheckpointStore.of_run(experiment, folder)
     theta = initial_parameters(experiment)
-    session = Session(experiment, folder, theta, None, store, Metrics())
+    session = Session(experiment, folder, theta, None, store, Metrics(), compile=False)
     session.workers = workers
     return session
 
 
 def iterate(session: Session, seconds: float, at_least: int) -> list[float]:
-    """The duration of every iteration, after two that warm up."""
+    """Run iterations, two of them to warm up; return the seconds of each of the others."""
     for _ in range(2):
         meta_update(session)
     session.watcher.all.clear()
@@ -207,6 +207,7 @@ def iterate(session: Session, seconds: float, at_least: int) -> list[float]:
 
 
 def measured(size: str, wait: float, session: Session) -> Row:
+    """Measure the iterations of a session."""
     actors = session.num_chunks
     meta_update(session)
     clock, processor, ray_processor = time.perf_counter(), time.process_time(), nodes_time()
@@ -237,7 +238,7 @@ def measured(size: str, wait: float, session: Session) -> Row:
 
 
 def simulated(arguments: argparse.Namespace, data: str, folder: Path) -> list[Row]:
-    """All rows; an iteration uses as many actors of the group as it has chunks."""
+    """Measure all rows; an iteration uses as many actors of the group as it has chunks."""
     rows = []
     for size in arguments.sizes:
         with simulated_nodes(
@@ -286,7 +287,7 @@ def simulated_nodes(
 
 @contextlib.contextmanager
 def ready_actors(experiment: Experiment, number: int) -> Iterator[RayWorkers]:
-    """Actors of this machine, all of them up."""
+    """Actors of this machine, once all of them are ready."""
     workers = RayWorkers(experiment, False, number, print)
     try:
         while len(workers.pids()) < number:
@@ -297,7 +298,7 @@ def ready_actors(experiment: Experiment, number: int) -> Iterator[RayWorkers]:
 
 
 def machine(data: str, folder: Path) -> list[str]:
-    """Strong and weak scaling of conv4 on the cores of this machine."""
+    """Measure strong and weak scaling of conv4 on the cores of this machine."""
     times: dict[tuple[str, int], float] = {}
     for name, tasks in (("strong", (32, 32)), ("weak", (16, 32))):
         for actors in (1, 2):

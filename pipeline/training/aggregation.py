@@ -1,8 +1,9 @@
-"""Chunk gradients -> one meta-gradient: sums added in the order of the chunks, divided once.
+"""Adds the gradients of all chunks in a fixed order: one meta-gradient, the mean over the tasks.
 
-Addition of floating-point numbers is not associative; a fixed order is what makes the result the
-same for any number of workers, whoever was first. Dividing sums once by the number of tasks, rather
-than averaging averages, is what makes it right for chunks of unequal size.
+Addition of floating-point numbers is not associative. The sums are therefore added in the order of
+the chunks, whichever arrived first, and the result is the same for any number of workers. They are
+divided once, by the number of tasks: a mean of the chunks' means would weight tasks of small chunks
+more than others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pipeline.worker.jobs import ChunkResult
 
 
 class Aggregate(NamedTuple):
-    """The meta-gradient of a meta-batch."""
+    """The meta-gradient of a meta-batch, on the CPU."""
 
     gradient: Tensor
     """Mean over the tasks, [D]."""
@@ -30,7 +31,10 @@ class Aggregate(NamedTuple):
 
 
 def aggregate(results: Sequence[ChunkResult]) -> Aggregate:
-    """Combine the results of all chunks of one iteration, given in the order of the chunks."""
+    """Average the results of one iteration; `results` must be in the order of the chunks.
+
+    Raises ValueError for an empty list, and for a result without a gradient.
+    """
     total: np.ndarray | None = None
     for result in results:
         if result.gradient is None:
@@ -47,18 +51,20 @@ def aggregate(results: Sequence[ChunkResult]) -> Aggregate:
     gradient = torch.from_numpy(total) / num_tasks
     bad: tuple[int, ...] = ()
     if not all_finite(gradient):
-        # Finite chunks whose sum overflows: all are to blame.
+        # Every chunk is finite and their sum overflows: no task can be singled out.
         bad = _bad_tasks(results) or tuple(range(num_tasks))
     return Aggregate(gradient, metrics, bad)
 
 
 def all_finite(gradient: Tensor) -> bool:
     """Whether no element is infinite or not a number."""
-    # A finite sum has finite terms; only otherwise is it worth a look at each of them.
+    # A finite sum has finite terms; the costlier test is needed only where the sum is not finite
+    # (finite terms may overflow).
     return math.isfinite(gradient.sum()) or bool(torch.isfinite(gradient).all())
 
 
 def _bad_tasks(results: Sequence[ChunkResult]) -> tuple[int, ...]:
+    """Positions in the meta-batch of the tasks that made a chunk's gradient not finite."""
     bad: list[int] = []
     first = 0
     for result in results:
@@ -67,7 +73,7 @@ def _bad_tasks(results: Sequence[ChunkResult]) -> tuple[int, ...]:
             names = {"query_loss", "support_loss"} & set(result.metrics)
             losses = np.stack([result.metrics[name] for name in names])
             culprits = np.flatnonzero(~np.isfinite(losses).all(0))
-            # Finite losses with a gradient that is not: the chunk is all that is known.
+            # Where all losses are finite, any task of the chunk may be the cause.
             suspects = culprits if len(culprits) else np.arange(result.num_tasks)
             bad += [first + int(position) for position in suspects]
         first += result.num_tasks

@@ -1,4 +1,4 @@
-"""How a run may end before it is done."""
+"""The exceptions with which a run ends before it is done."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class TrainingFailed(ReportedError):
 
 
 class Diverged(TrainingFailed):
-    """Numbers that are not finite ended the run; continued, it would end in the same way."""
+    """Too many gradients in a row were not finite; continued, the run would end in the same way."""
 
 
 class Interrupted(ReportedError):
@@ -22,3 +22,4 @@ class Interrupted(ReportedError):
 
 
 Interruption = (Interrupted, KeyboardInterrupt)
+"""What a person who stops a run raises in it; for `except`."""

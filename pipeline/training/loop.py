@@ -1,11 +1,11 @@
-"""Meta-training: the loop that reads as the algorithm (paper, Algorithm 1 and 2).
+"""Meta-training (paper, Algorithms 1, 2 and 3), then the meta-test.
 
     for every iteration:
         every chunk of tasks:  sample, adapt (eq. 2), differentiate the query loss    workers
         mean over the tasks                                                           aggregation
         θ <- θ − β · meta-gradient (eq. 4)                                            outer_step
 
-The driver is the only one who writes: checkpoints, the run's folder, MLflow.
+The driver runs this loop. It alone writes checkpoints, the run's folder and MLflow's record.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ def train(
 
 
 def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
-    """The loop, to the last iteration; test tasks play no part in it.
+    """Iterate until `outer.iterations` are completed, then write θ. Test tasks play no part in it.
 
     Raises Diverged, Interrupted.
     """
     experiment = session.experiment
-    session.save_checkpoint()  # a run can be continued from its first moment on
+    session.save_checkpoint()  # so that a run can be continued before its first regular checkpoint
     while session.iteration < experiment.outer.iterations:
         meta_update(session)
         if session.due(experiment.validate_every):
@@ -97,18 +97,21 @@ def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False
 
 
 def meta_update(session: Session) -> None:
-    """One iteration: t -> t + 1."""
+    """One iteration: move θ by the mean meta-gradient of a meta-batch, and record it.
+
+    Raises Diverged.
+    """
     began = time.perf_counter()
     jobs = [GradientJob(session.iteration, chunk) for chunk in range(session.num_chunks)]
-    answers = session.workers.run(session.theta, jobs)
+    answers = session.workers.run(session.theta, jobs)  # sample, adapt, differentiate
     answered = time.perf_counter()
-    mean = aggregate(answers.results)
+    mean = aggregate(answers.results)  # over the tasks
     aggregated = time.perf_counter()
     batch = MetaBatch(session.iteration, session.num_chunks, session.workers)
     moved = session.outer_step.move(session.update, mean, batch)
     updated = time.perf_counter()
     session.iteration += 1
-    _guard(session, mean)
+    _stop_if_diverged(session, mean)
     session.record(
         {
             **{f"train/{name}": value for name, value in mean.metrics.items()},
@@ -122,8 +125,11 @@ def meta_update(session: Session) -> None:
 
 
 def _seconds(answers: Round, elapsed: float) -> dict[str, float]:
-    """Sampling and computing as sums over chunks; waiting is what the busiest worker cannot
-    explain: transfers, scheduling, and chunks that did not divide evenly."""
+    """Where the time of a round went, in seconds.
+
+    Sampling and computing are sums over the chunks. Waiting is the elapsed time beyond the work of
+    the busiest worker: transfers, scheduling, and chunks that do not divide evenly.
+    """
     return {
         "seconds/sampling": sum(result.seconds_sampling for result in answers.results),
         "seconds/computing": sum(result.seconds_computing for result in answers.results),
@@ -131,8 +137,11 @@ def _seconds(answers: Round, elapsed: float) -> dict[str, float]:
     }
 
 
-def _guard(session: Session, mean: Aggregate) -> None:
-    """Count updates that were refused because they were not finite; stop when there are many."""
+def _stop_if_diverged(session: Session, mean: Aggregate) -> None:
+    """Count updates that were refused because their gradient was not finite.
+
+    Raises Diverged, with advice, after `outer.max_bad_updates` of them in a row.
+    """
     if not mean.bad_tasks:
         session.bad_updates = 0
         return
@@ -152,7 +161,7 @@ def _guard(session: Session, mean: Aggregate) -> None:
     session.save_checkpoint()
     first_loss = session.history.first("train/support_loss")
     if session.experiment.diagnostics.every and not theta_ran_away(mean.metrics, first_loss):
-        diagnose(session)  # the first one may still be to come
+        diagnose(session)  # a run that diverges early has no diagnosis yet
     advice = session.outer_step.advice(session.experiment, mean.metrics, first_loss)
     raise Diverged(
         f"{what}. {limit} updates in a row were not finite, so training stopped; none was applied. "
@@ -161,7 +170,7 @@ def _guard(session: Session, mean: Aggregate) -> None:
 
 
 def validate(session: Session) -> None:
-    """Adapt to validation tasks, and record how that went."""
+    """Adapt to the validation tasks; record the curve and the value that ranks checkpoints."""
     experiment = session.experiment
     spec = EvaluationSpec(
         "validation",
@@ -174,7 +183,7 @@ def validate(session: Session) -> None:
 
 
 def diagnose(session: Session) -> None:
-    """Look at how the meta-gradient comes about, and warn where that is unhealthy."""
+    """Examine the meta-gradient of some validation tasks; record findings and warnings."""
     jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
     results = session.workers.run(session.theta, jobs).results
     metrics = health(session.experiment, session.update.layout, session.theta, results)

@@ -1,4 +1,7 @@
-"""Opens a run: folder, state, workers and record, in the order in which they may refuse."""
+"""Opens a run: checks, folder, workers, MLflow record; and closes it, however it ends.
+
+Checks come first, so that a run that cannot start leaves nothing behind.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,30 @@ from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.evaluation.run_report import summary
+from pipeline.maml.parameters import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import check_writable, refuse_to_overwrite, state_to_resume
 from pipeline.runs.tracker import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
 from pipeline.training.endings import Interruption
-from pipeline.training.placement import Placement, decide_workers
+from pipeline.training.placement import Placement, decide_compile, decide_workers
 from pipeline.training.session import Session, Watcher
 from pipeline.worker.learner import compute_device, initial_parameters
 from tasks.data_root import absolute_root
 
 
 def inherited(state: TrainingState) -> TrainingState:
-    """What a run takes over from another one: θ, its optimiser, the iteration, and how chunks are
-    computed - but neither the other's MLflow run nor what was best in it."""
+    """The state with which a run begins where another one stood.
+
+    It takes over θ, its optimiser, the iteration, and how chunks are computed; it leaves behind the
+    other's MLflow run and its best checkpoint.
+    """
     extra = {**state.extra, "tracking_token": None, "ancestor": origin(state)}
     return replace(state, best=None, bad_updates=0, mlflow_run_id=None, extra=extra)
 
 
 def origin(state: TrainingState) -> str:
-    """Which run a state is of, and when it was taken."""
+    """Names the run and the iteration that a state was taken from: "TOKEN@ITERATION"."""
     return f"{state.extra['tracking_token']}@{state.iteration}"
 
 
@@ -48,12 +55,12 @@ def open_session(
     token: str | None = None,
     heir_of: TrainingState | None = None,
 ) -> Iterator[Session]:
-    """Open a new run in `run_dir`, or continue the one that is there; close it whatever happens.
+    """Open a new run in `run_dir`, or continue (`resume`) the one there; close it at the end.
 
-    `token` is a name by which the run is found again in MLflow; by default it has one of its own.
-    `heir_of` is another run's state to begin with, whatever is in the folder.
+    `token` names the run in MLflow, so that it is found again; by default it is a new one.
+    `heir_of` is the state of another run to begin with, whatever is in the folder.
 
-    Raises RunFolderError, CheckpointError, TrackingError, ValueError for what is wrong with the
+    Raises RunFolderError, CheckpointError, TrackingError, and ValueError for what is wrong with the
     folder, the checkpoints, the tracking address, the model or the data.
     """
     store = CheckpointStore.of_run(experiment, run_dir)
@@ -65,21 +72,17 @@ def open_session(
         refuse_to_overwrite(run_dir, store)
         state = None
     experiment = with_absolute_data(experiment.changed(search=None))
-    check_tasks(experiment)
-    theta = initial_parameters(experiment)  # a model that does not fit leaves no folder behind
-    if cluster_address(experiment) is None:
-        compute_device(experiment)  # nor does a GPU that is not here
-    if experiment.tracking.enabled:
-        resolve_uri(experiment.tracking.uri, run_dir)
-    check_writable(run_dir)
-    store.check_writable()
+    theta = _first_theta(experiment, run_dir, store)
     watcher.starting(experiment, run_dir)
     placement = decide_workers(experiment)
     write_atomically(run_dir / "config.yaml", experiment.to_yaml())
-    # Their number changes the last bits: a resumed run keeps that of its beginning.
+    # Both change the last bits of results: a resumed run keeps those of its beginning.
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
     experiment = experiment.changed(compute={"threads": threads})
-    session = Session(experiment, run_dir, theta, state, store, watcher, token)
+    compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
+    session = Session(
+        experiment, run_dir, theta, state, store, watcher, compile=compile, token=token
+    )
     session.workers = _start_workers(session, placement)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
@@ -102,12 +105,30 @@ def open_session(
                 )
 
 
+def _first_theta(experiment: Experiment, run_dir: Path, store: CheckpointStore) -> Params:
+    """Check what can be known to be wrong before the start; return θ of a fresh model.
+
+    A model that does not fit the tasks, a missing GPU and a bad tracking address are found before
+    `check_writable` makes the run's folder. Raises what `open_session` raises.
+    """
+    check_tasks(experiment)
+    theta = initial_parameters(experiment)
+    if cluster_address(experiment) is None:
+        compute_device(experiment)
+    if experiment.tracking.enabled:
+        resolve_uri(experiment.tracking.uri, run_dir)
+    check_writable(run_dir)
+    store.check_writable()
+    return theta
+
+
 def with_absolute_data(experiment: Experiment) -> Experiment:
-    """Paths mean what they mean here, where the person is who wrote them, and on every worker."""
+    """Make `data.root` absolute: a worker may have another working directory."""
     return experiment.changed(data={"root": absolute_root(experiment.data.root)})
 
 
 def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
+    """Start the workers, and tell the watcher where their number is not what one may expect."""
     experiment, watcher = session.experiment, session.watcher
     if experiment.cluster.workers == "auto" and experiment.pretraining is None:
         number = f"{placement.workers} actors" if placement.workers else "in process"
@@ -127,6 +148,7 @@ def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
 def _start_tracking(
     session: Session, state: TrainingState | None, placement: Placement
 ) -> RunTracker:
+    """Open the run's record in MLflow; a resumed run continues its own."""
     experiment = session.experiment
     if not experiment.tracking.enabled:
         return NullTracker()
@@ -143,7 +165,7 @@ def _start_tracking(
             "workers": str(placement.workers),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
-            # Where MLflow's pages look for a description, and for what a run was made from.
+            # MLflow's pages show these as the run's description and its source.
             "mlflow.note.content": summary(experiment, session.update.layout.size),
             "mlflow.source.name": experiment.name,
             "mlflow.source.type": "LOCAL",

@@ -1,4 +1,4 @@
-"""θ, optimiser state, meta-gradient -> the next θ (eq. 4)."""
+"""Applies a meta-gradient to θ with an optimiser of torch (eq. 4)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from pipeline.training.aggregation import all_finite
 
 
 class OuterUpdate:
-    """θ and its optimiser.
+    """θ, its optimiser and its schedule of rates, on the CPU.
 
-    θ is one flat vector [D] to the optimiser: those offered here work element by element, so the
-    result is the same as with one tensor per parameter, in a single fused call.
+    The optimiser sees θ as one flat vector [D]. SGD, Adam and AdamW work element by element, so the
+    result equals that of one tensor per parameter, and one fused call computes it.
     """
 
     def __init__(self, theta: Params, outer: Outer):
@@ -51,17 +51,20 @@ class OuterUpdate:
         return float(self._optimizer.param_groups[0]["lr"])
 
     def step(self, gradient: Tensor) -> float:
-        """One update with the mean meta-gradient [D]; returns its norm before clipping.
+        """Apply the mean meta-gradient [D], θ <- θ − β·gradient; return its norm before clipping.
 
-        A gradient that is not finite is not applied (the returned norm is not finite either); the
-        schedule goes on, because it counts iterations.
+        A gradient that is not finite is not applied, and the returned norm is not finite either.
+        The schedule advances all the same, because it counts iterations.
         """
         norm = self.descend(gradient)
         self.tick()
         return norm
 
     def descend(self, gradient: Tensor) -> float:
-        """`step` without the schedule: for several in an iteration."""
+        """Apply a gradient [D]; the schedule stays, for iterations of several steps.
+
+        Returns the norm of the gradient before clipping.
+        """
         norm = float(torch.linalg.vector_norm(gradient))
         if all_finite(gradient):
             if self._outer.clip_value is not None:
@@ -76,17 +79,17 @@ class OuterUpdate:
         return norm
 
     def tick(self) -> None:
-        """An iteration is over, for the schedule."""
+        """Advance the schedule by one iteration."""
         self._steps += 1
         if self._scheduler is not None:
             self._scheduler.step()
 
     def replace(self, flat: Tensor) -> None:
-        """Take another θ [D]; the optimiser and its schedule stay as they are."""
+        """Overwrite θ with `flat` [D]; the optimiser and its schedule keep their state."""
         self._flat.detach().copy_(flat)
 
     def tensors(self) -> dict[str, Tensor]:
-        """θ and the optimiser's tensors by name, for a checkpoint; copies."""
+        """Copies of θ and the optimiser's tensors: "theta.NAME" and "optimizer.KEY.NAME"."""
         named = {f"theta.{name}": value.clone() for name, value in self.theta.items()}
         for key, value in self._optimizer.state.get(self._flat, {}).items():
             if value is None:
@@ -99,17 +102,19 @@ class OuterUpdate:
         return named
 
     def scheduler_state(self) -> dict[str, Any]:
-        """Where the schedule stands, fit for JSON: its steps so far.
+        """The number of steps that the schedule has taken, as plain values for JSON.
 
-        That is all: `restore` walks a fresh schedule as far. So nothing that a scheduler computes
-        from its arguments is frozen, and a run that is continued for longer follows the longer
-        schedule.
+        `restore` takes a fresh schedule through as many steps. A checkpoint thus keeps nothing that
+        a scheduler computes from its arguments, and a run that is continued for more iterations
+        follows the longer schedule.
         """
         return {"steps": self._steps}
 
     def restore(self, tensors: dict[str, Tensor], scheduler_state: dict[str, Any]) -> None:
-        """Continue where `tensors` and `scheduler_state` were taken; to be called once, on a fresh
-        object. Raises ValueError."""
+        """Take over what `tensors` and `scheduler_state` returned; call it once, on a fresh object.
+
+        Raises ValueError where the parameters are not those of this model.
+        """
         parts: dict[str, Params] = {}
         state: dict[str, Any] = {}
         for path, value in tensors.items():
@@ -129,7 +134,7 @@ class OuterUpdate:
         self._steps = int(scheduler_state["steps"])
         if self._scheduler is not None:
             with warnings.catch_warnings():
-                # torch wants an optimiser step before each of these; they were done long ago.
+                # torch warns: no optimiser step precedes these, they were an earlier process's.
                 warnings.simplefilter("ignore")
                 for _ in range(self._steps):
                     self._scheduler.step()

@@ -1,8 +1,8 @@
-"""Decides, before a run starts, what the configuration leaves open: compile? how many workers?
+"""Decides what `auto` means before a run starts: whether to compile, and how many workers to use.
 
-Compilation changes the last bits of the results, so it is decided from the configuration alone.
-The number of workers does not (the threads of each do, and are kept when a run is resumed), so it
-is measured.
+Compilation changes the last bits of the results, so the configuration alone decides it. The number
+of workers does not change them, so a measurement on this machine decides it. (The threads of each
+worker do change them: a resumed run keeps its number of threads.)
 """
 
 from __future__ import annotations
@@ -24,21 +24,22 @@ from pipeline.worker.learner import initial_parameters
 
 _RAY_START_SECONDS = 8.0
 _ROUND_TRIP_SECONDS = 0.004
-# Iterations that are timed at most, and seconds after which no other one is.
-_MEASURED, _LONG_ENOUGH = 4, 10.0
+_MEASURED = 4  # iterations that are timed at most
+_LONG_ENOUGH = 10.0  # seconds after which no further iteration is timed
 
 
 class Placement(NamedTuple):
-    """How many actors, and why, in words."""
+    """How many actors compute chunks, and why, in words."""
 
     workers: int
+    """0: the chunks are computed in this process."""
     reason: str
 
 
 def decide_compile(experiment: Experiment) -> bool:
-    """`compute.compile`, with auto resolved; the same answer wherever and whenever it is asked."""
+    """Resolve `compute.compile`. The answer follows from the configuration alone."""
     if experiment.pretraining is not None:
-        return False  # nothing but a few evaluations
+        return False  # chunk functions run in a few evaluations only
     wanted = experiment.compute.compile
     if wanted != "auto":
         return wanted == "always"
@@ -47,7 +48,7 @@ def decide_compile(experiment: Experiment) -> bool:
 
 
 def decide_workers(experiment: Experiment) -> Placement:
-    """`cluster.workers`, with auto resolved by measuring a chunk here, with one thread and all."""
+    """Resolve `cluster.workers`; `auto` times a chunk here, with the threads of each placement."""
     cluster = experiment.cluster
     if experiment.pretraining is not None:
         return Placement(0, "Ray Train has workers of its own")
@@ -81,19 +82,21 @@ def decide_workers(experiment: Experiment) -> Placement:
 
 
 def _as_text(seconds: float) -> str:
+    """1.2 s or 3.4 ms."""
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 class _Measured(NamedTuple):
-    """An iteration's work on one chunk."""
+    """The cost of one iteration's jobs for one chunk."""
 
     per_chunk: float
-    """Seconds."""
+    """Seconds of computation."""
     rounds: int
-    """How often the driver asks."""
+    """How often the driver sends a job and waits for the answer."""
 
 
 def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads: int) -> _Measured:
+    """Time the jobs of an iteration for one chunk; the fastest of a few iterations."""
     theta, step = flat_vector(initial_parameters(experiment)), outer_step_of(experiment)
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -101,7 +104,7 @@ def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads:
         found = []
         began = time.perf_counter()
         for iteration in range(_MEASURED):  # the first one warms up
-            # Each of other tasks: what is asked again is answered from what was kept.
+            # A new iteration each time: a worker answers repeated jobs from what it has kept.
             asked: list[tuple[Job, int]] = [(GradientJob(iteration, 0), 1)]
             asked += step.usual_questions(iteration, theta)
             seconds = sum(count * _seconds(computer, theta, job) for job, count in asked)
@@ -114,13 +117,14 @@ def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads:
 
 
 def _seconds(computer: ChunkComputer, theta: FlatVector, job: Job) -> float:
+    """Seconds that one job takes."""
     started = time.perf_counter()
     computer.run(theta, job)
     return time.perf_counter() - started
 
 
 def room_for_workers(experiment: Experiment) -> int:
-    """How many actors fit into the Ray cluster or, where there is none, this machine."""
+    """How many actors fit into the Ray cluster, or into this machine where there is no cluster."""
     import ray
 
     bundle = worker_bundle(experiment)
@@ -136,5 +140,5 @@ def room_for_workers(experiment: Experiment) -> int:
 
 
 def _in_cluster(experiment: Experiment) -> bool:
-    """Whether what there is must be asked from Ray; it finds GPUs better than we would."""
+    """Whether Ray knows the resources: in a cluster, and for GPUs, which Ray detects itself."""
     return cluster_address(experiment) is not None or experiment.cluster.gpus_per_worker > 0

@@ -1,13 +1,16 @@
-"""Transfer learning (section 4.1), the comparison that meta-learning must win.
+"""Transfer learning (section 4.1): the baseline that meta-learning must beat.
 
-One network is trained on all training tasks at once, without adaptation: on one output per training
-class (or, in regression, on the examples of all tasks pooled), or with a head per training task on
-one body. Then its parameters serve as θ: `inner` says how they are fine-tuned to a new task, and
-the test protocol is the same as for meta-learned ones.
+One network learns all training tasks at once, without adaptation. Its objective is one of two:
 
-`Pretrainer` is the computation; `ray_train` runs it on the workers of Ray Train. The examples
-of an update are cut into parts, whatever the workers: so the result does not depend on their
-number, but for the order of additions.
+    pooled       one output per training class; in regression, the examples of all tasks pooled
+    multi-task   one body, with a head for every training task
+
+Then its parameters serve as θ: `inner` says how they are fine-tuned to a new task, and the
+meta-test is the same as for meta-learned parameters.
+
+`Pretrainer` computes; `ray_train` runs it on the workers of Ray Train. The examples of an update
+are cut into parts of `part_size`, whatever the number of workers: only the order of additions
+depends on it.
 """
 
 from __future__ import annotations
@@ -32,11 +35,14 @@ from pipeline.worker.learner import initial_parameters
 from tasks.base import supervised
 from tasks.random import integers, task_keys
 
-_WHICH = 2**16  # a random stream of its own: which of the tasks of multi-task an update sees
+_WHICH = 2**16  # random stream: which of the tasks of multi-task an update sees
 
 
 class Pretrainer:
-    """Ordinary training, or one worker's share of it; `outer` says how, as for the meta-update."""
+    """Ordinary training, or one worker's share of it, with the optimiser that `outer` describes.
+
+    Raises ValueError for tasks that are not supervised.
+    """
 
     def __init__(self, experiment: Experiment, device: torch.device):
         assert experiment.pretraining is not None
@@ -47,7 +53,7 @@ class Pretrainer:
         self.model = wide_model(experiment).to(device, self._dtype)
         params = {name: p.detach() for name, p in self.model.named_parameters()}
         self._update = OuterUpdate(params, experiment.outer)
-        # The model looks into the memory that the optimiser updates.
+        # The model's parameters are views of the memory that the optimiser updates.
         for name, value in self._update.theta.items():
             self.model.get_parameter(name).data = value
         self.iteration = 0
@@ -56,16 +62,17 @@ class Pretrainer:
 
     @property
     def theta(self) -> Params:
-        """The wide network's parameters."""
+        """The wide network's parameters by name: views."""
         return self._update.theta
 
     def run(
         self, until: int, forward: Callable[[Tensor], Tensor], rank: int = 0, size: int = 1
     ) -> dict[str, float]:
-        """Train to iteration `until`, computing this worker's parts of every update.
+        """Train to iteration `until`; worker `rank` of `size` computes its parts of every update.
 
-        `forward` is the model, or what torch's DDP has made of it. Returns means per update of this
-        worker's contributions to the metrics: summed over the workers, the metrics.
+        `forward` is the model, or the model wrapped by torch's DistributedDataParallel. Returns
+        this worker's contributions to the metrics, as means per update; their sum over the workers
+        is the metric. Raises Diverged.
         """
         sums: dict[str, Tensor] = {}
         first = self.iteration
@@ -84,15 +91,18 @@ class Pretrainer:
     def _accumulate(
         self, forward: Callable[[Tensor], Tensor], rank: int, size: int
     ) -> dict[str, Tensor]:
-        """Gradients of this worker's parts, so scaled that DDP's mean over workers is the gradient
-        of the mean over all examples; the parts' share of the metrics."""
+        """Add up the gradients of this worker's parts; return the parts' share of the metrics.
+
+        DDP averages gradients over the workers. The loss is scaled by `size`, so that this average
+        is the gradient of the mean over all examples.
+        """
         self.model.zero_grad(set_to_none=True)
         count, length = self._settings.batch_size, self._settings.part_size
         parts = [np.arange(first, min(first + length, count)) for first in range(0, count, length)]
         metrics: dict[str, Tensor] = {}
         mine = parts[rank::size]
         for part in mine:
-            # Workers exchange gradients once per update.
+            # Workers exchange gradients after their last part only: once per update.
             quiet = isinstance(forward, DistributedDataParallel) and part is not mine[-1]
             with forward.no_sync() if quiet else contextlib.nullcontext():  # type: ignore[attr-defined]
                 loss, found = self.loss_of(part + self.iteration * count, forward)
@@ -105,7 +115,7 @@ class Pretrainer:
     def loss_of(
         self, numbers: Any, forward: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and metrics of the examples (of multi-task: of the tasks) with these numbers."""
+        """Mean loss and metrics (scalars) of the examples with these numbers; multi-task: tasks."""
         seed, settings = self._experiment.seed, self._settings
         if settings.objective == "pooled":
             x, y = self._task.pooled(seed, numbers)
@@ -125,17 +135,17 @@ class Pretrainer:
         return torch.stack(losses).mean(), metrics
 
     def state(self) -> dict[str, Tensor]:
-        """All that it takes to go on, on the CPU; with `iteration`."""
+        """The tensors from which training continues, on the CPU; `iteration` belongs to them."""
         return {name: value.cpu() for name, value in self._update.tensors().items()}
 
     def restore(self, state: dict[str, Tensor], iteration: int) -> None:
-        """Go on from a state; to be called once, before anything else."""
+        """Continue from a `state` taken at `iteration`; call it once, before anything else."""
         placed = {name: value.to(self._device) for name, value in state.items()}
         self._update.restore(placed, {"steps": iteration})
         self.iteration = iteration
 
     def _guard(self, norm: float) -> None:
-        """As in meta-training: a gradient that is not finite is not applied; many end the run."""
+        """Raise Diverged after `outer.max_bad_updates` gradients in a row that were not finite."""
         self._bad_updates = 0 if math.isfinite(norm) else self._bad_updates + 1
         if self._bad_updates == self._experiment.outer.max_bad_updates:
             raise Diverged(
@@ -161,8 +171,11 @@ def wide_model(experiment: Experiment) -> nn.Module:
 
 
 def narrowed(experiment: Experiment, wide: Params) -> Params:
-    """θ for new tasks: the body as it was trained. The head is the trained one where it fits, the
-    mean of all heads after multi-task training, and a new one otherwise."""
+    """Make θ for new tasks, on the CPU, from the parameters of the wide network.
+
+    The body stays as it was trained. The head is the mean of all heads after multi-task training,
+    else the trained one where its shape fits, else a new one.
+    """
     assert experiment.pretraining is not None
     theta = initial_parameters(experiment)
     several = experiment.pretraining.objective == "multi-task"
@@ -177,7 +190,7 @@ def narrowed(experiment: Experiment, wide: Params) -> Params:
 
 
 def check_pretraining(experiment: Experiment) -> None:
-    """Raise what would only be met at the end, or in another process. Raises ValueError."""
+    """Raise ValueError before the start for what would otherwise fail at the end or on a worker."""
     if experiment.pretraining is None:
         return
     if experiment.pretraining.objective == "pooled":

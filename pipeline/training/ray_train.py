@@ -1,12 +1,12 @@
-"""Pretraining on the workers of Ray Train, watched and recorded by the driver.
+"""Runs pretraining on the workers of Ray Train; the driver watches and records it.
 
     driver: pretrain ── TorchTrainer.fit, in a thread ──▶ _worker (x N): torch's DDP averages
        ▲                                                     │           their gradients
        └── reads the board: records and states ◀── _Board ◀──┘ rank 0, every `report_every` updates
 
-The driver alone writes the run: with every report it keeps the workers' state in its own
-checkpoint, from which a run is continued, by any number of workers. When a worker is lost, Ray
-Train starts all of them again from its own copy of the last state.
+Only the driver writes the run. With every report it saves the workers' state in its own checkpoint,
+from which any number of workers can continue. When a worker is lost, Ray Train starts all of them
+again from its own copy of the last state.
 """
 
 from __future__ import annotations
@@ -42,30 +42,33 @@ _STATE = "state.safetensors"
 
 
 class Report(NamedTuple):
-    """How far the workers are, by rank 0."""
+    """Progress of all workers, sent by rank 0."""
 
     iteration: int
     means: dict[str, float]
+    """Metrics by name, means per update since the last report."""
     seconds: float
+    """Since the last report."""
     state: bytes
+    """`Pretrainer.state` in the format of safetensors."""
 
 
 class Start(NamedTuple):
-    """The workers begin at an iteration, or begin again."""
+    """The workers start at an iteration: for the first time, or again after a loss."""
 
     iteration: int
 
 
 class Failure(NamedTuple):
-    """What no other attempt would mend."""
+    """The workers gave up for a reason that another attempt would meet again."""
 
     reason: str
 
 
 def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
-    """Pretraining in place of the meta-training loop: ends with θ for new tasks in the session.
+    """Pretrain in place of the meta-training loop, then put θ for new tasks into the session.
 
-    Raises TrainingFailed, Interrupted, and ValueError where workers do not fit the machine.
+    Raises TrainingFailed, Interrupted, and ValueError where the workers do not fit the machine.
     """
     experiment = session.experiment
     session.save_checkpoint()
@@ -89,7 +92,7 @@ def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) 
 
 
 def number_of_workers(experiment: Experiment) -> int:
-    """`cluster.workers`, auto being as many as there is room for; no more than there are parts."""
+    """Resolve `cluster.workers`: `auto` fills the room; never more than an update has parts."""
     settings, cluster = experiment.pretraining, experiment.cluster
     assert settings is not None
     auto = cluster.workers == "auto"
@@ -98,6 +101,7 @@ def number_of_workers(experiment: Experiment) -> int:
 
 
 def _in_process(session: Session, should_stop: Callable[[], bool]) -> None:
+    """Pretrain in this process, without Ray."""
     experiment = session.experiment
     trainer = Pretrainer(experiment, compute_device(experiment))
     _restore(trainer, session.pretraining, session.iteration)
@@ -109,12 +113,14 @@ def _in_process(session: Session, should_stop: Callable[[], bool]) -> None:
 
 
 def _next_report(experiment: Experiment, iteration: int) -> int:
+    """The iteration of the next report: a multiple of `report_every`, or the last one."""
     assert experiment.pretraining is not None
     every = experiment.pretraining.report_every
     return min(experiment.outer.iterations, iteration - iteration % every + every)
 
 
 def _restore(trainer: Pretrainer, state: Mapping[str, Tensor], iteration: int) -> None:
+    """Continue from a state, where there is one."""
     if state:
         trainer.restore(dict(state), iteration)
 
@@ -126,10 +132,10 @@ def _take(
     seconds: float,
     state: dict[str, Tensor],
 ) -> None:
-    """A report, into the run's record and its checkpoint."""
+    """Write a report into the run's record and its checkpoint."""
     updates = iteration - session.iteration
     if updates <= 0:
-        return  # done again after a worker was lost
+        return  # these updates were repeated after a worker was lost
     assert session.experiment.pretraining is not None
     session.iteration, session.pretraining = iteration, state
     per_second = updates * session.experiment.pretraining.batch_size / seconds
@@ -141,7 +147,7 @@ def _take(
 
 
 class _Board:
-    """Where workers, wherever they are, leave reports and learn that they should stop."""
+    """A Ray actor that carries news from the workers to the driver, and the wish to stop back."""
 
     def __init__(self) -> None:
         self._news: list[Report | Start | Failure] = []
@@ -149,22 +155,29 @@ class _Board:
         self._decided: dict[int, bool] = {}
 
     def put(self, news: Report | Start | Failure) -> None:
+        """Called by a worker."""
         self._news.append(news)
 
     def take(self) -> list[Report | Start | Failure]:
-        """What is new since the last call."""
+        """Called by the driver: the news since its last call, oldest first."""
         news, self._news = self._news, []
         return news
 
     def request_stop(self) -> None:
+        """Called by the driver: all workers stop after their next report."""
         self._stop = True
 
     def should_stop(self, iteration: int) -> bool:
-        """The same answer to all workers: those that go on would wait for the others forever."""
+        """Called by every worker after a report. All get the same answer for an iteration: a
+        worker that went on alone would wait forever for the gradients of the others."""
         return self._decided.setdefault(iteration, self._stop)
 
 
 def _by_ray_train(session: Session, workers: int, should_stop: Callable[[], bool]) -> None:
+    """Pretrain on the workers of Ray Train; connect to Ray, and leave it as it was found.
+
+    Raises TrainingFailed, and ValueError where the workers do not fit the cluster.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -175,7 +188,7 @@ def _by_ray_train(session: Session, workers: int, should_stop: Callable[[], bool
         bundles = [worker_bundle(experiment)] * workers
         missing = lacking(f"pretraining takes {workers} workers of", bundles)
         refuse_or_wait(experiment, missing, session.watcher.notice)
-        # Beside the driver: another node may be lost.
+        # On the driver's node: it lives as long as the driver, while other nodes may be lost.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
         fit = _Fit(session, workers, board, storage, name)
@@ -188,12 +201,13 @@ def _by_ray_train(session: Session, workers: int, should_stop: Callable[[], bool
     finally:
         if started:
             ray.shutdown()
-        with contextlib.suppress(OSError):  # Ray's copies have served
+        with contextlib.suppress(OSError):  # Ray's copies are needed no longer
             shutil.rmtree(Path(storage) / name)
 
 
 def _watch(session: Session, fit: _Fit, board: Any, should_stop: Callable[[], bool]) -> None:
-    """Take in reports until Ray Train is done, or is asked to stop and has not even begun."""
+    """Record reports until Ray Train has ended; where a stop was requested before any worker
+    started, do not wait for it. Raises Diverged."""
     import ray
 
     begun, asked, failure = False, False, ""
@@ -221,7 +235,7 @@ def _watch(session: Session, fit: _Fit, board: Any, should_stop: Callable[[], bo
 
 
 class _Fit(threading.Thread):
-    """`TorchTrainer.fit`, which blocks."""
+    """A thread that runs `TorchTrainer.fit`, which blocks; `error` is what it raised."""
 
     def __init__(self, session: Session, workers: int, board: Any, storage: str, name: str):
         super().__init__(name="ray-train", daemon=True)
@@ -261,7 +275,7 @@ class _Fit(threading.Thread):
 
 
 def _storage(session: Session) -> str:
-    """Where Ray Train may keep its copies: all nodes must see it."""
+    """A place for Ray Train's copies that all nodes see: `checkpoint.uri`, else the run folder."""
     uri = session.experiment.checkpoint.uri
     if uri is None:
         return str(session.run_dir)
@@ -269,7 +283,7 @@ def _storage(session: Session) -> str:
 
 
 def _worker(config: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker."""
+    """The function that Ray Train runs on every worker; `config` is the `train_loop_config`."""
     import ray
     import ray.train
     import ray.train.torch
@@ -290,7 +304,7 @@ def _worker(config: dict[str, Any]) -> None:
         began = time.perf_counter()
         try:
             means = trainer.run(_next_report(experiment, trainer.iteration), forward, rank, size)
-        except Diverged as error:  # all workers meet it in the same update
+        except Diverged as error:  # raised by all workers in the same update
             if rank == 0:
                 ray.get(board.put.remote(Failure(str(error))))
             return
@@ -305,7 +319,7 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _newest_state(config: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
-    """State and iteration to go on from: Ray Train's copy, else what the run began with."""
+    """State and iteration to continue from: Ray Train's copy, else those of the driver."""
     import ray.train
 
     checkpoint = ray.train.get_checkpoint()
@@ -318,7 +332,7 @@ def _newest_state(config: Mapping[str, Any]) -> tuple[dict[str, Tensor], int]:
 
 
 def _keep_copy(iteration: int, state: bytes | None) -> None:
-    """Leave Ray Train the state, which rank 0 has; all workers must take part."""
+    """Give Ray Train its copy of the state, which rank 0 has; every worker must call this."""
     import ray.train
 
     with tempfile.TemporaryDirectory() as folder:
@@ -331,12 +345,13 @@ def _keep_copy(iteration: int, state: bytes | None) -> None:
 
 
 def _summed(means: dict[str, float], device: torch.device) -> dict[str, float]:
-    """Over all workers."""
+    """Sum each metric over all workers."""
     total = torch.tensor(list(means.values()), device=device)
     torch.distributed.all_reduce(total)
     return dict(zip(means, total.tolist(), strict=True))
 
 
 def _reason(error: BaseException) -> str:
+    """The last line of an error's message: Ray puts whole stack traces before it."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

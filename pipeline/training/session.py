@@ -1,6 +1,7 @@
-"""A run that is open: its workers, its state, its folder, its MLflow record.
+"""A run that is open: its state, and the one place that writes its record.
 
-`loop` decides what happens when; this file knows where everything goes.
+`opening` opens and closes a session, `loop` decides what happens in it and when. The session writes
+checkpoints, metrics, results and plots, and sends them to MLflow.
 """
 
 from __future__ import annotations
@@ -24,14 +25,13 @@ from pipeline.runs.folder import History, RunFolderError
 from pipeline.runs.tracker import NullTracker, RunTracker
 from pipeline.training.outer_step import outer_step_of
 from pipeline.training.outer_update import OuterUpdate
-from pipeline.training.placement import decide_compile
 from pipeline.worker.jobs import Cut, tasks_per_chunk
 
-_PRETRAINING = "pretraining."  # names of tensors in a checkpoint
+_PRETRAINING = "pretraining."  # prefix of the names of pretraining's tensors in a checkpoint
 
 
 class Watcher:
-    """What a person may want to see of a run; the command line overrides it, tests too."""
+    """Told what happens in a run. Does nothing; the command line and tests override it."""
 
     def starting(self, experiment: Experiment, run_dir: Path) -> None:
         """The preparation begins: workers start, programs are compiled."""
@@ -49,14 +49,17 @@ class Watcher:
         """The meta-test begins."""
 
     def tested(self, curve: Curve) -> None:
-        """One curve of the meta-test."""
+        """A curve of the meta-test is complete."""
 
     def notice(self, message: str) -> None:
-        """Something out of the ordinary, in words."""
+        """Something out of the ordinary happened; `message` is for a person."""
 
 
 class Session:
-    """State of a run between two iterations, and the only writer of its results."""
+    """State of a run between two iterations, and the only writer of its results.
+
+    Raises RunFolderError for a checkpoint that is not of this model.
+    """
 
     def __init__(
         self,
@@ -66,8 +69,11 @@ class Session:
         state: TrainingState | None,
         store: CheckpointStore,
         watcher: Watcher,
+        *,
+        compile: bool,
         token: str | None = None,
     ):
+        """`theta` is of a fresh model, `state` that of a checkpoint to continue from, or None."""
         task = experiment.build_task()
         self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
         self.update = OuterUpdate(theta, experiment.outer)
@@ -75,13 +81,16 @@ class Session:
         self.iteration = 0
         """Completed meta-updates."""
         self.pretraining: dict[str, Tensor] = {}
-        """State of pretraining, for checkpoints; θ is made of it at the end."""
+        """State of pretraining by name, from which θ is made at the end; empty in meta-training."""
         self.bad_updates = 0
+        """Updates in a row that were refused because their gradient was not finite."""
         self.best: dict[str, Any] | None = None
+        """The best validation so far: its iteration, value and metric."""
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
         self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
         self.num_chunks = Cut(experiment.outer.tasks_per_batch, self.tasks_per_chunk).num_chunks
         self.workers: WorkerGroup
+        """Set by `opening`: how they start depends on the number of chunks."""
         self.tracker: RunTracker = NullTracker()
         self._store = store
         self._improved = False
@@ -93,27 +102,27 @@ class Session:
         self.history = History(run_dir)
         if state is not None:
             self._restore(state)
-        # θ as the workers take it: the same memory, so that it is always the current one.
+        # A view of the memory that updates change in place: always the current θ.
         self._theta = self.update.flat.numpy()
-        self.compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
-        # Known before MLflow has answered: a run that is killed early is found again by it.
+        self.compile = compile
+        # Made here, because MLflow answers later: a run that is killed early is found again by it.
         known = state.extra.get("tracking_token") if state else None
         self.tracking_token = str(token or known or uuid.uuid4().hex)
         self.ancestor = state.extra.get("ancestor") if state else None
-        """Whose state the run began with, `origin` of that state; None: its own."""
+        """`opening.origin` of another run's state with which this run began; None: it has none."""
 
     @property
     def theta(self) -> FlatVector:
-        """θ, flat [D]."""
+        """The current θ, flat [D], on the CPU."""
         return self._theta
 
     def due(self, every: int) -> bool:
-        """Whether something that happens every so many iterations happens now; the last counts."""
+        """Whether `every` divides the number of completed iterations, or they are all completed."""
         last = self.iteration == self.experiment.outer.iterations
         return self.iteration % every == 0 or last
 
     def record(self, metrics: dict[str, float], began: float) -> None:
-        """Take in the metrics of an iteration that began at `began` (time.perf_counter)."""
+        """Record the metrics of an iteration that began at `began` (time.perf_counter, seconds)."""
         started = time.perf_counter()
         metrics["tasks_per_second"] = self.experiment.outer.tasks_per_batch / (started - began)
         metrics["seconds/tracking"] = self._seconds_tracking
@@ -121,7 +130,7 @@ class Session:
         for name, value in metrics.items():
             window[name] = window.get(name, 0.0) + value
         self._window_length += 1
-        # A record never spans a checkpoint: a resumed run then has the same ones.
+        # A record never spans a checkpoint, so that a resumed run writes the same records.
         if self.due(self.experiment.track_every) or self.due(self.experiment.checkpoint_every):
             means = {name: total / self._window_length for name, total in window.items()}
             self._window, self._window_length = {}, 0
@@ -130,7 +139,7 @@ class Session:
         self._seconds_tracking = time.perf_counter() - started
 
     def record_validation(self, curve: Curve, value: float) -> None:
-        """Take in a validation; `value` is what checkpoints are chosen by."""
+        """Record a validation; the checkpoint with the best `value` so far is kept as the best."""
         before = None if self.best is None else self.best["value"]
         better = bool(np.isfinite(value)) and (
             before is None or (value > before if self._higher_is_better else value < before)
@@ -143,7 +152,7 @@ class Session:
         self.watcher.validated(self.iteration, curve, better)
 
     def record_diagnosis(self, metrics: dict[str, float], warnings: Mapping[str, str]) -> None:
-        """Take in a diagnosis; a warning of a kind is given once."""
+        """Record a diagnosis; pass on its warnings, each kind once in a run."""
         self.log(metrics)
         for kind, message in warnings.items():
             if kind not in self._warned:
@@ -151,7 +160,7 @@ class Session:
                 self.watcher.notice(f"iteration {self.iteration:,}: {message}")
 
     def save_checkpoint(self) -> None:
-        """Write the state of this moment, unless it is written already."""
+        """Write a checkpoint of the current state, unless there is one already."""
         if self._saved_at == self.iteration and not self._improved:
             return
         self._store.save(
@@ -175,16 +184,16 @@ class Session:
             ),
             best=self._improved,
         )
-        # A flag that stayed set would make every later checkpoint the best one.
+        # Reset, or every later checkpoint would count as the best one.
         self._improved, self._saved_at = False, self.iteration
 
     def save_theta(self) -> None:
-        """Write the final parameters."""
+        """Write the current θ as the run's result, theta.safetensors."""
         save_theta(self.run_dir / "theta.safetensors", self.update.theta)
         self.tracker.log_artifact(self.run_dir / "theta.safetensors")
 
     def record_test(self, curves: Sequence[Curve]) -> None:
-        """Write and log the meta-test, and the plots with it."""
+        """Write the meta-test and all plots, and log them."""
         write_results(self.run_dir, curves)
         for curve in curves:
             prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
@@ -195,11 +204,12 @@ class Session:
         self.record_plots(curves)
 
     def record_plots(self, curves: Sequence[Curve] = ()) -> None:
-        """Draw and log what there is to see."""
+        """Draw and log the run's plots; `curves` is its meta-test, if there was one."""
         for plot in write_plots(self.experiment, self.run_dir, self.update.theta, curves):
             self.tracker.log_artifact(plot, "plots")
 
     def _restore(self, state: TrainingState) -> None:
+        """Continue from the state of a checkpoint; forget records of later iterations."""
         own, wide = {}, {}
         for name, value in state.tensors.items():
             if name.startswith(_PRETRAINING):
@@ -216,6 +226,6 @@ class Session:
         self.history.forget_after(state.iteration)
 
     def log(self, metrics: Mapping[str, float]) -> None:
-        """Record metrics of this moment, in metrics.jsonl and in MLflow."""
+        """Write metrics of the current iteration to metrics.jsonl and to MLflow."""
         self.history.append(self.iteration, metrics)
         self.tracker.log_metrics(dict(metrics), self.iteration)

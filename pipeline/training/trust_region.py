@@ -1,8 +1,8 @@
-"""θ, trajectories of a meta-batch -> the next θ: the outer optimisers of reinforcement learning.
+"""The outer optimisers of reinforcement learning: meta-gradient and trajectories -> the next θ.
 
-The driver decides, the workers look: each question goes out as one job per chunk, and what comes
-back is summed in the order of the chunks, as meta-gradients are. So the step does not depend on
-how many workers there are.
+The workers keep the trajectories. The driver asks them for Fisher products and for the worth of a
+candidate θ: one job per chunk, and the answers are averaged over the tasks in the order of the
+chunks. So the step does not depend on the number of workers.
 
     trpo      the natural gradient (conjugate gradients on Fisher products), as long as
               KL ≈ ½ sᵀFs = max_kl allows, cut until the surrogate is better and the KL kept
@@ -30,22 +30,25 @@ from pipeline.worker.jobs import CandidateJob, ChunkResult, FisherJob, Job
 
 Vector = npt.NDArray[np.float64]
 Ask = Callable[[Sequence[Job]], Sequence[ChunkResult]]
-"""Runs jobs at the θ that collected the trajectories; answers in the order of the jobs."""
+"""Runs jobs at the θ that collected the trajectories; returns answers in the order of the jobs."""
 
 
 class Solution(NamedTuple):
-    """Of A x = b."""
+    """The approximate solution of A x = b."""
 
     x: Vector
     residual: Vector
-    """b − A x, as the recursion knows it."""
+    """b − A x, by the recursion rather than by another product."""
 
 
 def conjugate_gradients(
     product: Callable[[Vector], Vector], b: Vector, iterations: int, tolerance: float = 1e-10
 ) -> Solution:
-    """Solve A x = b for a positive definite A that is known by its products (Hestenes & Stiefel
-    1952); stops early where |b − A x|² is below `tolerance`."""
+    """Solve A x = b for a positive definite A, given by its `product` with a vector [D].
+
+    The method of conjugate gradients (Hestenes & Stiefel 1952). Stops early where |b − A x|² is
+    below `tolerance`, or where rounding has made the curvature along a direction not positive.
+    """
     x, residual = np.zeros_like(b), b.copy()
     direction, squared = residual.copy(), float(residual @ residual)
     for _ in range(iterations):
@@ -53,7 +56,7 @@ def conjugate_gradients(
             break
         image = product(direction)
         curvature = float(direction @ image)
-        if not curvature > 0:  # rounding; or products that are not finite
+        if not curvature > 0:  # also true of products that are not finite
             break
         length = squared / curvature
         x += length * direction
@@ -64,21 +67,22 @@ def conjugate_gradients(
 
 
 class Questions(NamedTuple):
-    """What the driver may ask of the chunks of an iteration, and the answers over all of them."""
+    """Asks the workers about the trajectories of an iteration, one job per chunk."""
 
     iteration: int
     num_chunks: int
     ask: Ask
 
     def fisher(self, direction: FlatVector) -> Vector:
-        """The Fisher matrix times a direction [D], mean over the tasks."""
+        """The Fisher matrix at θ times a direction [D]: the mean over the tasks, [D]."""
         chunks = range(self.num_chunks)
         return _mean_gradient(self.ask([FisherJob(self.iteration, c, direction) for c in chunks]))
 
     def candidate(
         self, theta: FlatVector, inner_kl_weight: float | None = None
     ) -> Sequence[ChunkResult]:
-        """What another θ [D] is worth; with a weight, its gradient too."""
+        """The surrogate loss and KL of another θ [D], chunk by chunk; with a weight, its gradient
+        too, the inner KL weighted so."""
         chunks = range(self.num_chunks)
         jobs = [CandidateJob(self.iteration, c, theta, inner_kl_weight) for c in chunks]
         return self.ask(jobs)
@@ -87,8 +91,10 @@ class Questions(NamedTuple):
 def usual_questions(
     settings: Reinforcement, iteration: int, theta: FlatVector
 ) -> list[tuple[Job, int]]:
-    """What `trust_region` asks of a chunk and how often, for those who measure; a line search
-    that is content with its first step."""
+    """The jobs of an update for one chunk, each with how often it is asked: for measurements.
+
+    The line search is assumed to accept its first step.
+    """
     judged = CandidateJob(iteration, 0, theta)
     if settings.update == "trpo":
         return [(FisherJob(iteration, 0, theta), settings.cg_iterations), (judged, 1)]
@@ -101,9 +107,9 @@ def usual_questions(
 def policy_update(
     settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
-    """Move θ, given the mean meta-gradient of the iteration; what there is to log.
+    """Move θ, given the mean meta-gradient of the iteration; return the metrics to log.
 
-    A gradient that is not finite moves nothing.
+    A gradient that is not finite leaves θ as it is.
     """
     metrics = {"meta_gradient_norm": float(torch.linalg.vector_norm(mean.gradient))}
     if settings.update != "trpo":
@@ -118,6 +124,8 @@ def policy_update(
 def _trust_region(
     settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
+    """TRPO (Schulman et al. 2015): the natural gradient F⁻¹g, scaled to KL = max_kl, shortened
+    until the surrogate loss falls and the KL stays within max_kl."""
     theta = _now(update)
     gradient = mean.gradient.double().numpy()
 
@@ -158,6 +166,7 @@ def _trust_region(
 def _one_step(
     settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
+    """One step of `outer.optimizer` along the meta-gradient."""
     update.descend(mean.gradient)
     return _afterwards("gradient", update, mean, questions)
 
@@ -165,7 +174,8 @@ def _one_step(
 def _proximal(
     settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
-    # The first step is from where the trajectories were collected: its gradient is there already.
+    """ProMP (Rothfuss et al. 2019): several steps of `outer.optimizer` on the same trajectories."""
+    # The first gradient was taken where the trajectories were collected: it is the meta-gradient.
     update.descend(mean.gradient)
     inner_kl = 0.0  # at the θ that collected
     for _ in range(settings.outer_steps - 1):
@@ -178,7 +188,7 @@ def _proximal(
 def _afterwards(
     name: str, update: OuterUpdate, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
-    """What a step was worth that was taken unseen."""
+    """Metrics of an update whose steps were taken without a line search."""
     answers = questions.candidate(_now(update))
     return {
         f"{name}/kl_before": mean.metrics["query_kl"],
@@ -188,12 +198,18 @@ def _afterwards(
 
 
 def _now(update: OuterUpdate) -> FlatVector:
-    """θ as it stands; a copy, because it moves on."""
+    """A copy of the current θ, [D]: later steps change the original in place."""
     now: FlatVector = update.flat.numpy().copy()
     return now
 
 
 def _mean_gradient(answers: Sequence[ChunkResult]) -> Vector:
+    """The mean over the tasks, [D].
+
+    `aggregation.aggregate` sums in the precision of θ, this function in float64, because conjugate
+    gradients lose orthogonality by rounding. One function for both would change the last bits of
+    results.
+    """
     sums = [answer.gradient for answer in answers if answer.gradient is not None]
     total = sums[0].astype(np.float64)
     for part in sums[1:]:
@@ -202,5 +218,6 @@ def _mean_gradient(answers: Sequence[ChunkResult]) -> Vector:
 
 
 def _mean_metric(answers: Sequence[ChunkResult], name: str) -> float:
+    """The mean of a metric over the tasks of all chunks."""
     values = np.concatenate([answer.metrics[name] for answer in answers])
     return float(values.mean(dtype=np.float64))
