@@ -158,7 +158,7 @@ def analyze(
     from pipeline.cli.console import err, out, plain_table
     from pipeline.config.loading import load_run
     from pipeline.evaluation.analysis import analyze as analyze_run
-    from pipeline.evaluation.analysis import finding
+    from pipeline.evaluation.analysis_finding import finding
     from pipeline.evaluation.analysis_page import (
         ability_rows,
         layer_rows,

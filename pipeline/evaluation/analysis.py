@@ -1,18 +1,17 @@
-"""Why does it work: feature reuse or rapid learning (section 4.2; Raghu et al. 2020)?
+"""Measures why MAML works: feature reuse or rapid learning (section 4.2; Raghu et al. 2020)?
 
-A trained model is looked at before and after it has adapted to test tasks:
+A trained model is compared before and after it has adapted to test tasks:
 
-    representations   do layers see the query examples differently afterwards? (CKA, CCA)
-    parameters        how far has each layer moved?
-    abilities         what is left if only the head, only the body, or nothing adapts?
-    paths             the query loss on the straight line from θ to every θ'_i: one valley?
+    representations   how much the outputs of each layer on the query examples change (CKA, CCA)
+    parameters        how far the parameters of each layer move
+    abilities         what is left of the metric if only the head, only the body, or nothing adapts
+    paths             whether the query loss rises on the straight line from θ to a task's θ'_i
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +41,9 @@ from pipeline.worker.task_source import EVALUATION_SEED
 from tasks.base import Examples, Supervised, TaskBatch, supervised
 
 FRACTIONS = tuple(round(0.1 * i, 1) for i in range(16))
-"""Of the way from θ (0) to θ'_i (1), and beyond."""
+"""Points on the straight line from θ (0) to θ'_i (1) and beyond, at which paths are measured."""
 _TASKS_AT_ONCE = 8
-_QUERIES = 15  # per class
-_ALIKE = 0.9  # CKA of representations that count as the same
-_ENOUGH = 0.9  # share of the gain that explains it
+_QUERIES = 15  # query examples (per class), where the task has such a setting
 NONE, ALL, HEAD, BODY, CENTROID = (
     "no adaptation",
     "as trained",
@@ -58,41 +55,41 @@ NONE, ALL, HEAD, BODY, CENTROID = (
 
 @dataclass(frozen=True)
 class LayerChange:
-    """How adaptation changes a layer: one with weights, and what follows it up to the next."""
+    """How adaptation changes a layer; activation and norm behind a layer's weights belong to it."""
 
     name: str
     kind: str
     cka: Estimate
-    """Of its outputs before and after adaptation; 1: the same representation."""
+    """Linear CKA of its outputs before and after adaptation; 1: the same representation."""
     cca: Estimate
-    """NaN where there are too few examples for its width."""
+    """Mean CCA of the same outputs; NaN where there are too few examples for its width."""
     moved: Estimate
     """|θ' − θ| / |θ| of its parameters."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found."""
+    """The numbers of an analysis."""
 
     metric: str
+    """The tasks' `primary_metric`."""
     steps: int
     num_tasks: int
     split: str
     changes: dict[str, Any]
     """Task settings that differ from the run's."""
     layers: list[LayerChange]
-    """The head is the last."""
+    """In the order of the network; the head is the last."""
     abilities: dict[str, Estimate]
-    """The metric when this or that adapts; regression has no centroids."""
+    """The metric on query examples, by what adapts; CENTROID only in classification."""
     lost: dict[str, Estimate]
-    """What is lost against adaptation as trained, task by task (positive: worse)."""
+    """The paired difference to adaptation as trained, by what adapts; positive: worse."""
     paths: list[list[float]]
-    """Query loss at FRACTIONS of the way, for every task."""
+    """The query loss at FRACTIONS of the way, [tasks, len(FRACTIONS)]."""
 
     @property
     def monotone_share(self) -> float:
-        """Share of tasks whose loss never rises on the way to θ'_i (by more than 1 % of its
-        drop)."""
+        """Share of tasks whose loss never rises on the way to θ'_i by more than 1 % of its drop."""
         inside = np.array(self.paths)[:, : FRACTIONS.index(1.0) + 1]
         rise = np.diff(inside, axis=1).max(axis=1)
         return float((rise <= 0.01 * np.abs(inside[:, 0] - inside[:, -1])).mean())
@@ -114,9 +111,9 @@ def analyze(
 ) -> Analysis:
     """Analyse trained meta-parameters on tasks 0 .. num_tasks − 1 of a split, in this process.
 
-    `steps` of adaptation, by default the `selection_step`; `queries`: examples (per class), where
-    the tasks have such a setting; by default 15, because representations of a few examples say
-    little, or the run's own where there are not so many. Raises ValueError naming the setting.
+    `steps` of adaptation default to the `selection_step`. `queries` are query examples (per class);
+    15 by default, because a few say little of a representation, or the run's own number where
+    classes have fewer. Raises ValueError naming the setting.
     """
     steps = experiment.selection_step if steps is None else steps
     task, changes = _with_queries(experiment, queries, split)
@@ -140,7 +137,6 @@ def analyze(
         on_progress(int(indices[-1]) + 1)
     values = {name: np.concatenate([f[name] for f in found], axis=-1) for name in found[0]}
     sign = 1 if task.higher_is_better else -1
-    kinds = dict(weight_layers(model))
     abilities = {n.partition("/")[2]: v for n, v in values.items() if n.startswith("ability/")}
     return Analysis(
         metric=task.primary_metric,
@@ -148,14 +144,7 @@ def analyze(
         num_tasks=num_tasks,
         split=split,
         changes=changes,
-        layers=[
-            LayerChange(
-                name,
-                kinds[name],
-                *(Estimate.of(values[f"{what}/{name}"]) for what in ("cka", "cca", "moved")),
-            )
-            for name in (key.removeprefix("cka/") for key in values if key.startswith("cka/"))
-        ],
+        layers=_layer_changes(values, dict(weight_layers(model))),
         abilities={name: Estimate.of(v) for name, v in abilities.items()},
         lost={
             name: Estimate.of(sign * (abilities[ALL] - v))
@@ -166,10 +155,25 @@ def analyze(
     )
 
 
+def _layer_changes(
+    values: Mapping[str, npt.NDArray[Any]], kinds: Mapping[str, str]
+) -> list[LayerChange]:
+    """Means over the tasks, layer by layer; `kinds` are the kinds of layers by name."""
+    names = [key.removeprefix("cka/") for key in values if key.startswith("cka/")]
+    return [
+        LayerChange(
+            name,
+            kinds[name],
+            *(Estimate.of(values[f"{what}/{name}"]) for what in ("cka", "cca", "moved")),
+        )
+        for name in names
+    ]
+
+
 def _with_queries(
     experiment: Experiment, queries: int | None, split: str
 ) -> tuple[Supervised, dict[str, Any]]:
-    """The tasks to look at, and the settings in which they differ from the run's."""
+    """The tasks to analyse, and the settings in which they differ from the run's."""
     if "queries" in experiment.task.settings:
         changes = {"queries": queries or _QUERIES}
         try:
@@ -185,7 +189,7 @@ def _with_queries(
 
 
 class _Looker:
-    """Looks at the tasks of a batch, all of them at once."""
+    """Measures a batch of tasks, all of them at once; B is their number."""
 
     def __init__(
         self,
@@ -220,7 +224,7 @@ class _Looker:
         return {name: value.double().numpy() for name, value in values.items()}
 
     def _ends(self, adaptation: Adaptation, batch: TaskBatch) -> tuple[Adapted, Adapted]:
-        """Before and after adaptation."""
+        """The parameters of each task before and after adaptation by `adaptation`."""
         objective, meta, alpha = self._objective, self._meta, self._alpha
         tasks, support = len(batch.query.x), batch.support
         walk = list(trajectory(objective, adaptation, meta, support, alpha, self._steps, tasks))
@@ -237,7 +241,7 @@ class _Looker:
         return values
 
     def _outputs(self, at: Adapted, x: Tensor) -> Outputs:
-        """Of every layer, [B, n, ..., channels]."""
+        """The outputs of every layer on each task's inputs, by layer: [B, n, ..., channels]."""
 
         def one(fast: Params, x: Tensor) -> Outputs:
             return layer_outputs(self._model, {**at.slow, **fast}, x)
@@ -245,9 +249,9 @@ class _Looker:
         return vmap(one)(at.fast, x)
 
     def _moved(self, start: Adapted, end: Adapted) -> dict[str, Tensor]:
-        """|θ' − θ| / |θ| by layer; the parameters after a layer's weights belong to it."""
+        """|θ' − θ| / |θ| by layer, [B] each."""
         layers = [name for name, _ in weight_layers(self._model)]
-        owner, of_layer = layers[0], {}
+        owner, of_layer = layers[0], {}  # modules behind a layer's weights belong to that layer
         modules = [name for name, _ in self._model.named_modules()]
         for module in modules:
             owner = module if module in layers else owner
@@ -264,6 +268,7 @@ class _Looker:
         return {f"moved/{name}": (change[name] / size[name]).sqrt() for name in layers}
 
     def _abilities(self, start: Adapted, end: Adapted, batch: TaskBatch) -> dict[str, Tensor]:
+        """The metric on the query set by what adapts, [B] each."""
         values = {NONE: self._judged(start, batch), ALL: self._judged(end, batch)}
         for name, fast in self._parts.items():
             values[name] = values[NONE]
@@ -284,7 +289,7 @@ class _Looker:
         return vmap(one)(at.fast, batch.query)
 
     def _centroid_accuracy(self, at: Adapted, batch: TaskBatch) -> Tensor:
-        """Of the nearest centroid of the features that the head sees, [B]."""
+        """Accuracy of the nearest class centroid in the features that the head receives, [B]."""
 
         def one(fast: Params, support: Examples, query: Examples) -> Tensor:
             params = {**at.slow, **fast}
@@ -295,6 +300,8 @@ class _Looker:
         return vmap(one)(at.fast, batch.support, batch.query)
 
     def _path(self, start: Adapted, end: Adapted, batch: TaskBatch) -> Tensor:
+        """The query loss at FRACTIONS of the way from θ to θ'_i, [len(FRACTIONS), B]."""
+
         def loss(fast: Params, query: Any) -> Tensor:
             return self._objective.loss({**end.slow, **fast}, query)
 
@@ -303,92 +310,3 @@ class _Looker:
             fast = {n: p + fraction * (end.fast[n] - p) for n, p in start.fast.items()}
             rows.append(vmap(loss)(fast, batch.query))
         return torch.stack(rows)
-
-
-def finding(analysis: Analysis) -> str:
-    """Feature reuse or rapid learning, in words, from the numbers."""
-    percent = analysis.metric == "accuracy"
-
-    def shown(estimate: Estimate) -> str:
-        return estimate.text(percent) + (" %" if percent else "")
-
-    abilities, kept = analysis.abilities, _kept(analysis)
-    sentences = [
-        f"Adaptation in {analysis.steps} step{'' if analysis.steps == 1 else 's'} takes the "
-        f"{analysis.metric} from {shown(abilities[NONE])} to {shown(abilities[ALL])}."
-    ]
-    for name, verb in ((HEAD, "keeps"), (BODY, "keeps"), (CENTROID, "reaches")):
-        if name in kept:
-            sentences.append(
-                f"{name.capitalize()}: {shown(abilities[name])}, which {verb} "
-                f"{100 * max(0.0, kept[name]):.0f} % of the gain."
-            )
-    sentences += [_changes(analysis.layers), _verdict(analysis.layers, kept)]
-    sentences.append(
-        f"On the straight way from θ to θ'_i the query loss never rises on "
-        f"{100 * analysis.monotone_share:.0f} % of the tasks"
-        + (": they lie in one valley." if analysis.monotone_share > 0.9 else ".")
-    )
-    return " ".join(filter(None, sentences))
-
-
-def _kept(analysis: Analysis) -> dict[str, float]:
-    """What share of the gain is left when less adapts; empty where no gain is certain."""
-    gain, uncertain = analysis.lost[NONE]
-    if not gain > (math.inf if uncertain is None else uncertain):
-        return {}
-    return {name: 1 - lost.mean / gain for name, lost in analysis.lost.items()}
-
-
-def _least_alike(body: list[LayerChange]) -> float:
-    """The CKA of the layer that changes most; NaN where there is none."""
-    known = [layer.cka.mean for layer in body if math.isfinite(layer.cka.mean)]
-    return min(known, default=math.nan)
-
-
-def _changes(layers: list[LayerChange]) -> str:
-    """What adaptation changes, as far as it can be seen from outside."""
-    *body, head = layers
-    cka = _least_alike(body)
-    if not math.isfinite(cka):
-        return ""
-    seen = "look alike before and after" if cka > _ALIKE else "change"
-    moved = max((layer.moved for layer in body), key=lambda moved: moved.mean)
-    return (
-        f"The body's representations {seen} (the lowest CKA of a layer is {cka:.2f}), its layers' "
-        f"parameters move by up to {moved.text(percent=True)} %; the head's move by "
-        f"{head.moved.text(percent=True)} %, the CKA of its outputs is {head.cka.text()}."
-    )
-
-
-def _verdict(layers: list[LayerChange], kept: dict[str, float]) -> str:
-    """From what is kept of the gain without adapting the body, or without the head.
-
-    The likeness of representations decides nothing: CKA weighs directions by their variance, and
-    the head may well read one that has little. It says by how much of a change the gain came about.
-    """
-    body = layers[:-1]
-    if not kept:
-        return "Adaptation does not help for certain, so there is nothing to explain."
-    if not any(layer.moved.mean for layer in body):
-        return "Only the head adapts, so this is feature reuse by construction."
-    alike = _least_alike(body) > _ALIKE
-    by_head, by_centroid = kept[HEAD], kept.get(CENTROID, 0.0)
-    by_body = kept[BODY] >= _ENOUGH
-    if by_head >= _ENOUGH or (by_centroid >= _ENOUGH and not by_body):
-        though = "" if alike else ", although adaptation changes it"
-        return f"This is feature reuse: the body serves new tasks as it is{though}."
-    if not by_body:
-        return "It is both: neither the head alone nor the body alone explains the gain."
-    if by_centroid >= _ENOUGH:
-        return (
-            "The features could be reused as they are, as the nearest centroid shows; but that is "
-            "not how adaptation works here: the change of the body carries the gain."
-        )
-    if alike:
-        reused = max(0.0, by_head, by_centroid)
-        return (
-            "This is rapid learning by small changes of the body: alike as its representations "
-            f"look, those before adaptation keep {100 * reused:.0f} % of the gain."
-        )
-    return "This is rapid learning: the body itself changes for every task."

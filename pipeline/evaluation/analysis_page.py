@@ -1,4 +1,4 @@
-"""An analysis as one page: a table, plots, and a paragraph that states the finding.
+"""Writes an analysis as one HTML page: the finding, two tables, two figures.
 
 RUN_DIR/analysis/index.html     the page, complete in itself
 RUN_DIR/analysis/analysis.json  every number
@@ -17,10 +17,12 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pipeline.config.experiment import Experiment
-from pipeline.evaluation.analysis import FRACTIONS, Analysis, finding
+from pipeline.evaluation.analysis import FRACTIONS, Analysis
+from pipeline.evaluation.analysis_finding import finding
 from pipeline.evaluation.plot_style import (
     COLORS,
     GREY,
+    finish,
     is_logarithmic,
     label_metric,
     legend,
@@ -64,14 +66,14 @@ def write_analysis(experiment: Experiment, analysis: Analysis, folder: Path) -> 
 
 
 def protocol_text(analysis: Analysis) -> str:
-    """What the numbers are about."""
+    """The protocol of the numbers: tasks, split, steps, changed settings."""
     changes = "".join(f", {key} {value}" for key, value in analysis.changes.items())
     steps = f"{analysis.steps} adaptation step{'' if analysis.steps == 1 else 's'}"
     return f"{analysis.num_tasks} {analysis.split} tasks, {steps}{changes}; ± CI95 over tasks"
 
 
 def layer_rows(analysis: Analysis) -> list[list[str]]:
-    """The table of the layers, header first."""
+    """The rows of the table of layers, header first."""
     rows = [["layer", "CKA", "CCA", "parameters moved"]]
     for number, layer in enumerate(analysis.layers, 1):
         head = ", head" if layer is analysis.layers[-1] else ""
@@ -88,7 +90,7 @@ def layer_rows(analysis: Analysis) -> list[list[str]]:
 
 
 def ability_rows(analysis: Analysis) -> list[list[str]]:
-    """The table of what is left when less adapts, header first."""
+    """The rows of the table of what is left when less adapts, header first."""
     percent = analysis.metric == "accuracy"
     unit = " in %" if percent else ""
     rows = [["what adapts", f"{analysis.metric}{unit}", f"lost{unit}, task by task"]]
@@ -99,7 +101,7 @@ def ability_rows(analysis: Analysis) -> list[list[str]]:
 
 
 def _plot_layers(analysis: Analysis, path: Path) -> None:
-    """Likeness of representations above, change of the parameters below, for every layer."""
+    """Draw, for every layer, the likeness of representations above the change of parameters."""
     figure, grid = new_panels(7.6, 5.6, rows=2, sharex=True)
     likeness, moved = grid[:, 0]
     _bars(
@@ -122,7 +124,7 @@ def _plot_layers(analysis: Analysis, path: Path) -> None:
 
 
 def _bars(axes: Axes, series: dict[str, list[Estimate]]) -> None:
-    """Side by side for every layer; without those of which nothing is known."""
+    """Draw bars side by side for every layer; a series without any known value is left out."""
     known = {
         name: estimates
         for name, estimates in series.items()
@@ -142,7 +144,7 @@ def _bars(axes: Axes, series: dict[str, list[Estimate]]) -> None:
 
 
 def _moves(axes: Axes, moved: list[Estimate]) -> None:
-    """|θ' - θ| / |θ| in percent; what does not move has no place on a logarithmic axis."""
+    """Draw |θ' - θ| / |θ| in percent; words mark layers that do not move (0 has no logarithm)."""
     still = [layer for layer, estimate in enumerate(moved) if estimate.mean == 0]
     moving = [layer for layer in range(len(moved)) if layer not in still]
     axes.errorbar(
@@ -163,11 +165,12 @@ def _moves(axes: Axes, moved: list[Estimate]) -> None:
 
 
 def _half_widths(estimates: list[Estimate]) -> list[float]:
+    """Half the widths of the confidence intervals; 0 where unknown."""
     return [0.0 if e.ci95 is None else e.ci95 for e in estimates]
 
 
 def _plot_paths(analysis: Analysis, path: Path) -> None:
-    """Query loss on the line through θ and θ'_i: mean, and single tasks."""
+    """Draw the query loss on the line through θ and θ'_i: the mean, and some single tasks."""
     figure, axes = new_figure(7.6, 4.2)
     losses = np.array(analysis.paths)
     for task, line in enumerate(losses[:_PATHS_SHOWN]):
@@ -183,14 +186,19 @@ def _plot_paths(analysis: Analysis, path: Path) -> None:
     axes.axvline(1, color=GREY, linestyle=":", linewidth=1)
     ticks = [0, 0.5, 1, 1.5]
     axes.set_xticks(ticks, ["0\nθ", "0.5", "1\nadapted", "1.5"])
-    axes.set_xlabel("way from θ to the task's adapted parameters")
     axes.set_ylabel("query loss")
-    axes.set_title("The loss along the way of adaptation")
-    legend(axes)
-    save(figure, path, f"Straight lines in parameter space. {protocol_text(analysis)}")
+    finish(
+        figure,
+        axes,
+        path,
+        "way from θ to the task's adapted parameters",
+        "The loss along the way of adaptation",
+        f"Straight lines in parameter space. {protocol_text(analysis)}",
+    )
 
 
 def _html_table(rows: list[list[str]]) -> str:
+    """A table in HTML; the first row is its header."""
     header, *body = (
         "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row)
         for row, tag in zip(rows, ["th"] + ["td"] * (len(rows) - 1), strict=True)
@@ -199,7 +207,7 @@ def _html_table(rows: list[list[str]]) -> str:
 
 
 def _plain(value: object) -> object:
-    """JSON knows no NaN, and an estimate is more than a list of two."""
+    """Plain values for JSON: NaN becomes null, an estimate an object."""
     if isinstance(value, Estimate):
         return value.to_json()
     if isinstance(value, dict):
@@ -210,6 +218,7 @@ def _plain(value: object) -> object:
 
 
 def _base64(path: Path) -> str:
+    """A file's content, for a data: URL."""
     return base64.b64encode(path.read_bytes()).decode()
 
 

@@ -1,7 +1,7 @@
-"""Runs against each other on the very same test tasks: adaptation curves, and paired differences.
+"""Compares runs on the same test tasks: adaptation curves and paired differences.
 
-The difference of two runs is taken task by task, so what makes a task easy or hard cancels: its
-interval is much narrower than those of the two means suggest.
+The difference of two runs is taken task by task, so that the difficulty of a task cancels. Its
+confidence interval is much narrower than the intervals of the two means suggest.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from pipeline.runs.folder import Which, parameters_of
 
 @dataclass(frozen=True)
 class Difference:
-    """One run minus another, over the same tasks."""
+    """The metric of one run minus that of another, over the same tasks."""
 
     one: str
     other: str
     mean: list[float]
-    """By step, as the curves."""
+    """One value per step of the curves."""
     ci95: list[float]
     """Half the width of the interval of `mean`, from the differences of single tasks."""
     p: list[float]
-    """Two-sided p-value of a paired test (normal approximation: meant for 30 tasks and more)."""
+    """Two-sided p-values of a paired z-test, which needs about 30 tasks or more."""
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ def compare_runs(
 
 
 def recipes(found: Sequence[PairedComparison]) -> dict[str, list[str]]:
-    """How the runs were trained and adapt to the test tasks, where they differ: one value a run,
-    a dash for a run that has none."""
+    """The entries of the runs' protocols that differ: one value per run, a dash if it has none."""
     protocols = [curve.protocol for curve in found[0].curves]
     keys = dict.fromkeys(key for protocol in protocols for key in protocol)
     values = {key: [str(p.get(key, "–")) for p in protocols] for key in keys}
@@ -146,15 +145,18 @@ def difference(
 
 
 def _p_value(mean: float, standard_error: float) -> float:
+    """The two-sided p-value of a z-test that the mean is 0."""
+    from scipy import stats  # here: importing it takes about a second
+
     if not math.isfinite(mean) or not math.isfinite(standard_error):
         return math.nan
     if standard_error == 0:
         return 1.0 if mean == 0 else 0.0
-    return math.erfc(abs(mean) / standard_error / math.sqrt(2))
+    return 2 * float(stats.norm.sf(abs(mean) / standard_error))
 
 
 def _names(run_dirs: Sequence[Path], experiments: Sequence[Experiment]) -> list[str]:
-    """The experiments' names where they tell the runs apart, else the folders."""
+    """The names of the experiments if they are all different, else those of the folders."""
     names = [experiment.name for experiment in experiments]
     if len(set(names)) == len(names):
         return names
@@ -163,7 +165,7 @@ def _names(run_dirs: Sequence[Path], experiments: Sequence[Experiment]) -> list[
 
 
 def _refuse_other_tasks(names: Sequence[str], experiments: Sequence[Experiment]) -> None:
-    """Only numbers on the same tasks can be compared. Raises ConfigError."""
+    """Raise ConfigError unless all runs have the same task settings."""
     tasks = [experiment.task.model_dump(mode="json") for experiment in experiments]
     errors = []
     for key in dict.fromkeys(key for task in tasks for key in task):
@@ -179,7 +181,7 @@ def _refuse_other_tasks(names: Sequence[str], experiments: Sequence[Experiment])
 
 
 def _refuse_other_data(names: Sequence[str], experiments: Sequence[Experiment]) -> None:
-    """The same settings may name other data. Raises ConfigError."""
+    """Raise ConfigError unless all image stores have the same content."""
     hashes = [e.build_task().protocol().get("content_hash") for e in experiments]
     if any(each != hashes[0] for each in hashes):
         roots = ", ".join(f"{e.data.root} in {n}" for e, n in zip(experiments, names, strict=True))

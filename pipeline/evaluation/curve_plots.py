@@ -1,4 +1,4 @@
-"""Figures of a run. All input is plain dictionaries and sequences, as a results file has it."""
+"""Draws curves of a run from plain dictionaries and sequences, as in a results file."""
 
 from __future__ import annotations
 
@@ -7,19 +7,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.ticker import MaxNLocator
-
 from pipeline.evaluation.plot_style import (
-    COLORS,
     GREY,
-    MARKERS,
     after_steps,
+    color_of,
+    finish,
+    finish_panels,
     is_logarithmic,
     label_metric,
-    legend,
+    marker_of,
     new_figure,
     new_panels,
-    save,
 )
 
 
@@ -31,7 +29,7 @@ def plot_adaptation_curve(
     title: str = "Adaptation to new tasks",
     caption: str = "",
 ) -> None:
-    """A metric over gradient steps on new tasks: mean and 95% confidence interval per series.
+    """Draw a metric over gradient steps on new tasks: mean and 95 % confidence interval per series.
 
     `curves` maps a series' name to {"steps", "mean", "ci95"}, three sequences of the same length
     (ci95 is half the width of the interval). `metric` names the y axis; 'accuracy' is a fraction
@@ -40,20 +38,17 @@ def plot_adaptation_curve(
     figure, axes = new_figure(7.2, 4.6)
     logarithmic = is_logarithmic(metric, [curve["mean"] for curve in curves.values()])
     for index, (name, curve) in enumerate(curves.items()):
-        color = COLORS[index % len(COLORS)]
+        color = color_of(index)
         steps, mean = list(curve["steps"]), list(curve["mean"])
         low = [m - c for m, c in zip(mean, curve["ci95"], strict=True)]
         high = [m + c for m, c in zip(mean, curve["ci95"], strict=True)]
-        marker = MARKERS[index % len(MARKERS)]
+        marker = marker_of(index)
         label = f"{name} (= 0)" if logarithmic and not any(mean) else name
         axes.plot(steps, mean, color=color, marker=marker, markersize=5, label=label)
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
     label_metric(axes, metric, logarithmic)
-    axes.set_xlabel("gradient steps")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(title)
-    legend(axes)
-    save(figure, path, caption or "bands: 95% confidence intervals")
+    caption = caption or "bands: 95% confidence intervals"
+    finish(figure, axes, path, "gradient steps", title, caption, integers=True)
 
 
 def plot_sinusoid_fits(
@@ -63,7 +58,7 @@ def plot_sinusoid_fits(
     title: str = "Fits before and after adaptation",
     caption: str = "",
 ) -> None:
-    """Regression tasks side by side: truth, support points, and the fit after some gradient steps.
+    """Draw regression tasks side by side: truth, support points, the fit after some gradient steps.
 
     Each task holds {"x_grid", "truth", "support_x", "support_y", "fits": {steps: y over x_grid}},
     and optionally a "title".
@@ -78,7 +73,7 @@ def plot_sinusoid_fits(
             axes.plot(
                 task["x_grid"],
                 fit,
-                color=COLORS[index % len(COLORS)],
+                color=color_of(index),
                 linestyle=("--", "-.", "-")[min(index, 2)],
                 label=after_steps(int(steps)),
             )
@@ -92,17 +87,9 @@ def plot_sinusoid_fits(
             label="support points",
         )
         axes.set_title(task.get("title", ""), fontsize="medium")
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_axis_off()
-    figure.suptitle(title)
-    for axes in grid.flat[max(0, len(tasks) - columns) : len(tasks)]:  # nothing is below them
-        axes.set_xlabel("x")
-        axes.tick_params(labelbottom=True)
-    for axes in grid[:, 0]:
-        axes.set_ylabel("y")
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    save(figure, path, caption)
+    finish_panels(
+        figure, grid, len(tasks), path, x_label="x", y_label="y", title=title, caption=caption
+    )
 
 
 def plot_training(
@@ -113,7 +100,7 @@ def plot_training(
     title: str = "Meta-training",
     caption: str = "",
 ) -> None:
-    """A metric by iteration.
+    """Draw a metric by iteration.
 
     `history` holds "iteration" and one sequence of that length per series, for example "support"
     (the loss that adaptation starts from) and "query" (the one that is meta-learned). Long series
@@ -125,20 +112,16 @@ def plot_training(
     window = max(1, len(iterations) // 50)
     smooth = {name: _moving_mean(values, window) for name, values in series.items()}
     for index, name in enumerate(series):
-        color = COLORS[index % len(COLORS)]
+        color = color_of(index)
         if window > 1:
             axes.plot(iterations, series[name], color=color, alpha=0.25, linewidth=0.8)
         axes.plot(iterations, smooth[name], color=color, linewidth=1.8, label=name)
     label_metric(axes, metric, is_logarithmic(metric, list(smooth.values())))
-    axes.set_xlabel("iteration")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(title)
-    legend(axes)
-    save(figure, path, caption)
+    finish(figure, axes, path, "iteration", title, caption, integers=True)
 
 
 def _moving_mean(values: Sequence[float], window: int) -> list[float]:
-    """The mean over up to `window` values, centred; a non-finite value is left out."""
+    """The mean over up to `window` values around each; values that are not finite are left out."""
     means = []
     for index in range(len(values)):
         near = values[max(0, index - window // 2) : index + (window + 1) // 2]

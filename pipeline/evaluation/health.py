@@ -1,4 +1,4 @@
-"""Diagnostics over all tasks: what is recorded of them, and when to warn, in words."""
+"""Summarises diagnostics of meta-gradients over tasks, and warns of unhealthy ones in words."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from pipeline.worker.jobs import ChunkResult, DiagnosisJob, in_chunks
 
 PREFIX = "diagnostics/"
 EXPLODES, VANISHES = 30.0, 1 / 30
-"""Growth of the meta-gradient on its way back through adaptation that is worth a warning."""
-_MOSTLY = 0.5  # share of tasks
-_RAN_AWAY = 100.0  # times the support loss of the beginning; before adaptation it may well rise
+"""A warning is due where the way back through adaptation changes the norm of the meta-gradient by
+more than these factors."""
+_MOSTLY = 0.5  # share of tasks hurt by adaptation above which a warning is due
+# How many times the first support loss counts as θ running away. A moderate rise is normal: θ is
+# trained for its loss after adaptation, not before.
+_RAN_AWAY = 100.0
 _SAID = {
     "explodes": "the meta-gradient explodes",
     "vanishes": "the meta-gradient vanishes",
@@ -30,7 +33,7 @@ _SAID = {
 
 
 def diagnosis_jobs(experiment: Experiment, iteration: int, num_parameters: int) -> list[Any]:
-    """The jobs of a diagnosis: the first validation tasks, in chunks."""
+    """The jobs that diagnose the first `diagnostics.tasks` validation tasks, chunk by chunk."""
     tasks = experiment.diagnostics.tasks
     chunks = in_chunks(experiment, num_parameters, tasks)
     return [DiagnosisJob(iteration, first, count) for first, count in chunks]
@@ -39,7 +42,7 @@ def diagnosis_jobs(experiment: Experiment, iteration: int, num_parameters: int) 
 def health(
     experiment: Experiment, layout: Layout, theta: FlatVector, results: Sequence[ChunkResult]
 ) -> dict[str, float]:
-    """The metrics of a diagnosis, by their names in MLflow: means over its tasks."""
+    """The metrics of a diagnosis by their names in MLflow: means over its tasks."""
     metrics: dict[str, float] = {}
     for name in results[0].metrics:
         values = np.concatenate([result.metrics[name] for result in results], axis=1)
@@ -60,8 +63,11 @@ def health(
 def learned_rates(
     experiment: Experiment, layout: Layout, theta: FlatVector
 ) -> Iterator[tuple[str, float]]:
-    """Learned inner rates by layer, and by step where each step has its own; means per layer
-    where every parameter has its own, with the share that has become negative."""
+    """Metrics of learned inner rates; none where rates are fixed.
+
+    By layer and step where each step has its own rates, else means by layer; and the share of rates
+    that have become negative.
+    """
     rates = {
         name.removeprefix(RATE): value.numpy()
         for name, value in layout.split(torch.from_numpy(np.array(theta))).items()
@@ -78,7 +84,7 @@ def learned_rates(
 
 
 def by_step(metrics: Mapping[str, float], name: str) -> npt.NDArray[np.float64]:
-    """The values of a diagnostic after step 0, 1, ...; empty where there are none."""
+    """The values of a diagnostic at step 0, 1, ..., [steps]; empty if it was not recorded."""
     values: list[float] = []
     while (key := f"{PREFIX}{name}_step{len(values)}") in metrics:
         values.append(metrics[key])
@@ -86,7 +92,7 @@ def by_step(metrics: Mapping[str, float], name: str) -> npt.NDArray[np.float64]:
 
 
 def warnings_of(experiment: Experiment, metrics: Mapping[str, float]) -> dict[str, str]:
-    """What is unhealthy, in words, and what to change; by kind."""
+    """Warnings by kind: what is unhealthy in a diagnosis, and what to change."""
     found = {}
     steps = experiment.inner.steps
     norms = by_step(metrics, "gradient_norm")
@@ -126,7 +132,7 @@ def warnings_of(experiment: Experiment, metrics: Mapping[str, float]) -> dict[st
 
 
 def verdict(experiment: Experiment, diagnoses: Sequence[Mapping[str, float]]) -> str:
-    """What the diagnoses of a whole run come to, in a few words."""
+    """The diagnoses of a whole run in a few words."""
     found = [warnings_of(experiment, metrics) for metrics in diagnoses]
     number = f"{len(found)} diagnos{'is' if len(found) == 1 else 'es'}"
     kinds = sorted({kind for warnings in found for kind in warnings})
@@ -137,7 +143,7 @@ def verdict(experiment: Experiment, diagnoses: Sequence[Mapping[str, float]]) ->
 
 
 def theta_ran_away(metrics: Mapping[str, float], first_loss: float | None) -> bool:
-    """Whether θ fails before it adapts, compared with the support loss when the run began."""
+    """Whether the support loss before adaptation far exceeds that at the start of the run."""
     return first_loss is not None and not metrics["support_loss"] <= _RAN_AWAY * first_loss
 
 
@@ -146,8 +152,8 @@ def why_not_finite(
 ) -> str:
     """What to change where meta-gradients through supervised tasks are not finite any more.
 
-    `metrics` are means over the tasks, `first_loss` the support loss when the run began; None if it
-    has not been finite once.
+    `metrics` are means over the tasks of the last meta-batch. `first_loss` is the first recorded
+    support loss; None if it was never finite.
     """
     loss, inner = metrics["support_loss"], experiment.inner
     if first_loss is None and not math.isfinite(loss):
@@ -169,7 +175,10 @@ def why_not_finite(
 
 
 def _too_steep(experiment: Experiment, metrics: Mapping[str, float]) -> str:
-    """The first step of gradient descent that goes up, in words; those after it start anywhere."""
+    """The first inner step of gradient descent that raises the loss, in words; '' if none does.
+
+    Gradient descent diverges along a direction of curvature above 2 / rate.
+    """
     if experiment.inner.optimizer == "sgd":
         for step, curvature in enumerate(by_step(metrics, "curvature")):
             if curvature * experiment.inner.lr > 2:
@@ -181,7 +190,7 @@ def _too_steep(experiment: Experiment, metrics: Mapping[str, float]) -> str:
 
 
 def _remedies(experiment: Experiment) -> str:
-    """What can be changed that has not been, where gradients explode or vanish."""
+    """Settings not yet in use that help where gradients explode or vanish, in words."""
     inner = experiment.inner
     ways = _calmer(experiment)
     if not inner.checkpoint and inner.steps > 1:
@@ -190,7 +199,7 @@ def _remedies(experiment: Experiment) -> str:
 
 
 def _calmer(experiment: Experiment) -> list[str]:
-    """Settings that shorten the way back through adaptation, where they are not set yet."""
+    """Settings that shorten the way back through adaptation and that are not in use yet."""
     inner, outer = experiment.inner, experiment.outer
     ways = []
     if inner.order == "second":
@@ -203,4 +212,5 @@ def _calmer(experiment: Experiment) -> list[str]:
 
 
 def _ratio(one: float, other: float) -> float:
+    """one / other; NaN for a division by 0."""
     return one / other if other else math.nan

@@ -1,4 +1,4 @@
-"""Figures of a run's diagnostics, one per question, from the records of metrics.jsonl."""
+"""Draws a run's diagnostics, one figure per question, from the records of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -7,31 +7,33 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from pipeline.evaluation.health import PREFIX, by_step
 from pipeline.evaluation.plot_style import (
     COLORS,
     GREY,
-    MARKERS,
+    color_of,
+    finish,
     is_logarithmic,
     label_metric,
-    legend,
+    marker_of,
     new_figure,
-    save,
     shade,
     shade_bar,
 )
 
 Record = Mapping[str, float]
-_NEAR = 3  # times the largest value: a line further up would flatten all others
+_NEAR = 3  # a bound above this many times the largest value is left out: it would flatten the rest
 
 
 def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) -> list[Path]:
-    """Draw what the diagnoses of a run have found; returns the files.
+    """Draw the diagnoses of a run; return the files.
 
-    `records` are metrics by name, with their "iteration"; `alpha` is the inner rate, where it is
-    fixed and of plain gradient descent.
+    `records` are metrics by name, with their "iteration". `alpha` is the inner rate if adaptation
+    is gradient descent with a fixed rate, else None. Each figure is a function that returns whether
+    the records have what it shows.
     """
     if not records:
         return []
@@ -51,6 +53,7 @@ def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) ->
 
 
 def _gradient_norm(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """Draw the norm of the meta-gradient on its way back, by inner step."""
     return _lines_by_step(
         records,
         path,
@@ -63,6 +66,7 @@ def _gradient_norm(records: Sequence[Record], path: Path, alpha: float | None) -
 
 
 def _curvature(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """Draw the curvature along the inner gradient, by inner step."""
     caption = "g·Hg / |g|² of the support loss after s inner steps, mean over tasks."
     if alpha is not None:
         caption += (
@@ -90,7 +94,7 @@ def _lines_by_step(
     caption: str,
     bound: float | None = None,
 ) -> bool:
-    """A diagnostic of every inner step, by iteration; below a bound, where its axis has room."""
+    """Draw a diagnostic by iteration, one line per inner step, and a bound if it is near enough."""
     lines = np.array([by_step(dict(record), name) for record in records]).T
     if not len(lines):
         return False
@@ -114,13 +118,12 @@ def _lines_by_step(
         )
     if len(lines) > 1:
         shade_bar(figure, axes, len(lines), "inner steps s")
-    _by_iteration(axes, title)
-    save(figure, path, caption)
+    _by_iteration(figure, axes, path, title, caption)
     return True
 
 
 def _inner_loss(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
-    """Support loss by inner step, for some iterations."""
+    """Draw the support loss by inner step, for five iterations."""
     chosen = sorted({round(i * (len(records) - 1) / 4) for i in range(5)})
     losses = [by_step(dict(records[i]), "inner_loss") for i in chosen]
     figure, axes = new_figure(7.2, 4.2)
@@ -130,16 +133,13 @@ def _inner_loss(records: Sequence[Record], path: Path, alpha: float | None) -> b
         axes.plot(range(len(loss)), loss, color=color, marker="o", markersize=4, label=label)
     logarithmic = is_logarithmic("loss", [list(loss) for loss in losses])
     label_metric(axes, "support loss before the step", logarithmic)
-    axes.set_xlabel("inner step")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title("Adaptation to the support set")
-    legend(axes)
-    save(figure, path, "Mean over tasks.")
+    title = "Adaptation to the support set"
+    finish(figure, axes, path, "inner step", title, "Mean over tasks.", integers=True)
     return True
 
 
 def _order(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
-    """What the second order changes."""
+    """Draw the meta-gradient of second order against that of first order."""
     if f"{PREFIX}order_cosine" not in records[0]:
         return False
     figure, axes = new_figure(7.2, 4.2)
@@ -150,29 +150,26 @@ def _order(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
         axes.plot(_iterations(records), values, color=COLORS[number], label=label)
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set_ylabel("second against first order")
-    _by_iteration(axes, "What the second order changes")
-    save(
-        figure,
-        path,
-        "Both at 1: the first order would do as well. Same tasks for both.",
-    )
+    caption = "Both at 1: the first order would do as well. Same tasks for both."
+    _by_iteration(figure, axes, path, "What the second order changes", caption)
     return True
 
 
 def _hurt(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+    """Draw the share of tasks whose query loss rises by adaptation."""
     figure, axes = new_figure(7.2, 3.6)
     shares = [record[f"{PREFIX}hurt_share"] for record in records]
     axes.plot(_iterations(records), shares, color=COLORS[1])
     axes.set_ylim(-0.02, max(0.2, 1.1 * max(shares)))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     axes.set_ylabel("tasks")
-    _by_iteration(axes, "Tasks on which adaptation hurts")
-    save(figure, path, "Query loss after adaptation higher than before.")
+    caption = "Query loss after adaptation higher than before."
+    _by_iteration(figure, axes, path, "Tasks on which adaptation hurts", caption)
     return True
 
 
 def _inner_lr(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
-    """Learned rates: by step at the last diagnosis, or by iteration where steps share them."""
+    """Draw learned rates: by step at the last diagnosis, or by iteration where steps share them."""
     prefix = f"{PREFIX}inner_lr/"
     names = [key.removeprefix(prefix) for key in records[-1] if key.startswith(prefix)]
     if not names:
@@ -187,29 +184,24 @@ def _inner_lr(records: Sequence[Record], path: Path, alpha: float | None) -> boo
             x = [1.0 + s for s in range(len(rates))]
         else:
             x, rates = _iterations(records), [r[prefix + layer] for r in records]
-        marker = MARKERS[number // len(COLORS) % len(MARKERS)]
-        color = COLORS[number % len(COLORS)]
-        axes.plot(x, rates, color=color, marker=marker, markersize=4, label=layer)
+        marker = marker_of(number // len(COLORS))
+        axes.plot(x, rates, color=color_of(number), marker=marker, markersize=4, label=layer)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_ylabel("inner rate")
     if stepwise:
-        axes.set_xlabel("inner step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_title(f"Learned inner rates after iteration {int(last['iteration']):,}")
-        legend(axes)
-        save(figure, path, "")
+        title = f"Learned inner rates after iteration {int(last['iteration']):,}"
+        finish(figure, axes, path, "inner step", title, integers=True)
     else:
-        _by_iteration(axes, "Learned inner rates")
-        save(figure, path, "Means over each layer's parameters.")
+        caption = "Means over each layer's parameters."
+        _by_iteration(figure, axes, path, "Learned inner rates", caption)
     return True
 
 
-def _by_iteration(axes: Axes, title: str) -> None:
-    axes.set_xlabel("iteration")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_title(title)
-    legend(axes)
+def _by_iteration(figure: Figure, axes: Axes, path: Path, title: str, caption: str) -> None:
+    """Complete and save a figure whose x axis is the iteration."""
+    finish(figure, axes, path, "iteration", title, caption, integers=True)
 
 
 def _iterations(records: Sequence[Record]) -> list[float]:
+    """The x values of figures by iteration."""
     return [record["iteration"] for record in records]

@@ -1,8 +1,8 @@
-"""Meta-test: how well tasks that were never trained on are learned, step by step.
+"""Meta-test: measures how well new tasks are learned, after each number of gradient steps.
 
-Tasks of a split are the same for every run. A number is a mean over tasks with the 95 % confidence
-interval of that mean, 1.96·sd/√n over the tasks (not the spread over training seeds), and carries
-its protocol.
+The tasks of a split are the same for every run. Every number is a mean over tasks with its 95 %
+confidence interval, 1.96·sd/√n over the tasks, and comes with its protocol. The interval says
+nothing of the spread over training seeds.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class Curve:
     ci95: dict[str, list[float]]
     """Half the width of the confidence interval, like `mean`."""
     protocol: dict[str, Any]
-    """Split, tasks and their settings, steps trained, normalisation: what the numbers mean."""
+    """What the numbers mean: split, tasks and their settings, steps trained, normalisation."""
 
     @property
     def title(self) -> str:
-        """Who and on what, for a table or a legend."""
+        """The curve's name in a table or a legend."""
         if not self.variant:
             return self.who
         return self.variant if self.who == TRAINED else f"{self.variant}, {self.who}"
 
     def by_step(self, prefix: str) -> dict[str, float]:
-        """Every value under a name of its own, as a tracker takes them."""
+        """Every value under a name of its own for a tracker: METRIC_stepS, METRIC_stepS_ci95."""
         return {
             f"{prefix}{name}_step{step}{suffix}": values[position]
             for suffix, table in (("", self.mean), ("_ci95", self.ci95))
@@ -111,7 +111,7 @@ def task_by_task(
     spec: EvaluationSpec,
     judged: Judged = "model",
 ) -> dict[str, npt.NDArray[Any]]:
-    """Metrics of single tasks, [steps, tasks]."""
+    """Metrics of single tasks by name, [steps, tasks]."""
     jobs = [
         EvaluationJob(spec.split, first, count, spec.steps, spec.changes(experiment), judged)
         for first, count in in_chunks(experiment, theta.size, spec.num_tasks)
@@ -129,7 +129,7 @@ def curve_of(
     spec: EvaluationSpec,
     who: str = TRAINED,
 ) -> Curve:
-    """Means over the tasks, with their confidence intervals."""
+    """The curve of metrics of single tasks [steps, tasks]: means with confidence intervals."""
     estimates = {name: mean_and_ci95(values) for name, values in by_task.items()}
     return Curve(
         who,
@@ -151,11 +151,15 @@ def meta_test(
     steps: tuple[int, ...] | None = None,
     on_curve: Callable[[Curve], None] = lambda curve: None,
 ) -> list[Curve]:
-    """Curves of the trained parameters and of the baselines, for every variant of the tasks."""
+    """Curves of the trained parameters and of the baselines, for every variant of the tasks.
+
+    `num_tasks` and `steps` default to those of the experiment. `on_curve` is called with each curve
+    as soon as it is complete.
+    """
     baselines = [name.replace("-", " ") for name in experiment.evaluation.baselines]
     starting_points = {TRAINED: theta, ORACLE: theta, CENTROID: theta}
     if RANDOM in baselines:
-        # Another draw than the one that training began with.
+        # Not the initial θ of the training, but another draw.
         fresh = initial_parameters(experiment, seed=experiment.seed + 1)
         starting_points[RANDOM] = flat_vector(fresh)
     curves = []
@@ -209,7 +213,7 @@ def evaluate_run(
 
 
 def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
-    """Raise what sampling would raise later: missing or damaged data, too few classes, no oracle.
+    """Check before a run what its tasks would only fail at later: data, classes, baselines.
 
     Raises ValueError naming the setting, or an error of the data.
     """
@@ -235,7 +239,7 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
 
 
 def protocol(experiment: Experiment, spec: EvaluationSpec) -> dict[str, Any]:
-    """What a reader must know to compare a number with another."""
+    """What a reader must know to compare these numbers with others, as plain values."""
     inner, settings = experiment.inner, experiment.flat()
     special: dict[str, Any] = {}
     if inner.later_lr_factor != 1:
@@ -266,7 +270,7 @@ def protocol(experiment: Experiment, spec: EvaluationSpec) -> dict[str, Any]:
 
 
 def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
-    """Write results.json."""
+    """Write the curves of a meta-test to results.json."""
     content = json.dumps([curve.to_json() for curve in curves], indent=1)
     write_atomically(run_dir / "results.json", content)
 
@@ -285,12 +289,12 @@ def as_series(curves: Sequence[Curve], metric: str) -> dict[str, dict[str, Any]]
 
 
 def metric_label(task: Any, metric: str) -> tuple[str, bool]:
-    """A metric's name for people, and whether it is shown in percent."""
+    """The metric's name for people, and whether it is shown in percent."""
     if metric == "loss":
         return task.loss_name, False
     return metric, metric == "accuracy"
 
 
 def cell(curve: Curve, metric: str, position: int, percent: bool) -> str:
-    """mean ± CI95."""
+    """One value of a curve for people: mean ± CI95."""
     return interval(curve.mean[metric][position], curve.ci95[metric][position], percent)

@@ -1,6 +1,7 @@
-"""What all figures have in common: colours, axes, captions.
+"""The style of all figures: colours, axes, legends, captions.
 
-Drawn without pyplot: nothing global, no display, any thread.
+Figures are drawn without pyplot, so they need no display and no global state, and any thread can
+draw one.
 """
 
 from __future__ import annotations
@@ -20,26 +21,37 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
-# Okabe & Ito: told apart by readers of every kind of colour vision.
+# The palette of Okabe & Ito, which readers with any kind of colour vision can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
 GREY = "#666666"
 _CAPTION_WIDTH, _CAPTION_LINE = 15, 0.14  # characters per inch, inches per line
-_LOG_RANGE = 20  # losses that span more than this are drawn on a logarithmic axis
-_FEW_DECADES = 1e3
+_LOG_RANGE = 20  # losses whose ratio exceeds this are drawn on a logarithmic axis
+_FEW_DECADES = 1e3  # a logarithmic axis below this ratio has ticks at 1, 2, 5
 _MOST_TICKS = 12
 
 
 def after_steps(steps: int) -> str:
-    """When, for a legend: gradient steps that were taken before."""
+    """The number of gradient steps taken, for a legend."""
     if steps == 0:
         return "before adaptation"
     return f"after {steps} step{'' if steps == 1 else 's'}"
 
 
+def color_of(number: int) -> str:
+    """The colour of series `number`; colours repeat."""
+    return COLORS[number % len(COLORS)]
+
+
+def marker_of(number: int) -> str:
+    """The marker of series `number`; markers repeat."""
+    return MARKERS[number % len(MARKERS)]
+
+
 def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of this size in inches, with one pair of axes."""
     figure, grid = new_panels(width, height)
     return figure, grid[0, 0]
 
@@ -53,7 +65,7 @@ def new_panels(
     sharex: bool = False,
     sharey: bool = False,
 ) -> tuple[Figure, npt.NDArray[Any]]:
-    """A figure and its axes, [rows, columns]."""
+    """A figure of this size in inches, and its axes, [rows, columns]."""
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(rows, columns, sharex=sharex, sharey=sharey, squeeze=False)
@@ -64,7 +76,7 @@ def new_panels(
 
 
 def is_logarithmic(metric: str, series: Sequence[Sequence[float]]) -> bool:
-    """Whether losses span so much that only a logarithmic axis shows them all; zeros aside."""
+    """Whether losses differ so much that they need a logarithmic axis; zeros are left out."""
     values = [value for values in series for value in values if math.isfinite(value) and value != 0]
     if metric.endswith("accuracy") or not values or min(values) < 0:
         return False
@@ -72,6 +84,7 @@ def is_logarithmic(metric: str, series: Sequence[Sequence[float]]) -> bool:
 
 
 def label_metric(axes: Axes, metric: str, logarithmic: bool) -> None:
+    """Label the y axis; an accuracy, a fraction, is shown in percent."""
     if metric.endswith("accuracy"):
         axes.set_ylabel(f"{metric} (%)")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, symbol=""))
@@ -82,18 +95,18 @@ def label_metric(axes: Axes, metric: str, logarithmic: bool) -> None:
 
 
 def legend(axes: Axes) -> None:
-    """Beside the data, where it can cover nothing."""
+    """Add a legend beside the data, which it cannot cover there."""
     if axes.get_legend_handles_labels()[0]:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
 def shade(number: int, count: int) -> tuple[float, float, float, float]:
-    """Dark to light, in order."""
+    """The colour of `number` among `count` ordered series, dark to light."""
     return colormaps["viridis"](0.9 * number / max(1, count - 1))
 
 
 def shade_bar(figure: Figure, axes: Axes, count: int, label: str) -> None:
-    """Says which of 0 .. count − 1 has which shade, beside the data."""
+    """Add a bar beside the data that shows the shades of 0 .. count − 1."""
     colors = ListedColormap([shade(number, count) for number in range(count)])
     edges = BoundaryNorm([number - 0.5 for number in range(count + 1)], count)
     ticks = range(0, count, math.ceil(count / _MOST_TICKS))
@@ -101,7 +114,53 @@ def shade_bar(figure: Figure, axes: Axes, count: int, label: str) -> None:
     bar.ax.tick_params(which="both", length=0)
 
 
+def finish(
+    figure: Figure,
+    axes: Axes,
+    path: str | Path,
+    x_label: str,
+    title: str,
+    caption: str = "",
+    *,
+    integers: bool = False,
+) -> None:
+    """Complete a figure with one pair of axes and save it; `integers`: x has whole numbers only."""
+    axes.set_xlabel(x_label)
+    if integers:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_title(title)
+    legend(axes)
+    save(figure, path, caption)
+
+
+def finish_panels(
+    figure: Figure,
+    grid: npt.NDArray[Any],
+    count: int,
+    path: str | Path,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str,
+    caption: str,
+) -> None:
+    """Complete a figure of `count` panels with common axes and one common legend, and save it."""
+    columns = grid.shape[1]
+    for axes in grid.flat[count:]:
+        axes.set_axis_off()
+    for axes in grid.flat[max(0, count - columns) : count]:  # the lowest panel of each column
+        axes.set_xlabel(x_label)
+        axes.tick_params(labelbottom=True)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(y_label)
+    figure.suptitle(title)
+    handles, labels = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    save(figure, path, caption)
+
+
 def save(figure: Figure, path: str | Path, caption: str) -> None:
+    """Write a figure, its caption below the axes; make its folder."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
@@ -121,7 +180,7 @@ def save(figure: Figure, path: str | Path, caption: str) -> None:
 
 
 def _plain_ticks(axis: Axis) -> None:
-    """Of a logarithmic axis: 1, 2, 5, 10 ... where it spans few decades, and no 6 × 10⁰."""
+    """Label a logarithmic axis with plain numbers; with 1, 2, 5, 10 ... if it spans few decades."""
     low, high = sorted(axis.get_view_interval())
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < _FEW_DECADES else (1,)))
     axis.set_major_formatter(lambda value, _: f"{value:,g}")

@@ -1,4 +1,4 @@
-"""Figures of acting: where a policy goes, or how it fares, before and after adaptation."""
+"""Draws how a policy acts before and after adaptation: where it goes, or how it fares."""
 
 from __future__ import annotations
 
@@ -14,33 +14,40 @@ from matplotlib.animation import FuncAnimation, PillowWriter
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 
-from pipeline.evaluation.plot_style import COLORS, GREY, after_steps, new_panels, save
+from pipeline.evaluation.plot_style import (
+    COLORS,
+    GREY,
+    after_steps,
+    finish_panels,
+    new_panels,
+    save,
+)
 
 Floats = npt.NDArray[np.floating]
 _FRAMES_PER_SECOND, _MOVING_FRAMES, _FILM_DPI = 8, 25, 72
-_STILL_FRAMES = 6  # at the end of an animation, so that one can look
+_STILL_FRAMES = 6  # an animation rests at its end, for so many frames
 
 
 class Paths(NamedTuple):
-    """Where on a plane the trajectories of a task lead, by gradient steps taken before."""
+    """The trajectories of a task on a plane, by the number of gradient steps taken before."""
 
     goal: Floats
-    """[2]"""
+    """The position of the goal, [2]."""
     by_step: dict[int, list[Floats]]
-    """For each trajectory its positions, [time steps + 1, 2]: from where it began to where it
-    ended."""
+    """For each trajectory its positions, [time steps + 1, 2], start and end included."""
 
 
 class Courses(NamedTuple):
-    """How the trajectories of a task went, by gradient steps taken before."""
+    """The trajectories of a task without a plane, by the number of gradient steps taken before."""
 
     task: str
+    """The task in a few words."""
     by_step: dict[int, list[Floats]]
-    """For each trajectory a number by time step."""
+    """For each trajectory one number per time step, [time steps]."""
 
 
 def plot_paths(path: Path, tasks: Sequence[Paths], title: str, caption: str = "") -> None:
-    """A row per task, a column per number of gradient steps: trajectories and the goal."""
+    """Draw trajectories and goal: a row per task, a column per number of gradient steps."""
     steps = sorted(tasks[0].by_step)
     size = 2.4 * len(steps) + 0.6, 2.3 * len(tasks) + 0.9
     figure, grid = new_panels(*size, len(tasks), len(steps), sharex=True, sharey=True)
@@ -59,7 +66,10 @@ def plot_paths(path: Path, tasks: Sequence[Paths], title: str, caption: str = ""
 def plot_courses(
     path: Path, tasks: Sequence[Courses], over_time: str, title: str, caption: str = ""
 ) -> None:
-    """A panel per task: its trajectories over time, coloured by the gradient steps before."""
+    """Draw a panel per task: its trajectories over time, coloured by the gradient steps before.
+
+    `over_time` names what the numbers of a course are.
+    """
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
     size = 3.1 * columns + 1.8, 2.5 * rows + 0.9
@@ -73,21 +83,12 @@ def plot_courses(
             line.set_label(after_steps(step))
         axes.axhline(0, color=GREY, linewidth=0.5)
         axes.set_title(task.task, fontsize="medium")
-    for axes in grid.flat[len(tasks) :]:
-        axes.set_axis_off()
-    for axes in grid.flat[max(0, len(tasks) - columns) : len(tasks)]:  # nothing is below them
-        axes.set_xlabel("time step")
-        axes.tick_params(labelbottom=True)
-    for axes in grid[:, 0]:
-        axes.set_ylabel(over_time)
-    figure.suptitle(title)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
-    save(figure, path, caption)
+    labels = {"x_label": "time step", "y_label": over_time}
+    finish_panels(figure, grid, len(tasks), path, **labels, title=title, caption=caption)
 
 
 def animate_paths(path: Path, task: Paths, title: str) -> None:
-    """A GIF of one task: the trajectories after each number of gradient steps, side by side."""
+    """Write a GIF of one task: the trajectories after each number of steps, side by side."""
     steps = sorted(task.by_step)
     figure, grid = new_panels(2.9 * len(steps), 3.3, 1, len(steps), sharex=True, sharey=True)
     figure.suptitle(title)
@@ -114,12 +115,13 @@ def animate_paths(path: Path, task: Paths, title: str) -> None:
 
     shown = [*range(0, longest, -(-longest // _MOVING_FRAMES)), *[longest] * _STILL_FRAMES]
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # the layout stays; finding it again takes longest
+    figure.set_layout_engine("none")  # keeps the layout: computing it per frame is slowest
     animation = FuncAnimation(figure, draw, frames=shown)
     animation.save(path, writer=PillowWriter(fps=_FRAMES_PER_SECOND), dpi=_FILM_DPI)
 
 
 def _goal(axes: Axes, task: Paths) -> None:
+    """Draw the goal as a star, and lines through the origin."""
     axes.plot(*task.goal, linestyle="none", marker="*", markersize=13, color="black", label="goal")
     axes.axhline(0, color=GREY, linewidth=0.5)
     axes.axvline(0, color=GREY, linewidth=0.5)

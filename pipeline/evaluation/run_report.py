@@ -1,4 +1,4 @@
-"""What a run has to show: the plots (RUN_DIR/plots/*.png), and its summary for MLflow's pages."""
+"""Writes the plots of a run (RUN_DIR/plots/*.png), videos, and its summary for MLflow's pages."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ from tasks.base import TaskDistribution
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.sinusoid import Sinusoid
 
-_NUM_FITS = 4
-_NUM_TASKS, _MOST_TASKS, _SHOWN_TRAJECTORIES = 3, 5, 5  # that act in a figure
+_NUM_FITS = 4  # sinusoid tasks in a figure
+_NUM_TASKS, _MOST_TASKS = 3, 5  # tasks to act in, in a figure: by default, and at most
+_SHOWN_TRAJECTORIES = 5  # of each of them
 
 
 def write_plots(
     experiment: Experiment, run_dir: Path, theta: Params, curves: Sequence[Curve]
 ) -> list[Path]:
-    """Draw what the run has to show, `curves` being its meta-test or none; returns the files."""
+    """Draw all plots of a run; `curves` are its meta-test, or empty. Return the files."""
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     task = experiment.build_task()
@@ -97,7 +98,7 @@ def _pictures_of_sinusoids(
 
 
 def plot_comparison(task: Any, found: Sequence[PairedComparison], path: Path) -> None:
-    """Adaptation curves of several runs, on the first kind of tasks that they were compared on."""
+    """Draw the adaptation curves of compared runs, on the first variant of the tasks."""
     first = found[0]
     plot_adaptation_curve(
         as_series(first.curves, first.metric),
@@ -109,7 +110,7 @@ def plot_comparison(task: Any, found: Sequence[PairedComparison], path: Path) ->
 
 
 def summary(experiment: Experiment, num_parameters: int, curves: Sequence[Curve] = ()) -> str:
-    """The run in Markdown; the meta-test first, once there is one: the page folds what follows."""
+    """The run in Markdown, the meta-test first: MLflow's page folds longer texts."""
     outer, pretraining = experiment.outer, experiment.pretraining
     if pretraining is None:
         updates = f"meta-updates of {outer.tasks_per_batch} tasks, {experiment.inner.order} order"
@@ -186,6 +187,7 @@ def read_diagnoses(run_dir: Path) -> list[dict[str, float]]:
 
 
 def _records(run_dir: Path) -> list[dict[str, float]]:
+    """All records of metrics.jsonl; none if there is no such file."""
     path = run_dir / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines]
@@ -195,7 +197,7 @@ def _records(run_dir: Path) -> list[dict[str, float]]:
 def sinusoid_fits(
     experiment: Experiment, task: Sinusoid, theta: Params, steps: tuple[int, ...]
 ) -> list[dict[str, Any]]:
-    """What the model draws for a few test tasks before and after adaptation."""
+    """The fits of a few test tasks before and after adaptation, for `plot_sinusoid_fits`."""
     indices = np.arange(_NUM_FITS)
     dtype = getattr(torch, experiment.compute.dtype)
     support = task.sample(EVALUATION_SEED, "test", indices).to("cpu", dtype).support
@@ -258,13 +260,13 @@ def write_video(
 
 
 _ByStep = dict[int, Trajectories]
-"""A few trajectories of a task, by gradient steps taken before."""
+"""A few trajectories of a task, by the number of gradient steps taken before."""
 
 
 def _acted(
     experiment: Experiment, theta: Params, split: str, num_tasks: int, steps: tuple[int, ...]
 ) -> list[_ByStep]:
-    """What the policy does in the first tasks of a split."""
+    """Let the policy act in the first tasks of a split; a few trajectories of each."""
     computer = ChunkComputer(on_driver(experiment), compile=False)
     collected = computer.acted_out(flat_vector(theta), split, num_tasks, steps[-1])
 
@@ -281,7 +283,7 @@ def _acted(
 def _draw_acting(
     experiment: Experiment, task: MDPs, acted: Sequence[_ByStep], split: str, folder: Path
 ) -> Path:
-    """Where the policy goes or, where there is no plane, how it fares over time."""
+    """Draw where the policy goes or, for tasks without a plane, how it fares over time."""
     path = folder / "trajectories.png"
     title = f"{experiment.name}: acting in {'tasks' if split == 'train' else 'new tasks'}"
     shown = f"{_SHOWN_TRAJECTORIES} trajectories each, to their ends"
@@ -293,7 +295,7 @@ def _draw_acting(
 
 
 def _paths(task: MDPs, acted: Sequence[_ByStep]) -> list[Paths]:
-    """Nothing where the tasks have no plane."""
+    """The trajectories as positions; empty for tasks without a plane."""
     found = []
     for by_step in acted:
         paths = {}
@@ -307,6 +309,7 @@ def _paths(task: MDPs, acted: Sequence[_ByStep]) -> list[Paths]:
 
 
 def _courses(task: MDPs, acted: Sequence[_ByStep]) -> list[Courses]:
+    """The trajectories as one number per time step."""
     return [
         Courses(
             task.describe(next(iter(by_step.values())).task.tolist()),
@@ -317,18 +320,18 @@ def _courses(task: MDPs, acted: Sequence[_ByStep]) -> list[Courses]:
 
 
 def _cut(values: torch.Tensor, lengths: torch.Tensor) -> list[npt.NDArray[Any]]:
-    """Each trajectory's values up to its end."""
+    """Each trajectory's values up to its end; the horizon may be later."""
     pairs = zip(values.cpu().numpy(), lengths.long().tolist(), strict=True)
     return [row[:length] for row, length in pairs]
 
 
 def _legible(curves: Sequence[Curve]) -> list[Curve]:
-    """Every curve of the trained parameters; of the baselines those of the first variant."""
+    """The curves for a figure: all of the trained parameters, and the first variant's baselines."""
     return [c for c in curves if c.who == TRAINED or c.variant == curves[0].variant]
 
 
 def _caption(curves: Sequence[Curve]) -> str:
-    """What all curves have in common."""
+    """The entries of the protocol that all curves have in common, in words."""
     shown = ("tasks", "split", "ways", "shots", "queries", "rotations", "inner_lr")
     first, *others = (curve.protocol for curve in curves)
     facts = [

@@ -1,47 +1,47 @@
-"""Figures of a search. All input is plain dictionaries and sequences."""
+"""Draws the figures of a search from plain dictionaries and sequences."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from pipeline.evaluation.plot_style import (
-    COLORS,
-    MARKERS,
+    color_of,
+    finish,
     is_logarithmic,
     label_metric,
-    legend,
+    marker_of,
     new_figure,
-    save,
 )
 
-_OUTLIER = 10  # times the median: a loss of a run that diverged
+_OUTLIER = 10  # losses above this many medians lie outside the axis: runs that diverged
 
 
-def plot_search(
+def plot_points(
     points: Sequence[Mapping[str, Any]],
     path: str | Path,
     *,
     x_label: str,
-    logarithmic: bool,
+    x_scale: Literal["linear", "log", "from zero"],
     metric: str,
     title: str,
     caption: str = "",
 ) -> None:
-    """A metric over a searched setting, one point per trial.
+    """Draw one point per trial: a metric over a searched setting, or over what the trial cost.
 
     Each point holds "x", "y", "ci95", its "group" (one colour each), and whether it is "complete".
     """
     figure, axes = new_figure(8.6, 4.6)
     caption += _scatter(axes, metric, points)
-    if logarithmic and all(p["x"] > 0 for p in points):
+    if x_scale == "log" and all(p["x"] > 0 for p in points):
         axes.set_xscale("log")
-    _finish(figure, axes, path, x_label, title, caption)
+    if x_scale == "from zero":
+        axes.set_xlim(left=0)
+    finish(figure, axes, path, x_label, title, caption)
 
 
 def plot_learning_curves(
@@ -52,7 +52,7 @@ def plot_learning_curves(
     title: str,
     caption: str = "",
 ) -> None:
-    """A metric by iteration for every trial; those that did not end are marked where they stopped.
+    """Draw a metric by iteration for every trial; a hollow end marks one that was not completed.
 
     Each trial holds its "curve" (iteration -> value), its "group", "complete" and "best".
     """
@@ -70,36 +70,11 @@ def plot_learning_curves(
         axes.plot([], [], color=color, label=group or "trials")
     axes.plot([], [], color="black", linewidth=3, label="the best (thick)")
     caption += _fit(axes, metric, [v for trial in trials for v in trial["curve"].values()])
-    _finish(figure, axes, path, "iteration", title, caption)
-
-
-def plot_cost(
-    points: Sequence[Mapping[str, Any]],
-    path: str | Path,
-    *,
-    metric: str,
-    title: str,
-    caption: str = "",
-) -> None:
-    """A metric over the seconds that it took; points as in `plot_search`."""
-    figure, axes = new_figure(8.6, 4.6)
-    caption += _scatter(axes, metric, points)
-    axes.set_xlim(left=0)
-    _finish(figure, axes, path, "seconds of meta-updates", title, caption)
-
-
-def _finish(
-    figure: Figure, axes: Axes, path: str | Path, x_label: str, title: str, caption: str
-) -> None:
-    """What all figures of a search end with."""
-    axes.set_xlabel(x_label)
-    axes.set_title(title)
-    legend(axes)
-    save(figure, path, caption)
+    finish(figure, axes, path, "iteration", title, caption)
 
 
 def _fit(axes: Axes, metric: str, values: Sequence[float]) -> str:
-    """Choose the scale of the metric; returns what a caption must say of values left outside.
+    """Choose the scale of the metric's axis; return words for the caption on values outside it.
 
     Rates that are too large make losses of any size, which would flatten all others.
     """
@@ -115,7 +90,7 @@ def _fit(axes: Axes, metric: str, values: Sequence[float]) -> str:
 
 
 def _scatter(axes: Axes, metric: str, points: Sequence[Mapping[str, Any]]) -> str:
-    """Points with their intervals; returns what a caption must say of those left out."""
+    """Draw points with their intervals; return words for the caption on points left out."""
     hidden = _fit(axes, metric, [p["y"] for p in points])
     low, high = axes.get_ylim()
     points = [p for p in points if not hidden or p["y"] <= high]
@@ -128,20 +103,20 @@ def _scatter(axes: Axes, metric: str, points: Sequence[Mapping[str, Any]]) -> st
                 [p["y"] for p in some],
                 yerr=[p["ci95"] for p in some],
                 linestyle="none",
-                marker=MARKERS[index % len(MARKERS)],
+                marker=marker_of(index),
                 markersize=6,
                 color=color,
                 markerfacecolor=color if complete else "white",
                 elinewidth=1,
             )
-        marker = MARKERS[index % len(MARKERS)]
-        axes.plot([], [], marker=marker, color=color, linestyle="none", label=group or "trials")
+        label = group or "trials"
+        axes.plot([], [], marker=marker_of(index), color=color, linestyle="none", label=label)
     if hidden:
-        axes.set_ylim(low, high)  # intervals may be longer
+        axes.set_ylim(low, high)  # the intervals of points may have widened it
     return hidden
 
 
 def _colors_of(items: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """A colour for each group, in the order of their names."""
+    """A colour for each group, in the order of the groups' names."""
     groups = sorted({item["group"] for item in items})
-    return {group: COLORS[index % len(COLORS)] for index, group in enumerate(groups)}
+    return {group: color_of(index) for index, group in enumerate(groups)}

@@ -1,7 +1,7 @@
-"""What a search has found: a ranked table, an answer in words, best.yaml, and plots.
+"""Reports what a search has found: a ranked table, an answer in words, best.yaml, and plots.
 
 SEARCH/results.csv, results.parquet    one row per trial, the best first
-SEARCH/best.yaml                       the experiment of the best trial, for `maml train`
+SEARCH/best.yaml                       the experiment of the best trial, ready for `maml train`
 SEARCH/plots/                          PNG
 """
 
@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import with_settings
 from pipeline.runs.files import write_atomically
-from pipeline.search.plots import plot_cost, plot_learning_curves, plot_search
+from pipeline.search.plots import plot_learning_curves, plot_points
 from pipeline.search.trial import (
     COMPLETE,
     FAILED,
@@ -29,19 +29,12 @@ from pipeline.search.trial import (
     TrialResult,
 )
 
-# The 97.5 % quantiles of Student's t for 1 .. 30 degrees of freedom; 1.96 is near enough beyond.
-_T = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
-    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
 _ORDER = "inner.order"
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over pairs, and its 95 % confidence interval by Student's t (NaN for one pair)."""
+    """A mean over pairs, and its 95 % confidence interval by Student's t; NaN for one pair."""
 
     mean: float
     low: float
@@ -50,22 +43,23 @@ class Interval:
 
 @dataclass(frozen=True)
 class Comparison:
-    """First order against second order, over trials that are equal in all other settings."""
+    """First order against second order, in pairs of trials with all other settings equal."""
 
     pairs: int
+    """Pairs that were compared."""
     to_the_end: int
-    """Pairs that were compared after their last iteration, the others at the last in common."""
+    """Pairs compared after their last iteration; the others at their last common validation."""
     metric: Interval
-    """metric(first) − metric(second); of a loss, metric(first) / metric(second): a rate that is too
-    large makes a loss of any size, and a mean of differences would show nothing but that."""
+    """metric(first) − metric(second). Of a loss, the ratio metric(first) / metric(second): a rate
+    that is too large makes a loss of any size, which would dominate a mean of differences."""
     cost: Interval
     """Seconds per update, first / second."""
     left_out: int
-    """Pairs one of which has no validation."""
+    """Pairs that could not be compared: one of the two failed, or has no common validation."""
 
 
 def ranked(results: Sequence[TrialResult], criterion: Criterion) -> list[TrialResult]:
-    """The best first; those without a value last."""
+    """The trials sorted, best value first; those without a value are last."""
     sign = 1 if criterion.mode == "min" else -1
     return sorted(
         results,
@@ -92,7 +86,7 @@ def learning_curve(plan: Plan, result: TrialResult) -> dict[int, float]:
         try:
             record = json.loads(line)
         except ValueError:
-            continue  # the half of a line that a crash left
+            continue  # a crash cut this line short
         if key in record:
             curve[int(record["iteration"])] = float(record[key])
     return curve
@@ -103,7 +97,10 @@ def compare_orders(
     curves: Mapping[str, Mapping[int, float]],
     criterion: Criterion,
 ) -> Comparison | None:
-    """None where no two trials differ in inner.order alone."""
+    """Compare pairs of trials that differ in inner.order alone; None where there is no such pair.
+
+    `curves` are validations by iteration, by trial (`learning_curve`).
+    """
     groups: dict[str, dict[str, TrialResult]] = {}
     for result in results:
         rest = {path: value for path, value in result.settings.items() if path != _ORDER}
@@ -119,7 +116,7 @@ def compare_orders(
             continue
         values.append((one[max(common)], other[max(common)]))
         speeds = second.tasks_per_second, first.tasks_per_second
-        if min(speeds) > 0:  # not for a trial that was taken up at its end, whose speed is unknown
+        if min(speeds) > 0:  # the speed of a trial that was resumed at its end is unknown
             costs.append(speeds[0] / speeds[1])
         to_the_end += first.outcome == second.outcome == COMPLETE
     if not pairs:
@@ -134,7 +131,7 @@ def compare_orders(
 
 
 def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
-    """The answer, a sentence or two a line."""
+    """The answer for a person, one or two sentences per line."""
     criterion, search = plan.criterion, plan.search
     best = best_of(results, criterion)
     if best is None:
@@ -145,7 +142,7 @@ def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
         f"{value_text(criterion, best.value, best.ci95)} (trial {best.trial_id}, {best.outcome}, "
         f"{best.iteration:,} iterations in {best.seconds:.1f} s)."
     ]
-    # Not the intervals of the others: one that diverged has an interval in which everything lies.
+    # By the interval of the best: the interval of a trial that diverged would hold every value.
     close = [r for r in results if r is not best and abs(r.value - best.value) <= best.ci95]
     if close:
         others = "one other trial is" if len(close) == 1 else f"{len(close)} other trials are"
@@ -159,6 +156,7 @@ def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
 
 
 def _compared_in_words(found: Comparison | None, criterion: Criterion, label: str) -> list[str]:
+    """First order against second order, in sentences."""
     if found is None:
         return [
             "First order against second order: no two trials differ in inner.order alone, so there "
@@ -198,29 +196,29 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
 
 
 def metric_label(experiment: Experiment, criterion: Criterion) -> str:
-    """What the criterion is called for people."""
+    """The criterion's name for people."""
     return experiment.build_task().loss_name if criterion.metric == "loss" else criterion.metric
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
-    """inner.lr=0.0123, inner.steps=5."""
+    """Settings for people, as in `inner.lr=0.0123, inner.steps=5`."""
     return ", ".join(f"{path}={setting_text(value)}" for path, value in settings.items())
 
 
 def value_text(criterion: Criterion, value: float, ci95: float | None = None) -> str:
-    """0.5676 ± 0.12, an accuracy in percent."""
+    """A value of the criterion for people, as in `0.5676 ± 0.12`; an accuracy is in percent."""
     scale, unit = (100, " %") if criterion.metric == "accuracy" else (1, "")
     half = "" if ci95 is None else f" ± {scale * ci95:.2g}"
     return f"{scale * value:.4g}{half}{unit}"
 
 
 def setting_text(value: Any) -> str:
-    """A value, short."""
+    """The value of a setting for people, floats with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def best_experiment(plan: Plan, best: TrialResult) -> Experiment:
-    """The experiment of the best trial, as the search's own without the search."""
+    """The search's own experiment with the settings of the best trial and without the search."""
     alone = plan.experiment.changed(search=None, run_dir=None)
     return with_settings(alone, {"name": f"{alone.name}-best", **best.settings})
 
@@ -260,80 +258,67 @@ def write_report(
 
 
 def write_plots(plan: Plan, results: Sequence[TrialResult]) -> list[Path]:
-    """The metric against the inner rate (or the first searched range), learning curves, cost."""
-    label, search = metric_label(plan.experiment, plan.criterion), plan.search
-    metric = f"validation {label}"
-    folder = plan.folder / "plots"
+    """Draw the metric over the inner rate (or the first searched range), learning curves, cost."""
+    space, folder = plan.search.space, plan.folder / "plots"
+    metric = f"validation {metric_label(plan.experiment, plan.criterion)}"
+    name, caption = plan.experiment.name, _caption(plan, results)
     shown = [r for r in results if not math.isnan(r.value)]
-    caption = _caption(plan, results)
-    ranges = [path for path, domain in search.space.items() if _is_axis(domain.values)]
-    groups = [path for path in search.space if path in (_ORDER, "inner.steps")]
+    ranges = [path for path, domain in space.items() if _is_axis(domain.values)]
+    groups = [path for path in space if path in (_ORDER, "inner.steps")]
     written = []
     if ranges:
         path = "inner.lr" if "inner.lr" in ranges else ranges[0]
         written.append(folder / f"{plan.criterion.metric}_by_{path}.png")
-        plot_search(
-            [
-                {
-                    "x": float(r.settings[path]),
-                    "y": r.value,
-                    "ci95": r.ci95,
-                    "group": settings_text({g: r.settings[g] for g in groups if g != path}),
-                    "complete": r.outcome == COMPLETE,
-                }
-                for r in shown
-            ],
+        others = [g for g in groups if g != path]
+        plot_points(
+            [{"x": float(r.settings[path]), **_point(r, others)} for r in shown],
             written[-1],
             x_label=path,
-            logarithmic=search.space[path].kind != "uniform",
+            x_scale="linear" if space[path].kind == "uniform" else "log",
             metric=metric,
-            title=f"{plan.experiment.name}: what {path} does",
+            title=f"{name}: what {path} does",
             caption=caption,
         )
     best = best_of(results, plan.criterion)
     written += [folder / "learning_curves.png", folder / "cost.png"]
     plot_learning_curves(
-        [
-            {
-                "curve": learning_curve(plan, r),
-                "group": settings_text({g: r.settings[g] for g in groups}),
-                "complete": r.outcome == COMPLETE,
-                "best": r is best,
-            }
-            for r in shown
-        ],
+        [{"curve": learning_curve(plan, r), "best": r is best, **_point(r, groups)} for r in shown],
         written[-2],
         metric=metric,
-        title=f"{plan.experiment.name}: learning curves of all trials",
+        title=f"{name}: learning curves of all trials",
         caption=caption,
     )
-    plot_cost(
-        [
-            {
-                "x": r.seconds,
-                "y": r.value,
-                "ci95": r.ci95,
-                "group": settings_text({g: r.settings[g] for g in groups}),
-                "complete": r.outcome == COMPLETE,
-            }
-            for r in shown
-        ],
+    plot_points(
+        [{"x": r.seconds, **_point(r, groups)} for r in shown],
         written[-1],
+        x_label="seconds of meta-updates",
+        x_scale="from zero",
         metric=metric,
-        title=f"{plan.experiment.name}: what quality costs",
+        title=f"{name}: what quality costs",
         caption=caption,
     )
     return written
 
 
+def _point(result: TrialResult, groups: Sequence[str]) -> dict[str, Any]:
+    """A trial as `pipeline.search.plots` takes it; `groups` are the settings that colours show."""
+    return {
+        "y": result.value,
+        "ci95": result.ci95,
+        "group": settings_text({path: result.settings[path] for path in groups}),
+        "complete": result.outcome == COMPLETE,
+    }
+
+
 def outcomes(results: Sequence[TrialResult]) -> str:
-    """'7 complete, 8 stopped early, 1 failed'."""
+    """How trials ended, for people: `7 complete, 8 stopped early, 1 failed`."""
     counts = {o: sum(r.outcome == o for r in results) for o in (COMPLETE, STOPPED, FAILED)}
     counts[UNFINISHED] = sum(r.outcome == UNFINISHED for r in results)
     return ", ".join(f"{count} {outcome}" for outcome, count in counts.items() if count)
 
 
 def _caption(plan: Plan, results: Sequence[TrialResult]) -> str:
+    """What the numbers in the figures mean."""
     tasks = plan.experiment.evaluation.validation_tasks
     steps = {r.step for r in results if r.step is not None}
     chosen = _steps(steps.pop()) if len(steps) == 1 else "the adaptation steps trained"
@@ -344,13 +329,14 @@ def _caption(plan: Plan, results: Sequence[TrialResult]) -> str:
 
 
 def _is_axis(values: Sequence[Any]) -> bool:
+    """Whether a setting can be an axis: it has several values, all of them numbers."""
     return len(set(map(str, values))) > 1 and all(
         isinstance(v, int | float) and not isinstance(v, bool) for v in values
     )
 
 
 def _cell(value: Any) -> Any:
-    """Columns of a table hold numbers and words."""
+    """A value for a column of the table; lists and sections become JSON."""
     return value if isinstance(value, int | float | str) else json.dumps(value)
 
 
@@ -359,16 +345,18 @@ def _steps(steps: int | None) -> str:
 
 
 def _interval(values: Sequence[float]) -> Interval:
+    """The mean and its interval, t(0.975, n − 1)·sd/√n on either side."""
+    from scipy import stats  # here: importing it takes about a second
+
     n = len(values)
     mean = statistics.fmean(values) if values else math.nan
     if n < 2:
         return Interval(mean, math.nan, math.nan)
-    quantile = _T[n - 2] if n - 2 < len(_T) else 1.96
-    half = quantile * statistics.stdev(values) / math.sqrt(n)
+    half = float(stats.t.ppf(0.975, n - 1)) * statistics.stdev(values) / math.sqrt(n)
     return Interval(mean, mean - half, mean + half)
 
 
 def _ratio(values: Sequence[float]) -> Interval:
-    """The geometric mean."""
+    """The geometric mean and its interval, from the logarithms."""
     found = _interval([math.log(value) for value in values])
     return Interval(math.exp(found.mean), math.exp(found.low), math.exp(found.high))

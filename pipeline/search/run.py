@@ -1,12 +1,13 @@
-"""Ray Tune around `training.loop`: which settings are best, and what they cost.
+"""Searches settings with Ray Tune: which are best, and what they cost.
 
     SEARCH/search.yaml       the resolved configuration
     SEARCH/trials/ID/        an ordinary run folder per trial
     SEARCH/tune/             Ray Tune's own state, from which a search is resumed
     SEARCH/results.csv ...   see `report`
 
-The driver starts Ray and the MLflow run that all trials are nested in, then only watches: trials
-run in actors of Tune, each with its workers in one placement group (see `trial`).
+The driver starts Ray and the MLflow run in which all trials are nested, then only watches. Trials
+are ordinary runs of `training.loop` in actors of Tune, each with its workers in one placement group
+(see `trial`).
 """
 
 from __future__ import annotations
@@ -53,20 +54,22 @@ from pipeline.training.endings import Interrupted, Interruption
 from pipeline.training.opening import with_absolute_data
 from pipeline.worker.chunk import ChunkComputer
 
-_CONNECTING = 60.0  # seconds that MLflow has to answer; trials are nested in the search's run
+_CONNECTING = 60.0  # seconds that MLflow has to answer before the search gives up
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search has found."""
+    """The trials of a search that is over."""
 
     plan: Plan
     trials: list[TrialResult]
     """The best first."""
     words: list[str]
+    """The answer for a person, line by line."""
 
     @property
     def best(self) -> TrialResult | None:
+        """The trial with the best value; None if none has a value."""
         return best_of(self.trials, self.plan.criterion)
 
 
@@ -141,13 +144,13 @@ def load_search(folder: Path, name_or_path: str, overrides: Sequence[str] = ()) 
 
 
 def _check_tasks(experiments: Sequence[Experiment]) -> None:
-    """Every kind of tasks that trials may meet. Raises what `check_tasks` raises."""
+    """Check every kind of tasks that trials may meet. Raises what `check_tasks` raises."""
     for experiment in {e.task.model_dump_json(): e for e in experiments}.values():
         check_tasks(experiment)
 
 
 def _criterion(search: Search, possible: Sequence[Experiment]) -> Criterion:
-    """Raises ValueError if a validation does not have what the search asks for."""
+    """What trials are ranked by. Raises ValueError if a validation does not report it."""
     computer = ChunkComputer(possible[0].changed(compute={"device": "cpu"}), compile=False)
     found = criterion(search, possible[0], computer.metric_names())
     for experiment in possible:
@@ -161,7 +164,7 @@ def _criterion(search: Search, possible: Sequence[Experiment]) -> Criterion:
 
 
 def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
-    """Make or find the folder; returns the name of the search in MLflow. Raises RunFolderError."""
+    """Make or find the folder; return the search's token in MLflow. Raises RunFolderError."""
     path = folder / "search.json"
     if resume:
         try:
@@ -184,7 +187,7 @@ def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
 def _ray(
     experiment: Experiment, possible: Sequence[Experiment], notice: Callable[[str], None]
 ) -> Iterator[None]:
-    """Ray, running and with room for a trial. Raises ValueError if there is none here."""
+    """Connect to Ray, and check that a trial fits. Raises ValueError if none fits this machine."""
     import ray
 
     for name, value in ENVIRONMENT.items():
@@ -201,7 +204,10 @@ def _ray(
 
 @contextlib.contextmanager
 def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, Plan]]:
-    """The MLflow run that trials are nested in. Raises TrackingError if MLflow does not answer."""
+    """Open the MLflow run in which trials are nested, close it at the end; the plan knows it.
+
+    Raises TrackingError if MLflow does not answer.
+    """
     experiment = plan.experiment
     if not experiment.tracking.enabled:
         yield NullTracker(), plan
@@ -250,10 +256,10 @@ def _record(
     files: Sequence[Path],
     run_ids: Mapping[str, str],
 ) -> None:
-    """The findings, on the search's own MLflow run."""
+    """Log the findings to the search's own MLflow run."""
     for path in files:
         tracker.log_artifact(path, "plots" if path.parent.name == "plots" else None)
-    # Not all at step 0: a search that was stopped and resumed has several.
+    # The step is the number of ended trials: a search that was resumed is logged several times.
     ended = sum(r.outcome != UNFINISHED for r in results)
     counts = {o: sum(r.outcome == o for r in results) for o in {r.outcome for r in results}}
     tracker.log_metrics({f"trials/{outcome}": count for outcome, count in counts.items()}, ended)

@@ -1,8 +1,8 @@
-"""The space of a search: which experiments it may try, and that all of them are possible.
+"""The space of a search: which settings trials may have, and a check that all of them are valid.
 
-A trial's *draw* is what Ray Tune hands out: numbers for ranges, positions for choices and grids (a
-choice may be a list or a section, which no search algorithm would take). `settings_of` turns it
-into values by path, `loading.with_settings` into an experiment.
+Ray Tune hands a *draw* to each trial: numbers for ranges, positions for choices and grids, whose
+values may be lists or sections, which no search algorithm accepts. `settings_of` turns a draw into
+values by path, `loading.with_settings` turns these into an experiment.
 """
 
 from __future__ import annotations
@@ -16,19 +16,20 @@ from pipeline.config.loading import ConfigError, with_settings
 from pipeline.config.search import Domain, Search
 
 _MOST_CORNERS = 64
-_INSIDE = 0.382  # of a range: a whole number is not hit by chance
-# They say where a trial's results go, which is for the search to decide.
+_INSIDE = 0.382  # share of a range at which it is probed: rarely a whole number
+# Settings that cannot be searched: they say where a trial's results go, which the search decides.
 _PLACES = (
     *("name", "description", "run_dir", "search", "checkpoint.uri", "data.root"),
     *("cluster.address", "tracking.uri", "tracking.experiment", "tracking.tags"),
     "tracking.enabled",
 )
-# What may change while a trial runs: neither other meta-parameters nor another program.
+# Settings that may change while a trial runs: they change neither the meta-parameters nor the
+# compiled program.
 IN_FLIGHT = ("inner.lr", "outer.lr", "outer.momentum", "outer.weight_decay", "outer.clip_")
 
 
 def settings_of(search: Search, draw: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that a draw stands for, by path."""
+    """The values that a draw stands for, by the path of the setting."""
     return {
         path: domain.values[draw[path]] if _by_position(domain) else draw[path]
         for path, domain in search.space.items()
@@ -36,7 +37,7 @@ def settings_of(search: Search, draw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def draws(search: Search) -> dict[str, Any]:
-    """The space as Ray Tune takes it."""
+    """The space in Ray Tune's own terms, by path."""
     from ray import tune
 
     def tuned(domain: Domain) -> Any:
@@ -45,7 +46,7 @@ def draws(search: Search) -> dict[str, Any]:
         if search.algorithm == "grid" and domain.kind == "integer":
             return tune.grid_search(list(range(low, high + 1)))
         every = domain.kind == "grid" or search.algorithm == "grid"
-        if every and search.algorithm != "tpe":  # which can draw, but not try all
+        if every and search.algorithm != "tpe":  # tpe draws; it cannot try all values of a grid
             return tune.grid_search(list(positions))
         if _by_position(domain):
             return tune.choice(list(positions))
@@ -57,7 +58,7 @@ def draws(search: Search) -> dict[str, Any]:
 
 
 def is_random(search: Search) -> bool:
-    """Whether another draw would be another trial."""
+    """Whether settings are drawn at random, so that more samples make more trials."""
     kinds = {domain.kind for domain in search.space.values()}
     return search.algorithm == "tpe" or (search.algorithm == "random" and kinds != {"grid"})
 
@@ -68,7 +69,7 @@ def in_flight(search: Search) -> list[str]:
 
 
 def within(search: Search, draw: Mapping[str, Any]) -> dict[str, Any]:
-    """A draw brought back into its ranges: population based training steps out of them."""
+    """Bring a draw back into its ranges, which population based training may leave."""
 
     def bounded(domain: Domain, value: Any) -> Any:
         if _by_position(domain):
@@ -81,8 +82,10 @@ def within(search: Search, draw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def corners(search: Search) -> list[dict[str, Any]]:
-    """Settings at the ends and inside of every range, and every choice: combined, or, where those
-    are too many, one after the other."""
+    """Settings that probe the space: both ends and the inside of every range, and every choice.
+
+    All combinations; where these are too many, one setting is varied at a time.
+    """
     probes = {path: _probes(domain) for path, domain in search.space.items()}
     combinations = itertools.product(*probes.values())
     some = list(itertools.islice(combinations, _MOST_CORNERS + 1))
@@ -130,10 +133,12 @@ def possible_experiments(experiment: Experiment) -> list[Experiment]:
 
 
 def _by_position(domain: Domain) -> bool:
+    """Whether a draw holds the position of the value, instead of the value."""
     return domain.kind in ("choice", "grid")
 
 
 def _probes(domain: Domain) -> tuple[Any, ...]:
+    """The values of one setting that `corners` combines."""
     if domain.kind in ("uniform", "loguniform"):
         low, high = domain.values
         return low, low + _INSIDE * (high - low), high

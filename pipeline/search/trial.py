@@ -1,11 +1,11 @@
-"""One trial of a search: an ordinary run that tells Ray Tune how its validation went.
+"""One trial of a search: an ordinary run that reports its validations to Ray Tune.
 
     Tune's actor ── run_trial ──▶ open_session, meta_train, as `maml train` ──▶ SEARCH/trials/ID
                       ▲                 │ every validation: record sent, checkpoint written
                       └ go on, or stop ◀┘ tune.report(value, iteration, checkpoint)
 
-A trial that is taken up again goes on from its own folder. With population based training, Tune
-hands it the checkpoint of a better trial instead; `opening.inherited` says what it takes from that.
+A trial that is resumed continues from its own folder. With population based training, Tune hands it
+the checkpoint of a better trial instead; `opening.inherited` says what it takes over from that.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ from pipeline.training.opening import open_session, origin
 from pipeline.training.session import Session, Watcher
 
 WORST = 1e30
-"""Stands for a value that is not finite: schedulers and samplers can sort it."""
-_DELIVERY = 20.0  # seconds that a validation waits for MLflow
+"""Replaces a value that is not finite, which schedulers and samplers could not sort."""
+_DELIVERY = 20.0  # seconds that a validation waits until MLflow has its record
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """What trials are ranked by."""
+    """How trials are ranked: by a metric of their last validation."""
 
     metric: str
     step: int | None
@@ -56,7 +56,7 @@ class Criterion:
         return curve.mean[self.metric][position], curve.ci95[self.metric][position]
 
     def better(self, one: float, other: float) -> bool:
-        """Whether one value is better than another; nothing is worse than NaN."""
+        """Whether `one` is better than `other`; NaN is worse than every number."""
         if math.isnan(one) or math.isnan(other):
             return not math.isnan(one)
         return one < other if self.mode == "min" else one > other
@@ -64,7 +64,7 @@ class Criterion:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """How a trial fared."""
+    """The outcome of a trial, from its last report."""
 
     trial_id: str
     settings: dict[str, Any]
@@ -75,12 +75,14 @@ class TrialResult:
     value: float
     """The last validation by the search's criterion; NaN: there is none."""
     ci95: float
+    """Half the width of the confidence interval of `value`."""
     step: int | None
     """Adaptation steps after which it was validated."""
     seconds: float
-    """Of its meta-updates; starting, compiling and validating aside."""
+    """Spent on meta-updates; starting, compiling and validating are left out."""
     tasks_per_second: float
     failure: str = ""
+    """Why it failed, for a person."""
 
 
 COMPLETE, STOPPED, FAILED, UNFINISHED = "complete", "stopped early", "failed", "unfinished"
@@ -88,15 +90,16 @@ COMPLETE, STOPPED, FAILED, UNFINISHED = "complete", "stopped early", "failed", "
 
 @dataclass(frozen=True)
 class Plan:
-    """What every trial of a search needs to know; crosses to its process."""
+    """What every trial of a search needs to know; sent to the process of each trial."""
 
     experiment: Experiment
-    """With its search section; paths absolute."""
+    """Has its search section; its paths are absolute."""
     folder: Path
     token: str
     """Names the search in MLflow."""
     criterion: Criterion
     import_paths: tuple[str, ...]
+    """Folders from which the driver imports a user's modules."""
     parent_run_id: str | None = None
     """The search's MLflow run; None: tracking is off."""
     tracking_uri: str | None = None
@@ -104,13 +107,14 @@ class Plan:
 
     @property
     def search(self) -> Search:
+        """The experiment's search section."""
         assert self.experiment.search is not None
         return self.experiment.search
 
     def result(
         self, trial_id: str, draw: Mapping[str, Any], last: Mapping[str, Any]
     ) -> TrialResult:
-        """The result of a trial, from what it last reported; UNFINISHED unless that says more."""
+        """A trial's result from its last report; UNFINISHED unless it failed or is complete."""
         settings = settings_of(self.search, draw)
         iteration, failure = int(last.get("iteration", 0)), str(last.get("failure", ""))
         iterations = int(settings.get("outer.iterations", self.experiment.outer.iterations))
@@ -133,15 +137,15 @@ class Plan:
         return self.folder / "trials" / trial_id
 
     def trial_token(self, trial_id: str) -> str:
-        """By which a trial's MLflow run is found, in whatever process it goes on."""
+        """The tag by which any process finds the trial's MLflow run."""
         return f"{self.token}-{trial_id}"
 
 
 def base_experiment(experiment: Experiment) -> Experiment:
-    """What trials have in common: no search, and a size that does not depend on the machine.
+    """The experiment of all trials but for the searched settings; its size is fixed.
 
-    Trials are what runs in parallel, so `auto` workers are none. A trial in process has the threads
-    of one worker.
+    Trials run in parallel, so `auto` workers means none: a trial computes in its own process, with
+    the threads of one worker.
     """
     cluster = experiment.cluster
     workers = 0 if cluster.workers == "auto" else cluster.workers
@@ -155,12 +159,12 @@ def base_experiment(experiment: Experiment) -> Experiment:
 
 
 def bundles(experiment: Experiment) -> list[dict[str, float]]:
-    """What a trial takes: the first for itself, one more per worker actor."""
+    """The resources of a trial, as Ray counts them: one bundle for itself, one per worker actor."""
     cluster = experiment.cluster
     worker = worker_bundle(experiment)
     if cluster.workers in (0, "auto"):
         return [{**worker, "CPU": cluster.cpus_per_worker or 1.0}]
-    # The trial itself only waits for its workers; alone, an empty bundle is refused.
+    # The trial itself only waits for its workers. Ray refuses a group of empty bundles.
     return [{} if worker else {"CPU": 0.01}, *([worker] * int(cluster.workers))]
 
 
@@ -180,7 +184,7 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
     from ray import tune
 
     sys.path += [path for path in plan.import_paths if path not in sys.path]
-    # A trial that is stopped ends its MLflow run before the actor goes on to the next one.
+    # Time for a stopped trial to end its MLflow run, before the actor starts the next trial.
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     trial_id = tune.get_context().get_trial_id()
     folder = plan.trial_dir(trial_id)
@@ -197,7 +201,7 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
             heir_of=other,
         ) as session:
             if session.iteration == experiment.outer.iterations:
-                validate(session)  # it was ended after its last update, before its last report
+                validate(session)  # it ended after its last update and before its last report
             meta_train(session)
             session.record_plots()
         watcher.report()
@@ -212,16 +216,16 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
 def _states(
     experiment: Experiment, folder: Path, token: str, given: Any
 ) -> tuple[TrainingState | None, TrainingState | None]:
-    """The trial's own newest state, and the state of another run that it is to go on from.
+    """The trial's own newest state, and the state of another run with which it is to begin.
 
-    `given` is the checkpoint that Tune hands out. It may be older than what is in the folder, or
-    come from another trial; then it counts once, not after every restart.
+    `given` is the checkpoint that Tune hands out. It may be older than the one in the folder. It
+    may also come from another trial; then it is used once, and not again after a restart.
     """
     store = CheckpointStore.of_run(experiment, folder)
     try:
         own = store.latest()
     except CheckpointError:
-        own = None  # all damaged: there is Tune's copy
+        own = None  # every checkpoint is damaged; Tune may have a copy
     if given is None:
         return own, None
     with given.as_directory() as path:
@@ -260,6 +264,7 @@ class _Reporter(Watcher):
             file.write(f"{time.strftime('%H:%M:%S')} {message}\n")
 
     def validated(self, iteration: int, curve: Curve, best: bool) -> None:
+        """Prepare the report of a validation, and send it unless it is the last one."""
         session, search = self._session, self._plan.search
         assert session is not None
         experiment = session.experiment
@@ -268,7 +273,7 @@ class _Reporter(Watcher):
             rates = {p: flat[p] for p in in_flight(search) if isinstance(flat[p], int | float)}
             session.tracker.log_metrics(rates, iteration)
         value, ci95 = self._plan.criterion.of(curve, experiment)
-        # From the updates seen by this process: a trial that was taken up again has no others.
+        # From this process's updates: the duration of those before a restart is not known.
         per_update = self._seconds / max(1, self._updates)
         self._pending = {
             "value": value if math.isfinite(value) else self._worst(),
@@ -283,13 +288,13 @@ class _Reporter(Watcher):
             "failure": "" if math.isfinite(value) else "the validation is not finite",
         }
         if iteration < experiment.outer.iterations:
-            # The last one is reported when all is written: Tune may end the trial at any report.
+            # `run_trial` sends the last one, when all is written: Tune may end a trial at a report.
             session.save_checkpoint()
             session.tracker.flush(_DELIVERY)
             self.report()
 
     def report(self) -> None:
-        """Tell Tune of the validation, unless it knows. Raises Interrupted to end the trial."""
+        """Send the prepared report to Tune, if any. Raises Interrupted to end the trial."""
         if self._pending is None:
             return
         from ray import tune
@@ -319,13 +324,14 @@ class _Reporter(Watcher):
         )
 
     def _worst(self) -> float:
+        """A value that ranks behind all others."""
         return WORST if self._plan.criterion.mode == "min" else -WORST
 
 
 def criterion(search: Search, experiment: Experiment, metrics: Sequence[str]) -> Criterion:
-    """What the search ranks by; `metrics` are those that a validation has.
+    """How the search ranks trials; `metrics` are those that a validation reports.
 
-    Raises ValueError naming the setting.
+    Raises ValueError naming the setting for a metric that is not among them.
     """
     task = experiment.build_task()
     wanted = search.metric or task.primary_metric

@@ -1,8 +1,8 @@
-"""The MLflow runs of a search's trials, seen from the search.
+"""Completes the MLflow runs of a search's trials.
 
-A trial writes its own run. But a trial that Ray Tune ends has no time for last words, and one that
-could not even start has no run: the search sees to it that each has one, says how it ended, and in
-which way. All of it happens in a thread, so that the search waits for MLflow at its end only.
+A trial writes its own MLflow run. But a trial that Ray Tune kills cannot end its run, and one that
+failed to start has none. So the search makes sure that every trial has a run, and sets how it
+ended. A thread does this, so that the search waits for MLflow only at its end.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _STATUS = {COMPLETE: "FINISHED", STOPPED: "KILLED", FAILED: "FAILED", UNFINISHED
 
 
 class TrialRuns:
-    """Ends the MLflow runs of trials; does nothing where tracking is off."""
+    """Ends the MLflow runs of trials; does nothing if tracking is off."""
 
     def __init__(self, plan: Plan):
         self._plan = plan
@@ -29,10 +29,10 @@ class TrialRuns:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="trial-runs")
         self._ended: dict[str, TrialResult] = {}
         self.run_ids: dict[str, str] = {}
-        """By trial, as far as they are known; complete after `close`."""
+        """MLflow's run by trial, as far as known; complete after `close`."""
 
     def end(self, result: TrialResult) -> None:
-        """Say how a trial ended, unless that was said before, or it has not begun."""
+        """Set how a trial ended, unless it has not begun or the same outcome was set before."""
         known = self._ended.get(result.trial_id)
         begun = result.outcome != UNFINISHED or self._plan.trial_dir(result.trial_id).exists()
         said = known is not None and known.outcome == result.outcome
@@ -42,21 +42,23 @@ class TrialRuns:
         self._thread.submit(self._end, result)
 
     def close(self) -> None:
-        """Wait until all is said; once more, because a trial's own last word may have come later.
+        """Set all outcomes once more, and wait; call it when no trial runs any more.
 
-        To be called when no trial runs any more.
+        Once more, because a trial may have written a status of its own since.
         """
         for result in self._ended.values():
             self._thread.submit(self._end, result)
         self._thread.shutdown(wait=True)
 
     def _end(self, result: TrialResult) -> None:
+        """`_set` in the thread; errors are logged."""
         try:
             self._set(result)
-        except Exception as error:  # MLflow is away: the search itself goes on
+        except Exception as error:  # the search goes on without MLflow
             log.warning("the end of trial %s could not be recorded: %s", result.trial_id, error)
 
     def _set(self, result: TrialResult) -> None:
+        """Write outcome, failure and status where MLflow has other ones."""
         if self._client is None:
             from mlflow import MlflowClient
 
@@ -74,6 +76,7 @@ class TrialRuns:
             self._client.set_terminated(run.info.run_id, status)
 
     def _find_or_create(self, result: TrialResult) -> Any:
+        """The trial's MLflow run, found by its token."""
         client, plan = self._client, self._plan
         experiment = client.get_experiment_by_name(plan.experiment.tracking.experiment)
         token = plan.trial_token(result.trial_id)

@@ -1,4 +1,4 @@
-"""What Ray Tune is told, and what it tells: scheduler, algorithm, trials, callbacks."""
+"""Drives Ray Tune: builds scheduler and algorithm, runs the trials, hears what happens to them."""
 
 from __future__ import annotations
 
@@ -30,36 +30,36 @@ from pipeline.search.trial import (
 from pipeline.search.trial_runs import TrialRuns
 
 _RESTARTS = 3  # of a trial whose process died
-_STARVING = 120.0  # seconds without a running trial until somebody is told
+_STARVING = 120.0  # seconds without a running trial until the watcher is told
 
 ENVIRONMENT = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # a search that is killed goes on where it was
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # state is saved often: a killed search loses little
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the run folders have everything
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",  # the only one that can be silent
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # `should_stop` asks, in the way of all commands
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths mean the same everywhere
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new output cannot be silenced
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C reaches `should_stop`, as in all commands
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths keep their meaning
 }
-"""Of this process, before Ray starts."""
+"""Environment variables that this process sets before Ray starts."""
 
 
 class SearchWatcher:
-    """What a person may want to see of a search."""
+    """Told what happens in a search. Does nothing; the command line and tests override it."""
 
     def starting(self, experiment: Experiment, folder: Path) -> None:
         """The preparation begins."""
 
     def started(self, plan: Plan, trials: int) -> None:
-        """Ray and MLflow are there; `trials` are to come, those that are done included."""
+        """Ray and MLflow are ready; the search has `trials` in all, finished ones included."""
 
     def progress(self, results: Sequence[TrialResult], running: int) -> None:
-        """Something may have happened; called often. `running` trials run at this moment."""
+        """Called often, with all results so far; `running` trials run at this moment."""
 
     def ended(self, result: TrialResult) -> None:
         """A trial is over."""
 
     def notice(self, message: str) -> None:
-        """Something out of the ordinary, in words."""
+        """Something out of the ordinary happened; `message` is for a person."""
 
 
 def scheduler_of(search: Search, possible: Sequence[Experiment]) -> Any:
@@ -68,9 +68,9 @@ def scheduler_of(search: Search, possible: Sequence[Experiment]) -> Any:
 
     iterations = max(e.outer.iterations for e in possible)
     every = max(e.validate_every for e in possible)
-    # One more than there are: a trial ends by itself, when all of it is written.
+    # One iteration more than a trial has: it ends by itself, when everything is written.
     asha = {"time_attr": "iteration", "max_t": iterations + 1, "grace_period": 2 * every}
-    # Brackets follow from the number of decisions that a trial can face.
+    # Its unit is a validation: HyperBand derives its brackets from the number of decisions.
     hyperband = {"time_attr": "validations", "max_t": -(-iterations // every)}
     space = draws(search.model_copy(update={"algorithm": "random"}))
     mutations = {path: space[path] for path in in_flight(search)}
@@ -114,7 +114,7 @@ def algorithm_of(search: Search, seed: int) -> Any:
         return OptunaSearch(seed=seed % 2**32)
     from ray.tune.search.basic_variant import BasicVariantGenerator
 
-    # Each draw meets every point of the grids: trials come in groups that differ in these alone.
+    # Each draw is combined with every point of the grids: trials that differ in these alone.
     return BasicVariantGenerator(
         constant_grid_search=True,
         random_state=seed % 2**32,
@@ -123,17 +123,17 @@ def algorithm_of(search: Search, seed: int) -> Any:
 
 
 def trial_lacks(experiment: Experiment) -> str:
-    """What Ray has too little of for a single trial, in words; '' if there is enough."""
+    """Says which resource Ray lacks for a single trial; '' if there is enough."""
     workers = experiment.cluster.workers
     who = f"a trial takes {workers} workers of" if workers else "a trial takes"
     return lacking(who, bundles(experiment))
 
 
 def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> None:
-    """Run or continue the trials.
+    """Run or continue the trials; return when all are over or the search is stopped.
 
-    `tune.run` and not its wrapper `Tuner`: that pickles callbacks and scheduler, and continues with
-    the pickled ones.
+    Calls `tune.run` rather than its wrapper `Tuner`, which pickles callbacks and scheduler and
+    continues a search with the pickled ones.
     """
     from ray import tune
 
@@ -164,7 +164,7 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> No
         scheduler=scheduler,
         search_alg=algorithm,
         time_budget_s=search.time_budget,
-        # The other algorithm limits itself, and warns where it is told twice.
+        # The other algorithm has its own limit, and warns if there are two.
         max_concurrent_trials=search.max_concurrent if search.algorithm == "tpe" else None,
         checkpoint_config=tune.CheckpointConfig(num_to_keep=3),
         max_failures=_RESTARTS,
@@ -174,13 +174,16 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> No
         callbacks=[conductor],
         verbose=0,
     )
-    conductor.trials = analysis.trials  # of a search that was over, it has heard nothing
+    conductor.trials = analysis.trials  # Tune calls no callback for a search that was over
 
 
 def conductor_of(
     plan: Plan, watcher: SearchWatcher, runs: TrialRuns, should_stop: Callable[[], bool]
 ) -> Any:
-    """Ray Tune's callback: tells the watcher and MLflow what happens, and stops when asked to."""
+    """A callback of Ray Tune that tells watcher and MLflow what happens, and stops when asked to.
+
+    A function, because its class derives from one of Ray's, which is imported only here.
+    """
     from ray import tune
 
     class Conductor(tune.Callback):  # type: ignore[misc]
@@ -228,7 +231,7 @@ def conductor_of(
 
 
 def _ask_tune_to_stop() -> None:
-    """By the signal at which Tune saves its state and ends."""
+    """Send the signal on which Tune saves its state and ends; elsewhere raise KeyboardInterrupt."""
     asked = threading.current_thread() is threading.main_thread()
     if not asked or not callable(signal.getsignal(signal.SIGUSR1)):
         raise KeyboardInterrupt
@@ -236,7 +239,7 @@ def _ask_tune_to_stop() -> None:
 
 
 def result_of(plan: Plan, trial: Any, over: bool) -> TrialResult:
-    """What Tune knows of a trial; `over`: what has no end has been ended."""
+    """A trial's result, from Tune; once the search is `over`, an unfinished trial was stopped."""
     result = plan.result(trial.trial_id, trial.config, trial.last_result or {})
     if trial.status == "ERROR":
         error = trial.get_pickled_error()

@@ -11,7 +11,8 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze, finding
+from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze
+from pipeline.evaluation.analysis_finding import finding
 from pipeline.evaluation.analysis_page import ability_rows, layer_rows, write_analysis
 from pipeline.evaluation.meta_test import evaluate_run
 from pipeline.maml.estimates import Estimate
