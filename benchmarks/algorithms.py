@@ -1,4 +1,4 @@
-"""What the algorithms of the family reach, and what an iteration of each costs.
+"""Measures what the algorithms of the family reach, and what an iteration of each costs.
 
     python benchmarks/algorithms.py train             every run that is not there yet (hours)
     python benchmarks/algorithms.py train 5w1s/maml   some of them; interrupted ones go on
@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from trained import minutes, train
+from trained import finished, minutes, parse, train
 
 from pipeline.config.loading import ConfigError, load
 from pipeline.evaluation.comparison import compare_runs
@@ -59,30 +59,24 @@ RUNS: dict[str, tuple[str, ...]] = {
         "outer.query_losses=annealed",
     ),
 }
-_SHOWN = ("", "K=10", "1 query", "1 shot, 1 query")  # variants of the test tasks, of several
+_SHOWN = ("", "K=10", "1 query", "1 shot, 1 query")  # the variants of test tasks in the table
 SPEED: dict[tuple[str, ...], tuple[str, ...]] = {
     (): ("maml", "fomaml", "anil", "maml++", "meta-sgd", "boil"),
     ("inner.steps=5", "task.queries=1"): ("maml", "fomaml", "anil"),
     ("inner.steps=10",): ("maml", "anil"),
 }
-"""Algorithms by what differs from the shipped settings."""
+"""The algorithms to time, by the overrides that they have in common."""
 _TURNS, _CALLS = 9, 6
 
 
 def table(names: list[str]) -> list[str]:
-    """Metric at the step that checkpoints are chosen by and at the last one, and against MAML on
-    the same tasks."""
+    """The metric after the selection step and the last step, and the difference to MAML."""
     lines = [
         "| run | after n steps | trained | random init | minus MAML, same tasks | iterations | "
         "minutes of updates |",
         "|---|---|---|---|---|---|---|",
     ]
-    for name in names:
-        folder = FOLDER / name
-        if not (folder / "results.json").exists():
-            continue
-        experiment = load(str(folder / "config.yaml"))
-        curves = json.loads((folder / "results.json").read_text())
+    for name, folder, experiment, curves in finished(FOLDER, names):
         shown = [curve for curve in curves if curve["variant"] in _SHOWN]
         metric = "accuracy" if "accuracy" in shown[0]["mean"] else "loss"
         scale, unit = (100, " %") if metric == "accuracy" else (1, "")
@@ -104,12 +98,12 @@ def table(names: list[str]) -> list[str]:
 
 
 def against(base: Path, folder: Path, step: int) -> str:
-    """The paired difference to MAML, where the tasks are the same."""
+    """The paired difference to MAML; '' where the tasks are not the same."""
     if folder == base or not (base / "results.json").exists():
         return ""
     try:
         found = compare_runs([base, folder], steps=(step,))
-    except ConfigError:  # other tasks
+    except ConfigError:  # the tasks differ
         return ""
     paired = next((c for c in found if c.variant in _SHOWN), found[0])
     scale, unit = (100, " %") if paired.metric == "accuracy" else (1, "")
@@ -123,13 +117,13 @@ def against(base: Path, folder: Path, step: int) -> str:
 
 
 def _growth(record: dict[str, float]) -> float:
+    """The norm of the meta-gradient before the first inner step over that after the last."""
     norms = by_step(record, "gradient_norm")
     return float(norms[0] / norms[-1])
 
 
 def health() -> list[str]:
-    """The meta-gradient of ten inner steps on its way back: of every quarter of the training the
-    diagnosis in which it grew most."""
+    """Diagnoses of ten inner steps: of every quarter of the training the one of largest growth."""
     lines = [
         "| run | iteration | norm after the last step | norm before the first | grown | "
         "cosine with first order | adaptation hurts |",
@@ -151,7 +145,7 @@ def health() -> list[str]:
 
 
 def speed(data: str) -> list[str]:
-    """Compiled meta-gradients of one chunk, algorithms in turns in this process."""
+    """Time compiled meta-gradients of one chunk, algorithms in turns in this process."""
     torch.set_num_threads(1)
     lines = [
         "| settings | algorithm | ms per chunk (median) | MAML / algorithm, in the same turn |",
@@ -172,7 +166,7 @@ def _timed(algorithms: tuple[str, ...], overrides: list[str]) -> dict[str, list[
     """Seconds per chunk of 4 tasks, by turn."""
     calls = {}
     for algorithm in algorithms:
-        # Annealed order is timed where it is second, its query losses where only the last counts.
+        # The last iteration: there annealed order is second, and only the last query loss counts.
         experiment = load("omniglot-5w1s-short", [f"algorithm={algorithm}", *overrides])
         computer = ChunkComputer(experiment, compile=True)
         theta = initial_parameters(experiment)
@@ -196,18 +190,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "table", "speed", "health"])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
     parser.add_argument("--data", default=str(Path("data").absolute()), help="of the image stores")
-    arguments = parser.parse_args()
-    names = arguments.names or list(RUNS)
-    if unknown := [name for name in names if name not in RUNS]:
-        parser.error(f"no run is called {', '.join(unknown)}; there are {', '.join(RUNS)}")
+    arguments = parse(parser, ["train", "table", "speed", "health"], RUNS)
     if arguments.what == "train":
-        train(RUNS, FOLDER, names, [f"data.root={arguments.data}"])
+        train(RUNS, FOLDER, arguments.names, [f"data.root={arguments.data}"])
         return
     made = {
-        "table": lambda: table(names),
+        "table": lambda: table(arguments.names),
         "speed": lambda: speed(arguments.data),
         "health": health,
     }

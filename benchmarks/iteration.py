@@ -1,4 +1,4 @@
-"""What a whole training iteration costs beyond the meta-gradient: sampling, transfer, update.
+"""Measures what an iteration costs beyond the meta-gradient: sampling, transfer, update.
 
     python benchmarks/iteration.py                    all of it (minutes, mostly compiling)
     python benchmarks/iteration.py --cases sinusoid   the sinusoid alone
@@ -34,7 +34,7 @@ TURNS, ITERATIONS_PER_TURN = 8, 12
 
 
 class Stopwatch(Watcher):
-    """The time of every iteration and what the driver says of it."""
+    """Keeps the time and the metrics of every iteration."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -61,7 +61,7 @@ class Stopwatch(Watcher):
 
 
 def run(name: str, *overrides: str) -> Stopwatch:
-    """Train for a while in a folder that is thrown away."""
+    """Train in a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
         watch = Stopwatch()
         experiment = load(name, [f"run_dir={folder}/runs/run", *SHORT, *overrides])
@@ -79,7 +79,7 @@ SHORT = [
 
 
 def bare_ms(experiment: Experiment, repeats: int) -> float:
-    """The compiled meta-gradient of one meta-batch and nothing else, tasks already there."""
+    """Milliseconds of the compiled meta-gradient of one meta-batch, sampling left out."""
     torch.set_num_threads(experiment.compute.threads or os.cpu_count() or 1)
     computer = ChunkComputer(experiment, compile=True)
     theta = initial_parameters(experiment)
@@ -96,7 +96,7 @@ def bare_ms(experiment: Experiment, repeats: int) -> float:
 
 
 def sinusoid() -> list[str]:
-    """Whole iteration in process against the bare compiled meta-gradient."""
+    """Time a whole iteration in process against the bare compiled meta-gradient."""
     watch = run("sinusoid-paper", "outer.iterations=20000")
     bare = bare_ms(load("sinusoid-paper", SHORT), 4000)
     whole = watch.median_ms(500)
@@ -108,7 +108,7 @@ def sinusoid() -> list[str]:
 
 
 def omniglot(data: str) -> list[str]:
-    """conv4 on Omniglot: two actors of one thread against in process with two threads, in turns."""
+    """Time conv4 on Omniglot: two actors of one thread against two threads here, in turns."""
     common = [*SHORT, f"data.root={data}", "outer.tasks_per_chunk=8"]
     here = load("omniglot-5w1s", [*common, "cluster.workers=0", "compute.threads=2"])
     actors = load("omniglot-5w1s", [*common, "cluster.workers=2", "compute.threads=1"])
@@ -121,12 +121,12 @@ def omniglot(data: str) -> list[str]:
         ]
         for _ in range(TURNS):
             for session, watch in zip(sessions, watches, strict=True):
-                meta_update(session)  # its time holds the other's turn
+                meta_update(session)  # its time includes the turn of the other session
                 watch.drop_last()
                 for _ in range(ITERATIONS_PER_TURN):
                     meta_update(session)
     in_process, with_actors = (watch.median_ms(0) for watch in watches)
-    # Waiting is what the busiest worker's sampling and computing do not explain.
+    # Waiting is the time beyond the busiest worker's sampling and computing.
     beyond = [
         1e3 * sum(m[f"seconds/{part}"] for part in ("waiting", "aggregating", "updating"))
         for m in watches[1].metrics

@@ -1,4 +1,4 @@
-"""What this machine was busy with, by Linux."""
+"""Reads what this machine was busy with from Linux (/proc)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def machine_time() -> tuple[int, int]:
-    """Ticks of all cores since boot: busy, and all."""
+    """Ticks of all cores since boot: the busy ones, and all."""
     ticks = [int(text) for text in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
 
 
 def nodes_time() -> float:
-    """Processor time of everything that this process has started, and is alive, in seconds."""
+    """Processor time in seconds of all living descendants of this process."""
     parents, ticks = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
@@ -31,11 +31,12 @@ def nodes_time() -> float:
 
 
 def loopback_bytes() -> int:
-    """Received through the loopback device since boot, by everybody."""
+    """Bytes that the loopback device has received since boot."""
     lines = Path("/proc/net/dev").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.strip().startswith("lo:"))
 
 
 def free_memory() -> int:
+    """Bytes of memory that are available."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))

@@ -1,4 +1,4 @@
-"""Peak memory of a meta-gradient through many inner steps, against one inner step.
+"""Measures the peak memory of a meta-gradient through many inner steps, against one step.
 
     python benchmarks/memory.py                   on the CPU (minutes, mostly compiling)
     python benchmarks/memory.py --device cuda     what torch allocates on the GPU
@@ -6,7 +6,7 @@
 
 conv4 on 8 tasks, 5-way 1-shot with 1 query per class, second order: 1 step, 20 steps, and 20 steps
 with `inner.checkpoint`. Each is measured in a process of its own. A first call builds everything,
-compilation included; what counts are the calls after it:
+compilation included; the calls after it are measured:
 
 - peak: the most memory that the process (on a GPU: torch) has held;
 - growth: the peak beyond what was held before the first call, with parameters and tasks in place;
@@ -58,7 +58,7 @@ MODES = ("eager", "compiled")
 
 @dataclass(frozen=True, kw_only=True)
 class NoiseImages(Classification):
-    """Omniglot's shapes without its content, on which speed and memory do not depend: noise."""
+    """Noise in the shapes of Omniglot: speed and memory do not depend on the content."""
 
     shots: int = 1
     queries: int = 1
@@ -79,7 +79,7 @@ class NoiseImages(Classification):
 
 @contextmanager
 def compilation_must_succeed() -> Iterator[None]:
-    """Turns the warning that the pipeline goes on eagerly into an error."""
+    """Turn the warning that compilation failed into an error."""
     messages: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: messages.append(record.getMessage())
@@ -94,7 +94,7 @@ def compilation_must_succeed() -> Iterator[None]:
 
 
 def hardware(device: str, threads: int, *libraries: str) -> str:
-    """What the numbers were measured on, and when."""
+    """Machine, libraries and date of a measurement, in words."""
     model = platform.processor() or platform.machine()
     with suppress(OSError), open("/proc/cpuinfo") as file:
         model = next((x.split(":")[1].strip() for x in file if x.startswith("model name")), model)
@@ -110,7 +110,7 @@ def hardware(device: str, threads: int, *libraries: str) -> str:
 
 
 def use_threads(threads: int | None) -> int:
-    """Give every library as many threads; XLA has no setting but the cores it may use."""
+    """Give every library as many threads: XLA uses as many as this process may use cores."""
     allowed = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     threads = threads or len(allowed) or os.cpu_count() or 1
     if threads < len(allowed):
@@ -133,7 +133,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Measurement:
-    """In bytes; `reset` says whether the mark could be reset after the first call."""
+    """Bytes of memory; `reset` says whether the mark could be reset after the first call."""
 
     baseline: int
     before_call: int
@@ -150,7 +150,7 @@ class Measurement:
 
 
 def measure(setting: Setting) -> Measurement:
-    """In this process."""
+    """Measure a setting in this process."""
     torch.manual_seed(0)
     use_threads(setting.threads)
     task = NoiseImages()
@@ -181,7 +181,7 @@ class Process:
     """Resident memory of this process (Linux)."""
 
     def held(self) -> int:
-        """Now, once everything that is free has been returned."""
+        """Resident bytes, after all free memory has been returned to the system."""
         gc.collect()
         with suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -191,7 +191,7 @@ class Process:
         return self._status("VmHWM")
 
     def reset_peak(self) -> bool:
-        """Whether the peak starts again from what is held now."""
+        """Reset the peak to what is held now; return whether that was possible."""
         self.held()
         try:
             Path("/proc/self/clear_refs").write_text("5")
@@ -208,7 +208,7 @@ class Process:
 
 
 class Gpu:
-    """What torch's allocator has handed out."""
+    """Memory that torch's allocator has handed out on the GPU."""
 
     def held(self) -> int:
         gc.collect()
@@ -226,7 +226,7 @@ class Gpu:
 
 
 def measured_apart(setting: Setting, cache: str) -> Measurement:
-    """`measure` in a process of its own, after another one that compiled where that is asked."""
+    """`measure` in a process of its own; another one compiles first where that is asked."""
     environment = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": cache,
@@ -244,7 +244,7 @@ def measured_apart(setting: Setting, cache: str) -> Measurement:
 
 
 def table(mode: str, steps: int, arguments: argparse.Namespace, cache: str) -> list[str]:
-    """The rows of a mode; the first one is what the others are compared with."""
+    """The rows of a mode; ratios are to the first row."""
     rows, first = [], None
     for count, checkpoint in ((1, False), (1, True), (steps, False), (steps, True)):
         name = f"{count} step{'s' * (count > 1)}{', checkpoint' * checkpoint}"

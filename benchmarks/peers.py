@@ -1,4 +1,4 @@
-"""Tasks per second of this pipeline and of other ways to compute the same meta-gradient.
+"""Measures tasks per second, of this pipeline and of other ways to the same meta-gradient.
 
     python benchmarks/peers.py                                     everything (long on a CPU)
     python benchmarks/peers.py --cases sinusoid-1 sinusoid-5       the sinusoid alone

@@ -1,4 +1,4 @@
-"""What reinforcement learning reaches, and what it costs.
+"""Measures what reinforcement learning reaches, and what it costs.
 
     python benchmarks/rl.py train             every run that is not there yet (hours)
     python benchmarks/rl.py train navigation  some of them; interrupted ones go on
@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from scaling import ready_actors
-from trained import minutes, train
+from trained import finished, minutes, parse, train
 
 from pipeline.config.loading import load
 from pipeline.evaluation.plot_style import COLORS, legend, new_panels, save
@@ -60,19 +60,15 @@ _REPEATS, _CALLS = 12, 20
 
 
 def table(names: list[str]) -> list[str]:
-    """Returns after each step, and those of the baselines."""
+    """The returns after each step, of trained parameters and baselines."""
     lines = [
         "| run | who | 0 steps | 1 step | 2 steps | 3 steps | iterations | minutes of updates |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in names:
-        folder = FOLDER / name
-        if not (folder / "results.json").exists():
-            continue
-        experiment = load(str(folder / "config.yaml"))
+    for name, folder, experiment, curves in finished(FOLDER, names):
         outer = experiment.outer
         cost = f"{outer.iterations:,} | {minutes(folder, outer.tasks_per_batch):.0f}"
-        for curve in json.loads((folder / "results.json").read_text()):
+        for curve in curves:
             if curve["who"] != "trained" and name != experiment.task.kind:
                 continue  # the baselines are the same for all runs on these tasks
             pairs = zip(curve["mean"]["return"], curve["ci95"]["return"], strict=True)
@@ -82,8 +78,7 @@ def table(names: list[str]) -> list[str]:
 
 
 def variance(iterations: int = 2) -> list[str]:
-    """Noise of the meta-gradient, at a random θ and at the trained one: seeds differ, so tasks and
-    trajectories do."""
+    """The noise of the meta-gradient over seeds, at a random θ and at the trained one."""
     trained = FOLDER / "navigation" / "theta.safetensors"
     thetas = {"random": flat_vector(initial_parameters(load("navigation"), seed=0))}
     if trained.exists():
@@ -117,14 +112,13 @@ def _noise(estimator: str, theta: FlatVector, iterations: int) -> tuple[float, f
             found.append(result.gradient / result.num_tasks)
     gradients = np.stack(found)
     noise = float(gradients.var(0, ddof=1).sum())
-    # The mean of so many draws has noise of its own.
+    # The squared mean of a few draws contains noise, which is subtracted.
     signal = max(0.0, float((gradients.mean(0) ** 2).sum()) - noise / len(found))
     return math.sqrt(noise / signal) if signal else math.inf, seconds / len(found)
 
 
 def actors(turns: int = 5) -> list[str]:
-    """Environment steps per second of whole gradient jobs of cheetahs - collecting, adapting,
-    meta-gradient - by two actors against one, in turns."""
+    """Time gradient jobs of cheetahs on two actors against one, in turns: environment steps/s."""
     import ray
 
     experiment = load("cheetah-direction", ["compute.threads=1", "cluster.cpus_per_worker=1"])
@@ -151,8 +145,8 @@ def actors(turns: int = 5) -> list[str]:
     ]
 
 
-def curves(path: Path) -> None:
-    """Validation returns after one step of adaptation, by updates; a panel per kind of task."""
+def plot_validations(path: Path) -> None:
+    """Draw validation returns after one step of adaptation; a panel per kind of task."""
     kinds = ("navigation", "cheetah-direction")
     figure, grid = new_panels(11, 3.6, 1, len(kinds))
     for axes, kind in zip(grid[0], kinds, strict=True):
@@ -174,7 +168,7 @@ def curves(path: Path) -> None:
 
 
 def speed() -> list[str]:
-    """Environment steps per second of collecting, policy included, in this process."""
+    """Time collecting in this process, policy included: environment steps per second."""
     torch.set_num_threads(1)
     tasks, task = 20, Navigation()
     keys = task_keys(0, "train", np.arange(tasks))
@@ -221,7 +215,7 @@ def speed() -> list[str]:
 
 
 def _gymnasium_environment(goal: npt.NDArray[np.float32]) -> Any:
-    """The same tasks as anybody would write them for gymnasium, one point at a time."""
+    """The same task as an ordinary environment of gymnasium, one point at a time."""
     import gymnasium
 
     class Point(gymnasium.Env[npt.NDArray[np.float32], npt.NDArray[np.float32]]):
@@ -246,24 +240,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=["train", "table", "variance", "speed", "actors"])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(RUNS)}")
-    arguments = parser.parse_args()
-    names = arguments.names or list(RUNS)
-    if unknown := [name for name in names if name not in RUNS]:
-        parser.error(f"no run is called {', '.join(unknown)}; there are {', '.join(RUNS)}")
+    arguments = parse(parser, ["train", "table", "variance", "speed", "actors"], RUNS)
     if arguments.what == "train":
-        train(RUNS, FOLDER, names)
+        train(RUNS, FOLDER, arguments.names)
         return
     made = {
-        "table": lambda: table(names),
+        "table": lambda: table(arguments.names),
         "variance": variance,
         "speed": speed,
         "actors": actors,
     }
     print("\n".join(made[arguments.what]()))
     if arguments.what == "table":
-        curves(Path(__file__).with_suffix(".png"))
+        plot_validations(Path(__file__).with_suffix(".png"))
 
 
 if __name__ == "__main__":

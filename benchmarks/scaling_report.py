@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from pipeline.evaluation.plot_style import new_panels
+
 
 class Row(NamedTuple):
     """One measurement."""
@@ -13,24 +15,26 @@ class Row(NamedTuple):
     size: str
     parameters: int
     wait: float
+    """Simulated computation, seconds per chunk."""
     actors: int
     tasks: int
-    """Of an iteration."""
+    """Per iteration."""
     seconds: float
-    """Median iteration."""
+    """Median duration of an iteration."""
     efficiency: float
+    """wait / seconds."""
     driver: float
     """The driver's processor time over wall time: 1 is one core."""
     driver_seconds: float
     """The driver's processor time per iteration."""
     ray_seconds: float
-    """That of all nodes: the actors and Ray's own processes."""
+    """The processor time of all nodes per iteration: actors and Ray's own processes."""
     machine: float
-    """Share of the machine's cores that were busy, whoever kept them so."""
+    """Share of the machine's cores that were busy, with anything."""
     megabytes: float
-    """Through the loopback device, per iteration."""
+    """Carried by the loopback device, per iteration."""
     transfers: float
-    """Seconds beyond the wait until the last answer is there."""
+    """Seconds from the end of the wait to the arrival of the last answer."""
     updating: float
     """Seconds of aggregation and update."""
 
@@ -55,14 +59,9 @@ def markdown_row(row: Row) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """Efficiency over actors, one panel per model."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
+    """Draw efficiency over actors, one panel per model."""
     sizes = list(dict.fromkeys(row.size for row in rows))
-    figure = Figure(figsize=(4.6 * len(sizes), 3.8), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0]
+    figure, (panels,) = new_panels(4.6 * len(sizes), 3.8, 1, len(sizes), sharey=True)
     for axes, size in zip(panels, sizes, strict=True):
         waits = sorted({row.wait for row in rows})
         for wait, color in zip(waits, ("#D55E00", "#009E73", "#0072B2"), strict=False):
@@ -81,8 +80,6 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.axhline(90, color="#666666", linewidth=0.8, linestyle=":")
         axes.set_xlabel("actors")
         axes.set_title(f"{parameters / 1e6:.2g} million parameters", fontsize="medium")
-        axes.grid(True, alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylabel("efficiency (%)")
     panels[-1].legend(frameon=False, loc="upper right")
     figure.savefig(path)

@@ -1,4 +1,4 @@
-"""What a search costs beyond its trainings: Ray Tune against a plain loop over the same settings.
+"""Measures what a search costs beyond its trainings: Ray Tune against a plain loop.
 
     python benchmarks/search.py                     16 sinusoid trials of 2,000 iterations (minutes)
     python benchmarks/search.py --iterations 500    shorter
@@ -29,7 +29,7 @@ from pipeline.training.session import Watcher
 
 
 def settings_of_trials() -> list[dict[str, object]]:
-    """Rates apart by factors, both numbers of steps, both orders: 16, none of which diverges."""
+    """16 settings, none of which diverges: four rates, two numbers of steps, both orders."""
     return [
         {"inner.lr": rate, "inner.steps": steps, "inner.order": order}
         for rate in (0.001, 0.003, 0.01, 0.02)
@@ -54,7 +54,7 @@ def experiment(iterations: int, scheduler: str) -> Experiment:
 
 
 def one_after_the_other(folder: Path, iterations: int) -> None:
-    """The plain loop."""
+    """Train the settings in a plain loop."""
     base = base_experiment(experiment(iterations, "none"))
     for number, settings in enumerate(settings_of_trials()):
         run_dir = folder / "runs" / str(number)
@@ -63,7 +63,7 @@ def one_after_the_other(folder: Path, iterations: int) -> None:
 
 
 def timed(way: str, iterations: int) -> float:
-    """Seconds of a way, in a process and a folder of its own."""
+    """Seconds that one way takes, in a process and a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, __file__, "--way", way, "--iterations", str(iterations)]
         # The same priority for all ways: Ray would let its processes give way to others.
