@@ -2,6 +2,7 @@
 
 import os
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,15 @@ from tasks.control.mdp import Step
 from tasks.control.navigation import Navigation, Plane
 from tasks.random import UInt64, task_keys, uniform
 from tasks.sinusoid import Sinusoid
+
+
+def zipped(path: Path, files: dict[str, bytes]) -> Path:
+    """Write a zip archive with these files; returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
 
 
 @dataclass(frozen=True, kw_only=True)

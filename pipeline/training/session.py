@@ -89,6 +89,7 @@ class Session:
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
         self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
         self.num_chunks = Cut(experiment.outer.tasks_per_batch, self.tasks_per_chunk).num_chunks
+        self.compile = compile
         self.workers: WorkerGroup
         """Set by `opening`: how they start depends on the number of chunks."""
         self.tracker: RunTracker = NullTracker()
@@ -104,7 +105,6 @@ class Session:
             self._restore(state)
         # A view of the memory that updates change in place: always the current θ.
         self._theta = self.update.flat.numpy()
-        self.compile = compile
         # Made here, because MLflow answers later: a run that is killed early is found again by it.
         known = state.extra.get("tracking_token") if state else None
         self.tracking_token = str(token or known or uuid.uuid4().hex)
@@ -137,6 +137,11 @@ class Session:
             self.log(means)
         self.watcher.iteration(self.iteration, metrics)
         self._seconds_tracking = time.perf_counter() - started
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Write metrics of the current iteration to metrics.jsonl and to MLflow."""
+        self.history.append(self.iteration, metrics)
+        self.tracker.log_metrics(dict(metrics), self.iteration)
 
     def record_validation(self, curve: Curve, value: float) -> None:
         """Record a validation; the checkpoint with the best `value` so far is kept as the best."""
@@ -224,8 +229,3 @@ class Session:
         self.iteration, self.bad_updates, self.best = state.iteration, state.bad_updates, state.best
         self._saved_at = state.iteration
         self.history.forget_after(state.iteration)
-
-    def log(self, metrics: Mapping[str, float]) -> None:
-        """Write metrics of the current iteration to metrics.jsonl and to MLflow."""
-        self.history.append(self.iteration, metrics)
-        self.tracker.log_metrics(dict(metrics), self.iteration)

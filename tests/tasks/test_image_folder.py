@@ -13,6 +13,7 @@ from PIL import Image
 
 from tasks.image_folder import ImageFolder, prepare_images
 from tasks.image_store import ImageStore, StoreError, fixed_order
+from tests.helpers import zipped
 from tests.places import REAL_DATA
 
 real_grocery = pytest.mark.skipif(
@@ -31,14 +32,6 @@ def encoded(pixels: Any, mode: str | None = None, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     (image.convert(mode) if mode else image).save(file, kind)
     return file.getvalue()
-
-
-def zipped(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
 
 
 def tarred(path: Path, files: dict[str, bytes], mode: str) -> Path:

@@ -12,20 +12,13 @@ from PIL import Image
 from tasks import omniglot
 from tasks.image_store import StoreError
 from tasks.omniglot import Omniglot, prepare_omniglot
+from tests.helpers import zipped
 from tests.places import REAL_DATA
 
 real_omniglot = pytest.mark.skipif(
     not (REAL_DATA / "omniglot").is_dir(),
     reason=f"no Omniglot archives in {REAL_DATA} (MAML_TEST_DATA)",
 )
-
-
-def zipped(path: Path, files: dict[str, bytes]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in files.items():
-            archive.writestr(name, content)
-    return path
 
 
 def drawing(shade: int) -> bytes:

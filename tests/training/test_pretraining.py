@@ -15,8 +15,7 @@ from torch import nn
 from pipeline.config.loading import ConfigError, load
 from pipeline.evaluation.meta_test import evaluate_run
 from pipeline.runs.checkpoint import load_theta
-from pipeline.training import loop as training
-from pipeline.training import ray_train as train_workers
+from pipeline.training import loop, ray_train
 from pipeline.training.endings import Interrupted, TrainingFailed
 from pipeline.training.loop import train
 from pipeline.training.pretraining import Pretrainer, narrowed, wide_model
@@ -215,7 +214,7 @@ def test_what_is_trained_is_never_lost_at_the_end(
     def stop(session: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(training, "validate", stop)
+    monkeypatch.setattr(loop, "validate", stop)
     with pytest.raises(KeyboardInterrupt):
         train(experiment_of(pooled), tmp_path / "late")
     monkeypatch.undo()
@@ -265,7 +264,7 @@ def test_ray_train_survives_a_worker_and_goes_on_where_it_was(
 def test_a_worker_that_always_dies_ends_the_run(
     pooled: dict[str, Any], tmp_path: Path, ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_workers, "_MAX_FAILURES", 1)  # each takes 15 seconds
+    monkeypatch.setattr(ray_train, "_MAX_FAILURES", 1)  # each takes 15 seconds
     failing = {"kind": "tests.helpers:FailingSinusoid", "shots": 5, "queries": 5}
     with pytest.raises(TrainingFailed, match="these data are broken"):
         train(experiment_of({**pooled, "task": failing}, cluster={"workers": 1}), tmp_path / "run")
