@@ -125,7 +125,7 @@ class Setting:
 
     mode: str
     steps: int
-    checkpoint: bool
+    remat: bool
     device: str
     tasks: int
     threads: int
@@ -163,7 +163,7 @@ def measure(setting: Setting) -> Measurement:
         Objective(model, task),
         Adaptation.of(model, steps=setting.steps),
         layout,
-        checkpoint=setting.checkpoint,
+        remat=setting.remat,
         compile=setting.mode == "compiled",
     )
     memory = Gpu() if setting.device == "cuda" else Process()
@@ -246,12 +246,10 @@ def measured_apart(setting: Setting, cache: str) -> Measurement:
 def table(mode: str, steps: int, arguments: argparse.Namespace, cache: str) -> list[str]:
     """The rows of a mode; ratios are to the first row."""
     rows, first = [], None
-    for count, checkpoint in ((1, False), (1, True), (steps, False), (steps, True)):
-        name = f"{count} step{'s' * (count > 1)}{', checkpoint' * checkpoint}"
+    for count, remat in ((1, False), (1, True), (steps, False), (steps, True)):
+        name = f"{count} step{'s' * (count > 1)}{', checkpoint' * remat}"
         print(f"{mode}, {name} ...", file=sys.stderr, flush=True)
-        setting = Setting(
-            mode, count, checkpoint, arguments.device, arguments.tasks, arguments.threads
-        )
+        setting = Setting(mode, count, remat, arguments.device, arguments.tasks, arguments.threads)
         result = measured_apart(setting, cache)
         first = first or result
         values = [
@@ -262,7 +260,7 @@ def table(mode: str, steps: int, arguments: argparse.Namespace, cache: str) -> l
                 (result.own, first.own),
             )
         ]
-        target = f"at most {TARGET:.0f}x" if checkpoint and count > 1 else ""
+        target = f"at most {TARGET:.0f}x" if remat and count > 1 else ""
         peak = "" if result.reset else " (peak of the first call included)"
         rows.append(f"| {mode} | {name}{peak} | {' | '.join(values)} | {target} |")
     return rows

@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.runs.checkpoint import load_theta
 from pipeline.training.session import Watcher
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
-from tasks.control.mdp import Step
+from tasks.control.mdp import Transition
 from tasks.control.navigation import Navigation, Plane
 from tasks.random import UInt64, task_keys, uniform
 from tasks.sinusoid import Sinusoid
@@ -66,7 +66,7 @@ class _SlowPlane(Plane):
         self.__dict__.update(plane.__dict__)
         self._seconds = seconds
 
-    def step(self, action: Tensor) -> Step:
+    def step(self, action: Tensor) -> Transition:
         time.sleep(self._seconds)
         return super().step(action)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.base import as_tensor
-from tasks.control.mdp import MDPs, Step
+from tasks.control.mdp import MDPs, Transition
 from tasks.random import UInt64, uniform
 
 HORIZON = 3
@@ -61,11 +61,11 @@ class Chain:
         self._state, self._time = torch.zeros(b, n, dtype=torch.int64), 0
         return self._observation()
 
-    def step(self, action: Tensor) -> Step:
+    def step(self, action: Tensor) -> Transition:
         reward = self._scale * REWARD[self._state, action].to(self._like)
         self._state = (self._chance[:, :, self._time] < TO_ONE[self._state, action]).long()
         self._time += 1
-        return Step(self._observation(), reward, torch.zeros_like(action, dtype=torch.bool))
+        return Transition(self._observation(), reward, torch.zeros_like(action, dtype=torch.bool))
 
     def close(self) -> None:
         pass

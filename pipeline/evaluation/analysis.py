@@ -24,7 +24,7 @@ from torch.func import vmap
 from pipeline.config.experiment import Experiment
 from pipeline.maml.adaptation import Adaptation, matching
 from pipeline.maml.estimates import Estimate
-from pipeline.maml.learning_curve import Adapted, trajectory
+from pipeline.maml.learning_curve import Adapted, adapt
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.parameters import Params
 from pipeline.maml.representations import (
@@ -227,7 +227,7 @@ class _Looker:
         """The parameters of each task before and after adaptation by `adaptation`."""
         objective, meta, alpha = self._objective, self._meta, self._alpha
         tasks, support = len(batch.query.x), batch.support
-        walk = list(trajectory(objective, adaptation, meta, support, alpha, self._steps, tasks))
+        walk = list(adapt(objective, adaptation, meta, support, alpha, self._steps, tasks))
         return walk[0], walk[-1]
 
     def _likeness(self, start: Adapted, end: Adapted, batch: TaskBatch) -> dict[str, Tensor]:
@@ -269,17 +269,17 @@ class _Looker:
 
     def _abilities(self, start: Adapted, end: Adapted, batch: TaskBatch) -> dict[str, Tensor]:
         """The metric on the query set by what adapts, [B] each."""
-        values = {NONE: self._judged(start, batch), ALL: self._judged(end, batch)}
+        values = {NONE: self._query_metric(start, batch), ALL: self._query_metric(end, batch)}
         for name, fast in self._parts.items():
             values[name] = values[NONE]
             if fast:
                 part = dataclasses.replace(self._adaptation, fast=fast)
-                values[name] = self._judged(self._ends(part, batch)[1], batch)
+                values[name] = self._query_metric(self._ends(part, batch)[1], batch)
         if self._classes:
             values[CENTROID] = self._centroid_accuracy(start, batch)
         return {f"ability/{name}": value for name, value in values.items()}
 
-    def _judged(self, at: Adapted, batch: TaskBatch) -> Tensor:
+    def _query_metric(self, at: Adapted, batch: TaskBatch) -> Tensor:
         """The metric on the query set, [B]."""
 
         def one(fast: Params, query: Examples) -> Tensor:

@@ -23,7 +23,7 @@ from pipeline.maml.estimates import interval, mean_and_ci95
 from pipeline.maml.parameters import FlatVector, flat_vector
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import Which, parameters_of
-from pipeline.worker.jobs import EvaluationJob, Judged, in_chunks
+from pipeline.worker.jobs import Evaluated, EvaluationJob, in_chunks
 from pipeline.worker.learner import initial_parameters
 from tasks.base import SPLITS
 
@@ -37,7 +37,7 @@ _OF_POLICIES = ("estimator", "discount", "gae_lambda", "update")
 TRAINED, RANDOM = "trained", "random init"
 ORACLE, CENTROID = "oracle", "nearest centroid"
 BASELINES = (RANDOM, ORACLE, CENTROID)
-_JUDGED: dict[str, Judged] = {ORACLE: "oracle", CENTROID: "nearest centroid"}
+_EVALUATED: dict[str, Evaluated] = {ORACLE: "oracle", CENTROID: "nearest centroid"}
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def adaptation_curve_of(
     who: str = TRAINED,
 ) -> Curve:
     """Evaluate θ (flat, [D]): means over the tasks, with their confidence intervals."""
-    by_task = task_by_task(workers, experiment, theta, spec, _JUDGED.get(who, "model"))
+    by_task = task_by_task(workers, experiment, theta, spec, _EVALUATED.get(who, "model"))
     return curve_of(experiment, by_task, spec, who)
 
 
@@ -109,11 +109,11 @@ def task_by_task(
     experiment: Experiment,
     theta: FlatVector,
     spec: EvaluationSpec,
-    judged: Judged = "model",
+    evaluated: Evaluated = "model",
 ) -> dict[str, npt.NDArray[Any]]:
     """Metrics of single tasks by name, [steps, tasks]."""
     jobs = [
-        EvaluationJob(spec.split, first, count, spec.steps, spec.changes(experiment), judged)
+        EvaluationJob(spec.split, first, count, spec.steps, spec.changes(experiment), evaluated)
         for first, count in in_chunks(experiment, theta.size, spec.num_tasks)
     ]
     results = workers.run(theta, jobs).results

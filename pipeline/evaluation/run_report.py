@@ -23,7 +23,7 @@ from pipeline.evaluation.health_plots import plot_health
 from pipeline.evaluation.meta_test import TRAINED, Curve, as_series, cell, metric_label
 from pipeline.evaluation.plot_style import after_steps
 from pipeline.evaluation.policy_plots import Courses, Paths, animate_paths, plot_courses, plot_paths
-from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.learning_curve import adapt
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.parameters import Params, flat_vector
 from pipeline.worker.chunk import ChunkComputer
@@ -205,7 +205,7 @@ def sinusoid_fits(
     model = model_of(experiment)
     objective = Objective(model.to(dtype), task)
     alpha = torch.tensor(experiment.inner.lr, dtype=dtype)
-    adapted = trajectory(
+    adapted = adapt(
         objective, adaptation_of(experiment, model), theta, support, alpha, steps[-1], _NUM_FITS
     )
     fits: dict[int, torch.Tensor] = {}

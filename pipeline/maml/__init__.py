@@ -1,1 +1,1 @@
-"""The mathematics, torch and numpy alone: adapt (eq. 2), judge (eq. 3), meta-gradient (eq. 4)."""
+"""Adaptation (eq. 2), meta-loss (eq. 3) and meta-gradient (eq. 4), on torch and numpy alone."""

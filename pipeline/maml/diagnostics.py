@@ -26,7 +26,7 @@ from torch.func import vmap
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.inner_loop import Order, Stages, hessian_vector_product
 from pipeline.maml.meta_gradient import (
-    Estimator,
+    GradientEstimator,
     Knobs,
     Visit,
     differentiates,
@@ -57,7 +57,7 @@ def diagnose(
     knobs: Knobs,
     *,
     order: Order,
-    estimator: Estimator = "gradient",
+    estimator: GradientEstimator = "gradient",
 ) -> Diagnosis:
     """Diagnose a chunk; `order` is the one that training uses, which gradient_norm is about."""
     forward = differentiates(objective, adaptation, meta, batch)

@@ -26,7 +26,7 @@ from pipeline.maml.update_rules import Point, Rule
 Order = Literal["second", "first"]
 
 
-class Step(NamedTuple):
+class InnerStep(NamedTuple):
     """What one step of adaptation gives."""
 
     point: Point
@@ -49,14 +49,14 @@ class Adjoint(NamedTuple):
 
 def inner_step(
     loss: Loss, rule: Rule, point: Point, slow: Params, rates: Params, t: Tensor, support: Any
-) -> Step:
+) -> InnerStep:
     """One step; with plain gradient descent θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2)."""
 
     def of_fast(fast: Params) -> Tensor:
         return loss({**slow, **fast}, support)
 
     gradient, value = grad_and_value(of_fast)(point.fast)
-    return Step(rule.update(point, gradient, rates, t), gradient, value)
+    return InnerStep(rule.update(point, gradient, rates, t), gradient, value)
 
 
 def inner_step_back(
@@ -216,7 +216,7 @@ class Stages(NamedTuple):
     one large batch instead of B small ones.
     """
 
-    step: Callable[..., Step]
+    step: Callable[..., InnerStep]
     query: Callable[..., Any]
     step_back: Callable[..., Adjoint]
     slow_back_at_once: Callable[..., Params] | None = None
@@ -241,7 +241,7 @@ class Stages(NamedTuple):
 
         def step(
             point: Point, slow: Params, rates: Params, t: Tensor, support: Any, shared: bool
-        ) -> Step:
+        ) -> InnerStep:
             one = partial(inner_step, objective.loss, rule)
             return vmap(one, in_dims=(axes(shared), None, None, None, 0))(
                 point, slow, rates, t, support

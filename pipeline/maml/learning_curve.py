@@ -27,7 +27,7 @@ class Adapted(NamedTuple):
     slow: Params
 
 
-def trajectory(
+def adapt(
     objective: TaskLoss,
     adaptation: Adaptation,
     meta: Params,
@@ -73,7 +73,7 @@ def adaptation_curve(
     """Query loss and metrics of every task after each of `steps` steps, [len(steps), B]."""
     rows: list[dict[str, Tensor]] = []
     count = num_tasks(batch)
-    adapted = trajectory(objective, adaptation, meta, batch.support, alpha, steps[-1], count)
+    adapted = adapt(objective, adaptation, meta, batch.support, alpha, steps[-1], count)
     for step, (fast, slow) in enumerate(adapted):
         if step in steps:
             judge = vmap(lambda f, q, slow=slow: objective.loss_and_metrics({**slow, **f}, q))

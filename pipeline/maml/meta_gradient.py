@@ -28,9 +28,9 @@ from torch.utils import _pytree as pytree
 from pipeline.maml.adaptation import RATE, Adaptation, MetaSum
 from pipeline.maml.compilation import Compiler, operator_calls
 from pipeline.maml.inner_loop import (
+    InnerStep,
     Order,
     Stages,
-    Step,
     can_go_back_at_once,
     differentiates_forward,
 )
@@ -38,7 +38,7 @@ from pipeline.maml.meta_loss import Batch, Support, TaskLoss
 from pipeline.maml.parameters import Layout, Params
 from pipeline.maml.update_rules import Point
 
-Estimator = Literal["gradient", "reptile"]
+GradientEstimator = Literal["gradient", "reptile"]
 
 
 class Knobs(NamedTuple):
@@ -64,7 +64,7 @@ class Visit(NamedTuple):
     """A step of adaptation on the way forward."""
 
     before: Point
-    step: Step
+    step: InnerStep
 
 
 def walk_forward(
@@ -289,8 +289,8 @@ def chunk_function(
     layout: Layout,
     *,
     order: Order = "second",
-    estimator: Estimator = "gradient",
-    checkpoint: bool = False,
+    estimator: GradientEstimator = "gradient",
+    remat: bool = False,
     compile: bool = False,
 ) -> ChunkFunction:
     """The computation of a chunk, from and to the flat vectors that travel.
@@ -300,7 +300,7 @@ def chunk_function(
     or constants ("first"); `estimator` is the meta-gradient ("gradient") or reptile's difference.
     With `compile` all of it is one program, which keeps activations of the way forward for the way
     back.
-    `checkpoint` makes one program per stage instead: activations live within a stage only, so that
+    `remat` makes one program per stage instead: activations live within a stage only, so that
     memory does not grow with the steps, and each step back computes its gradient again. Where one
     program would take minutes to compile, there is one per stage in any case. In eager mode
     everything is the same walk, which keeps the θ_s and the inner gradients.
@@ -318,7 +318,7 @@ def chunk_function(
         if not compile:
             return walk_of(eager)
         compiler = Compiler()
-        if checkpoint or operator_calls(walk_of(eager), flat, batch, knobs) > _LARGEST_PROGRAM:
+        if remat or operator_calls(walk_of(eager), flat, batch, knobs) > _LARGEST_PROGRAM:
             return walk_of(eager.compiled(compiler))
         return compiler.compiled(walk_of(eager))
 

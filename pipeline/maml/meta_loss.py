@@ -46,7 +46,7 @@ class TaskLoss(Protocol):
         ...
 
 
-class Judge(Protocol):
+class Criterion(Protocol):
     """The part of a task distribution that compares predictions with targets."""
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor: ...
@@ -56,7 +56,7 @@ class Judge(Protocol):
 class Objective:
     """L_T of a model under a task distribution's loss, as pure functions of the parameters."""
 
-    def __init__(self, model: nn.Module, judge: Judge):
+    def __init__(self, model: nn.Module, criterion: Criterion):
         if names := [name for name, _ in model.named_buffers()]:
             raise ValueError(
                 f"model: has buffers ({', '.join(names[:3])}), which adaptation would "
@@ -65,7 +65,7 @@ class Objective:
         if not any(True for _ in model.parameters()):
             raise ValueError("model: has no parameters to adapt")
         self._model = model
-        self._judge = judge
+        self._criterion = criterion
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
         """f_θ(x)."""
@@ -74,7 +74,7 @@ class Objective:
 
     def loss(self, params: Params, examples: Examples) -> Tensor:
         """L_T(f_θ), the mean over the examples of one task."""
-        return self._judge.loss(self.predict(params, examples.x), examples.y)
+        return self._criterion.loss(self.predict(params, examples.x), examples.y)
 
     def loss_and_metrics(
         self, params: Params, examples: Examples
@@ -82,5 +82,5 @@ class Objective:
         """The loss and every metric of one task, metrics detached."""
         prediction = self.predict(params, examples.x)
         with torch.no_grad():
-            metrics = self._judge.metrics(prediction.detach(), examples.y)
-        return self._judge.loss(prediction, examples.y), metrics
+            metrics = self._criterion.metrics(prediction.detach(), examples.y)
+        return self._criterion.loss(prediction, examples.y), metrics

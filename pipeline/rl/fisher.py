@@ -135,7 +135,7 @@ def _tangent(
     return tangent.fast
 
 
-class Candidate(NamedTuple):
+class CandidateMetrics(NamedTuple):
     """What a candidate for the next θ is worth, per task, [B]."""
 
     surrogate: Tensor
@@ -145,13 +145,13 @@ class Candidate(NamedTuple):
 
 
 @torch.no_grad()
-def judge(
+def evaluate_candidate(
     objective: PolicyObjective,
     adaptation: Adaptation,
     candidate: Params,
     batch: CollectedBatch,
     alpha: Tensor,
-) -> Candidate:
+) -> CandidateMetrics:
     """Adapt a candidate on the stored trajectories, and look at the query."""
     stages = Stages.of(objective, adaptation)
     visits = walk_forward(stages, adaptation, candidate, batch.support, alpha)
@@ -160,15 +160,15 @@ def judge(
     slow = adaptation.slow(candidate, max(last, 0))
     look = vmap(lambda fast, query: objective.loss_and_metrics({**slow, **fast}, query))
     loss, found = look(fast, batch.query)
-    return Candidate(loss, found["kl"])
+    return CandidateMetrics(loss, found["kl"])
 
 
-class Proximal(NamedTuple):
+class ProximalGradient(NamedTuple):
     """A step of ProMP."""
 
     gradient: Params
     """Sum over the tasks of the gradient of query loss + weight · inner KL."""
-    candidate: Candidate
+    candidate: CandidateMetrics
     inner_kl: Tensor
     """Between the policies that collected the support and those that adaptation passes through
     now, mean over its steps, [B]."""
@@ -184,7 +184,7 @@ def proximal_gradient(
     *,
     second_order: bool,
     inner_kl_weight: float,
-) -> Proximal:
+) -> ProximalGradient:
     """Rothfuss et al. 2019, eq. 12: clipped query loss (the objective's), and a penalty on moving
     from the policies that collected the support."""
     stages = Stages.of(objective, adaptation, order="second" if second_order else "first")
@@ -192,7 +192,7 @@ def proximal_gradient(
     steps = adaptation.steps
     weight = inner_kl_weight / max(steps, 1)
     inner: list[Tensor] = []
-    outer: list[Candidate] = []
+    outer: list[CandidateMetrics] = []
 
     def inner_kl(fast: Params, slow: Params, support: Experience) -> Tensor:
         return objective.kl_at({**slow, **fast}, support)
@@ -203,7 +203,7 @@ def proximal_gradient(
         if s == steps - 1:
             slow = adaptation.slow(meta, max(s, 0))
             (fast_bar, slow_bar), (loss, found) = stages.query(at.fast, slow, batch.query)
-            outer.append(Candidate(loss, found["kl"]))
+            outer.append(CandidateMetrics(loss, found["kl"]))
             return Incoming(fast_bar, slow_bar)
         slow, support = adaptation.slow(meta, s + 1), batch.support.at_step(s + 1)
         (fast_bar, slow_bar), kl = inner_gradient(at.fast, slow, support)
@@ -216,4 +216,4 @@ def proximal_gradient(
     gradient = carry_back(stages, adaptation, meta, batch, alpha, visits, incoming)
     (candidate,) = outer
     mean = torch.stack(inner).mean(0) if inner else torch.zeros_like(candidate.kl)
-    return Proximal(gradient, candidate, mean)
+    return ProximalGradient(gradient, candidate, mean)

@@ -29,7 +29,7 @@ from pipeline.maml.parameters import Params
 from pipeline.rl.policies import Distribution
 from tasks.control.mdp import Trajectories
 
-Estimator = Literal["naive", "lvc", "dice"]
+SurrogateEstimator = Literal["naive", "lvc", "dice"]
 
 
 class Experience(NamedTuple):
@@ -46,7 +46,7 @@ def mean_over_steps(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def surrogate(
-    estimator: Estimator,
+    estimator: SurrogateEstimator,
     log_probability: Tensor,
     collected: Tensor,
     advantages: Tensor,
@@ -71,7 +71,7 @@ class PolicyObjective:
         self,
         model: nn.Module,
         distribution: Distribution,
-        estimator: Estimator,
+        estimator: SurrogateEstimator,
         clip: float | None = None,
     ):
         self._model, self._distribution = model, distribution

@@ -21,7 +21,7 @@ from torch.func import vmap
 
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.adaptation import Adaptation
-from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.learning_curve import adapt
 from pipeline.maml.parameters import Params
 from pipeline.rl.advantages import advantages
 from pipeline.rl.policies import Distribution, distribution_of, log_std_of
@@ -39,7 +39,7 @@ from tasks.control.mdp import (
 from tasks.random import UInt64
 
 
-class PerStep(NamedTuple):
+class CollectedSupport(NamedTuple):
     """The support of B tasks: what each step of adaptation learns from."""
 
     steps: list[Experience]
@@ -52,14 +52,14 @@ class PerStep(NamedTuple):
 class CollectedBatch(NamedTuple):
     """B tasks as they were acted out: the support, and the query by the adapted policies."""
 
-    support: PerStep
+    support: CollectedSupport
     query: Experience
 
     def fewer(self, trajectories: int) -> CollectedBatch:
         """The same tasks with so many trajectories at most of each step."""
         support, query = self.support.steps, self.query
         return CollectedBatch(
-            PerStep([_first(trajectories, of_step) for of_step in support]),
+            CollectedSupport([_first(trajectories, of_step) for of_step in support]),
             _first(trajectories, query),
         )
 
@@ -82,7 +82,7 @@ class Collected(NamedTuple):
     @property
     def batch(self) -> CollectedBatch:
         """What a meta-gradient is made of."""
-        return CollectedBatch(PerStep(self.steps[:-1]), self.steps[-1])
+        return CollectedBatch(CollectedSupport(self.steps[:-1]), self.steps[-1])
 
 
 @torch.no_grad()
@@ -100,9 +100,9 @@ def collect(
     distribution = distribution_of(task.actions)
     parameters = as_tensor(task.parameters(keys)).to(alpha)
     environment = task.environment(parameters, keys, task.trajectories, alpha)
-    support, metrics = PerStep([]), []
+    support, metrics = CollectedSupport([]), []
     predict, kl = vmap(objective.predict), vmap(objective.kl_at)
-    adapted = trajectory(objective, adaptation, meta, support, alpha, steps, len(keys))
+    adapted = adapt(objective, adaptation, meta, support, alpha, steps, len(keys))
     try:
         for step, (fast, slow) in enumerate(adapted):
             shared = {name: value.expand(len(keys), *value.shape) for name, value in slow.items()}
@@ -113,12 +113,12 @@ def collect(
             past = rollout(
                 partial(predict, now), distribution, environment, noise.to(alpha), step, parameters
             )
-            judged = advantages(past, settings.discount, settings.gae_lambda)
+            estimated = advantages(past, settings.discount, settings.gae_lambda)
             found = _facts(task, distribution, past)
-            found["explained_variance"] = judged.explained_variance
+            found["explained_variance"] = estimated.explained_variance
             if step:
                 found["inner_kl"] = kl(now, support.steps[-1])
-            support.steps.append(Experience(past, judged.values))
+            support.steps.append(Experience(past, estimated.values))
             metrics.append(found)
     finally:
         environment.close()

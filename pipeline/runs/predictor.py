@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.config.components import build_model
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import from_dict, load_run
-from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.learning_curve import adapt
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.parameters import Layout, Params
 from pipeline.worker.learner import adaptation_of, meta_parameters_of
@@ -155,7 +155,7 @@ class Adapter:
         targets, labels = self._targets(support_y, len(support))
         one_task = Examples(support[None], targets[None])
         losses, params = [], self._theta
-        for fast, slow in trajectory(
+        for fast, slow in adapt(
             self._objective,
             self._adaptation,
             self._theta,

@@ -130,8 +130,8 @@ class Pretrainer:
         heads = prediction.view(len(which), x.shape[1], settings.tasks, -1)
         own = [heads[i, :, head] for i, head in enumerate(which)]
         losses = [self._task.loss(p, t) for p, t in zip(own, y, strict=True)]
-        judged = [self._task.metrics(p.detach(), t) for p, t in zip(own, y, strict=True)]
-        metrics = {name: torch.stack([m[name] for m in judged]).mean() for name in judged[0]}
+        by_task = [self._task.metrics(p.detach(), t) for p, t in zip(own, y, strict=True)]
+        metrics = {name: torch.stack([m[name] for m in by_task]).mean() for name in by_task[0]}
         return torch.stack(losses).mean(), metrics
 
     def state(self) -> dict[str, Tensor]:

@@ -95,13 +95,13 @@ def usual_questions(
 
     The line search is assumed to accept its first step.
     """
-    judged = CandidateJob(iteration, 0, theta)
+    evaluated = CandidateJob(iteration, 0, theta)
     if settings.update == "trpo":
-        return [(FisherJob(iteration, 0, theta), settings.cg_iterations), (judged, 1)]
+        return [(FisherJob(iteration, 0, theta), settings.cg_iterations), (evaluated, 1)]
     if settings.update == "promp":
         moved = CandidateJob(iteration, 0, theta, settings.inner_kl)
-        return [(moved, settings.outer_steps - 1), (judged, 1)]
-    return [(judged, 1)]
+        return [(moved, settings.outer_steps - 1), (evaluated, 1)]
+    return [(evaluated, 1)]
 
 
 def policy_update(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipeline.config.experiment import Experiment
 from pipeline.maml.parameters import FlatVector
 
-Judged = Literal["model", "oracle", "nearest centroid"]
+Evaluated = Literal["model", "oracle", "nearest centroid"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class EvaluationJob:
     steps: tuple[int, ...]
     changes: dict[str, Any] = field(default_factory=dict)
     """Settings of `task` that differ from the experiment's."""
-    judged: Judged = "model"
+    evaluated: Evaluated = "model"
     """Who predicts: the model, the task distribution's oracle, or a classifier on the model's
     features that needs no adaptation."""
 

@@ -52,7 +52,7 @@ def program_of(
             learner.layout,
             order="second" if phase.second_order else "first",
             estimator=estimator,
-            checkpoint=inner.checkpoint,
+            remat=inner.checkpoint,
             compile=compile,
         )
 

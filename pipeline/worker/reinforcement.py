@@ -17,7 +17,7 @@ from pipeline.config.settings import Reinforcement
 from pipeline.maml.compilation import Work
 from pipeline.maml.inner_loop import has_forward_derivatives
 from pipeline.maml.parameters import FlatVector, Params
-from pipeline.rl.fisher import Proximal, judge, proximal_gradient
+from pipeline.rl.fisher import ProximalGradient, evaluate_candidate, proximal_gradient
 from pipeline.rl.policies import distribution_of
 from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import Collected, CollectedBatch, collect, expert_returns
@@ -117,7 +117,7 @@ class ReinforcementTasks(TaskSource):
         task = self._variants.of(job.changes)
         indices = np.arange(job.first, job.first + job.count)
         keys = task_keys(EVALUATION_SEED, job.split, indices)
-        if job.judged != "model":
+        if job.evaluated != "model":
             returns = expert_returns(task, keys, self.learner.alpha)
             return {"return": returns.expand(len(job.steps), -1)}
         found = self._collect(task, theta, keys, job.steps[-1]).metrics
@@ -132,7 +132,9 @@ class ReinforcementTasks(TaskSource):
         candidate, learner = self._params(job.candidate), self.learner
         num_tasks = self._num_tasks(job.chunk)
         if job.inner_kl_weight is None:
-            found = judge(self.objective, learner.adaptation, candidate, batch, learner.alpha)
+            found = evaluate_candidate(
+                self.objective, learner.adaptation, candidate, batch, learner.alpha
+            )
             return Answer(num_tasks, found._asdict())
         step = self._proximal(candidate, batch, job.inner_kl_weight)
         metrics = {**step.candidate._asdict(), "inner_kl": step.inner_kl}
@@ -145,7 +147,9 @@ class ReinforcementTasks(TaskSource):
         batch = self._chunk(theta, iteration, chunk).for_fisher
         return self._fisher(theta, batch, self.learner.alpha, direction)
 
-    def _proximal(self, candidate: Params, batch: CollectedBatch, weight: float) -> Proximal:
+    def _proximal(
+        self, candidate: Params, batch: CollectedBatch, weight: float
+    ) -> ProximalGradient:
         return proximal_gradient(
             self.objective,
             self.learner.adaptation,

@@ -62,13 +62,13 @@ class SupervisedTasks(TaskSource):
         task = self._variants.of(job.changes)
         indices = np.arange(job.first, job.first + job.count)
         batch = self._place(task.sample(EVALUATION_SEED, job.split, indices))
-        if job.judged == "oracle":
+        if job.evaluated == "oracle":
             prediction = task.oracle(batch)
             if prediction is None:
                 kind = self.learner.experiment.task.kind
                 raise ValueError(f"evaluation.baselines: {kind} tasks have no oracle")
             return _unadapted(task, batch, prediction, job.steps)
-        if job.judged == "nearest centroid":
+        if job.evaluated == "nearest centroid":
             scores = self._nearest_centroids(task, theta, batch)
             metrics = _unadapted(task, batch, scores, job.steps)
             del metrics["loss"]  # scores are cosines: their cross-entropy says nothing

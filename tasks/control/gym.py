@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tasks.base import as_tensor, ascending
-from tasks.control.mdp import Actions, MDPs, Step
+from tasks.control.mdp import Actions, MDPs, Transition
 from tasks.random import UInt64, bits, uniform
 
 if TYPE_CHECKING:
@@ -142,14 +142,14 @@ class Vectorised:
         self._ended, self._time = np.zeros(self._vector.num_envs, dtype=bool), 0
         return self._tensor(observation)
 
-    def step(self, action: Tensor) -> Step:
+    def step(self, action: Tensor) -> Transition:
         actions = self._played(action.flatten(0, 1).cpu().numpy())
         observation, reward, ended, cut, _ = self._vector.step(actions)
         self._time += 1
         self._refuse_own_limit(cut & ~ended)
         self._ended |= ended
         at = torch.from_numpy(ended).to(self._like.device).reshape(self._shape)
-        return Step(self._tensor(observation), self._tensor(reward)[..., 0], at)
+        return Transition(self._tensor(observation), self._tensor(reward)[..., 0], at)
 
     def _tensor(self, numbers: Numbers) -> Tensor:
         return as_tensor(numbers).to(self._like).reshape(*self._shape, -1)

@@ -28,7 +28,7 @@ ACTING = 2**14
 """First of the random streams from which a task's actions are drawn; one stream per rollout."""
 
 
-class Step(NamedTuple):
+class Transition(NamedTuple):
     """The result of an action, for all trajectories at once."""
 
     observation: Tensor
@@ -51,7 +51,7 @@ class Environment(Protocol):
         """Start the trajectories of rollout `episode`; return the first observations, [B, n, O]."""
         ...
 
-    def step(self, action: Tensor) -> Step:
+    def step(self, action: Tensor) -> Transition:
         """Act: [B, n, A] where actions are continuous, [B, n] integers where they are discrete."""
         ...
 

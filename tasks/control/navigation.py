@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tasks.base import at_least
-from tasks.control.mdp import MDPs, Step, Trajectories
+from tasks.control.mdp import MDPs, Trajectories, Transition
 from tasks.random import UInt64, uniform
 
 _GOAL = 0  # random stream
@@ -73,11 +73,11 @@ class Plane:
         self._position = torch.zeros_like(self._position)
         return self._position
 
-    def step(self, action: Tensor) -> Step:
+    def step(self, action: Tensor) -> Transition:
         self._position = _moved(self._position, action)
         left = self._position - self._goals
         ended = (left.abs() < _NEAR).all(-1)
-        return Step(self._position, -torch.linalg.vector_norm(left, dim=-1), ended)
+        return Transition(self._position, -torch.linalg.vector_norm(left, dim=-1), ended)
 
     def expert_action(self) -> Tensor:
         """Towards the goal, at the highest speed in each coordinate."""

@@ -14,7 +14,7 @@ from torch.func import functional_call
 from pipeline.config.algorithms import DESCRIPTIONS, PRESETS
 from pipeline.config.experiment import Algorithm
 from pipeline.maml.adaptation import RATE, Adaptation
-from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.learning_curve import adapt
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4, mlp
@@ -176,7 +176,7 @@ def perturbed(meta: Params) -> Params:
 def test_meta_gradient_equals_the_algorithm_by_hand(name: str, case: str) -> None:
     """With respect to every meta-parameter: θ, rates, normalisation per step, head."""
     torch.manual_seed(0)
-    model, judge, batch = CASES[case]()
+    model, criterion, batch = CASES[case]()
     model = model.double()
     batch = batch.to("cpu", torch.float64)
     adaptation = adaptation_for(name, model)
@@ -184,7 +184,7 @@ def test_meta_gradient_equals_the_algorithm_by_hand(name: str, case: str) -> Non
     layout = Layout.of(meta)
     weights = torch.tensor(WEIGHTS, dtype=torch.float64) if name == "maml++" else None
     chunk = chunk_function(
-        Objective(model, judge),
+        Objective(model, criterion),
         adaptation,
         layout,
         order="first" if name == "fomaml" else "second",
@@ -194,7 +194,7 @@ def test_meta_gradient_equals_the_algorithm_by_hand(name: str, case: str) -> Non
     )
 
     def loss(params: Params, examples: Examples) -> Tensor:
-        return judge.loss(functional_call(model, params, (examples.x,)), examples.y)
+        return criterion.loss(functional_call(model, params, (examples.x,)), examples.y)
 
     leaves = {n: p.clone().requires_grad_() for n, p in meta.items()}
     by_hand = BY_HAND[name](model)
@@ -259,12 +259,12 @@ def test_reptile_takes_its_support_set_in_turns() -> None:
 
 
 def test_anil_leaves_the_body_alone_but_learns_it() -> None:
-    model, judge, batch = classification()
+    model, criterion, batch = classification()
     adaptation = adaptation_for("anil", model)
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
     head = {n for n in meta if is_head(model)(n)}
-    objective, batch = Objective(model, judge), batch.to("cpu", torch.float32)
-    *_, last = trajectory(
+    objective, batch = Objective(model, criterion), batch.to("cpu", torch.float32)
+    *_, last = adapt(
         objective, adaptation, meta, batch.support, torch.tensor(ALPHA), 3, len(batch.query.x)
     )
     assert set(last.fast) == head
@@ -284,9 +284,7 @@ def test_inner_adam_is_torchs(beta1: float) -> None:
     params = {n: p.detach().clone() for n, p in model.named_parameters()}
     objective = Objective(model, Sinusoid())
     alpha = torch.tensor(0.01, dtype=torch.float64)
-    *_, last = trajectory(
-        objective, adaptation, params, batch.support, alpha, 6, len(batch.query.x)
-    )
+    *_, last = adapt(objective, adaptation, params, batch.support, alpha, 6, len(batch.query.x))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01, betas=(beta1, 0.999))
     for _ in range(6):
         optimizer.zero_grad()

@@ -82,11 +82,11 @@ def test_layers_before_those_that_adapt_are_walked_through_once() -> None:
 def test_layers_are_shared_where_steps_differ_in_the_last_ones_alone(
     choices: dict[str, Any], shared: bool
 ) -> None:
-    model, judge, batch = classification()
+    model, criterion, batch = classification()
     adaptation = Adaptation.of(model, **{"steps": STEPS, **choices})
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
     batch = batch.to("cpu", torch.float32)
-    assert goes_back_at_once(Objective(model, judge), adaptation, meta, batch) is shared
+    assert goes_back_at_once(Objective(model, criterion), adaptation, meta, batch) is shared
 
 
 @pytest.mark.parametrize("rates", get_args(Rates))
@@ -96,9 +96,9 @@ def test_steps_at_once_equal_steps_one_by_one(
     rates: Rates, rule: RuleName, weights: tuple[float, ...] | None
 ) -> None:
     torch.manual_seed(0)
-    model, judge, batch = classification()
+    model, criterion, batch = classification()
     batch = batch.to("cpu", torch.float64)
-    objective = Objective(model.double(), judge)
+    objective = Objective(model.double(), criterion)
     adaptation = Adaptation.of(
         model, steps=STEPS, adapted=["head", "5.*"], rates=rates, rule=build_rule(rule)
     )
@@ -117,10 +117,10 @@ def test_steps_at_once_equal_steps_one_by_one(
 def test_steps_at_once_are_not_trusted_where_they_give_something_else(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model, judge, batch = classification()
+    model, criterion, batch = classification()
     adaptation = adaptation_for("anil", model)
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
-    case = Objective(model, judge), adaptation, meta, batch.to("cpu", torch.float32)
+    case = Objective(model, criterion), adaptation, meta, batch.to("cpu", torch.float32)
     assert goes_back_at_once(*case)
     right = inner_loop.slow_back_at_once
 
@@ -133,9 +133,9 @@ def test_steps_at_once_are_not_trusted_where_they_give_something_else(
 
 def test_a_loss_that_torch_cannot_differentiate_so_is_walked_step_by_step() -> None:
     """The gradient is compared by hand above. (Torch may mend it: then this is to go.)"""
-    model, judge, batch = regression()
+    model, criterion, batch = regression()
     adaptation = adaptation_for("anil", model)
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
     batch = batch.to("cpu", torch.float32)
-    assert not goes_back_at_once(Objective(model, judge), adaptation, meta, batch)
+    assert not goes_back_at_once(Objective(model, criterion), adaptation, meta, batch)
     assert goes_back_at_once(Objective(model, Squares()), adaptation, meta, batch)

@@ -83,13 +83,13 @@ def test_checkpointed_equals_plain(setup, programs):
     _, _, theta, batch = setup
     knobs = Knobs(torch.tensor(0.1))
     eager = second_order(setup, 3)
-    checkpointed = second_order(setup, 3, checkpoint=True, compile=True)
+    checkpointed = second_order(setup, 3, remat=True, compile=True)
     assert_same(checkpointed(theta, batch, knobs), eager(theta, batch, knobs))
     assert len(programs) == 5, "step and step back, each shared and per task, and the query"
 
 
-@pytest.mark.parametrize("checkpoint", [False, True])
-def test_layers_that_are_walked_through_once_compile(setup, programs, checkpoint):
+@pytest.mark.parametrize("remat", [False, True])
+def test_layers_that_are_walked_through_once_compile(setup, programs, remat):
     _, _, theta, batch = setup
     model = mlp((1,), 1, hidden=(4,), init_std=None)
     adaptation = Adaptation.of(model, steps=3, adapted=["head"], rates="per-layer-and-step")
@@ -100,10 +100,10 @@ def test_layers_that_are_walked_through_once_compile(setup, programs, checkpoint
     )
     eager, compiled = (
         chunk_function(Objective(model, Squares()), adaptation, layout, **options)
-        for options in ({}, {"checkpoint": checkpoint, "compile": True})
+        for options in ({}, {"remat": remat, "compile": True})
     )
     assert_same(compiled(flat, batch, knobs), eager(flat, batch, knobs))
-    assert len(programs) == (6 if checkpoint else 1), "that of all steps besides"
+    assert len(programs) == (6 if remat else 1), "that of all steps besides"
 
 
 def test_compiling_twice_in_a_process_gives_the_same_bits(setup, programs):

@@ -41,7 +41,7 @@ def images(num_tasks, shape, ways=2, shots=1, queries=2, seed=0):
     return TaskBatch(support=examples(shots), query=examples(queries))
 
 
-def prepared(model, judge):
+def prepared(model, criterion):
     """Objective, layout and flat parameters, in double precision."""
     model = model.double()
     params = {name: p.detach() for name, p in model.named_parameters()}
@@ -50,7 +50,7 @@ def prepared(model, judge):
     flat = layout.join(params)
     # Published initial weights are tiny or zero; a generic point says more.
     return (
-        Objective(model, judge),
+        Objective(model, criterion),
         layout,
         flat + 0.3 * torch.randn(flat.shape, dtype=flat.dtype, generator=generator),
     )

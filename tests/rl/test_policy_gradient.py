@@ -17,13 +17,13 @@ from pipeline.maml.inner_loop import Stages
 from pipeline.maml.meta_gradient import Knobs, meta_gradient
 from pipeline.rl.advantages import advantages, discounted_sums, fitted, standardised
 from pipeline.rl.policies import CATEGORICAL, GAUSSIAN, distribution_of, gaussian_policy
-from pipeline.rl.policy_loss import Estimator, Experience, PolicyObjective, surrogate
-from pipeline.rl.rollouts import CollectedBatch, PerStep
+from pipeline.rl.policy_loss import Experience, PolicyObjective, SurrogateEstimator, surrogate
+from pipeline.rl.rollouts import CollectedBatch, CollectedSupport
 from tasks.control.mdp import Trajectories, masked, still_going
 from tasks.random import task_keys
 from tests.two_states import HORIZON, Paths, all_paths, table
 
-ESTIMATORS = get_args(Estimator)
+ESTIMATORS = get_args(SurrogateEstimator)
 PATHS = all_paths()
 SCORES = torch.tensor([[0.3, -0.4], [-0.2, 0.5]], dtype=torch.float64)
 
@@ -155,7 +155,7 @@ def consequences(past: Trajectories) -> list[Tensor]:
     for estimator in ESTIMATORS:
         objective = PolicyObjective(policy, GAUSSIAN, estimator, clip=0.3)
         experience = Experience(past, judged.values)
-        batch = CollectedBatch(PerStep([experience]), experience)
+        batch = CollectedBatch(CollectedSupport([experience]), experience)
         adaptation = Adaptation.of(policy, steps=1)
         stages = Stages.of(objective, adaptation)
         knobs = Knobs(torch.tensor(0.1, dtype=torch.float64))
@@ -213,7 +213,9 @@ def test_standardisation_looks_at_valid_steps_only() -> None:
 # Estimators: expectations over all trajectories, so without any sampling error.
 
 
-def expected_loss(estimator: Estimator, scores: Tensor, at: Tensor, paths: Paths) -> Tensor:
+def expected_loss(
+    estimator: SurrogateEstimator, scores: Tensor, at: Tensor, paths: Paths
+) -> Tensor:
     """Mean over the trajectories of a policy `at` of the surrogate at `scores`, times H."""
 
     def one(log_pi: Tensor, collected: Tensor, to_come: Tensor) -> Tensor:
@@ -224,13 +226,13 @@ def expected_loss(estimator: Estimator, scores: Tensor, at: Tensor, paths: Paths
     return HORIZON * (paths.probability(at) * losses).sum()
 
 
-def second_derivative(estimator: Estimator) -> Tensor:
+def second_derivative(estimator: SurrogateEstimator) -> Tensor:
     found = hessian(lambda s: expected_loss(estimator, s, SCORES, PATHS), SCORES)
     return -torch.as_tensor(found).reshape(4, 4)
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
-def test_every_surrogate_has_the_policy_gradient(estimator: Estimator) -> None:
+def test_every_surrogate_has_the_policy_gradient(estimator: SurrogateEstimator) -> None:
     scores = SCORES.clone().requires_grad_()
     (measured,) = torch.autograd.grad(expected_loss(estimator, scores, SCORES, PATHS), scores)
     (truth,) = torch.autograd.grad(PATHS.value(scores), scores)
@@ -291,7 +293,9 @@ def sampled(scores: Tensor, count: int, seed: int) -> Experience:
     return Experience(past, PATHS.to_come[drawn][None])
 
 
-def estimated_meta_gradient(estimator: Estimator, alpha: float, count: int, seed: int) -> Tensor:
+def estimated_meta_gradient(
+    estimator: SurrogateEstimator, alpha: float, count: int, seed: int
+) -> Tensor:
     """By the functions that train: collect, adapt, collect, and walk back."""
     policy = table((2,), 2).double()
     objective = PolicyObjective(policy, CATEGORICAL, estimator)
@@ -305,7 +309,7 @@ def estimated_meta_gradient(estimator: Estimator, alpha: float, count: int, seed
     one_task = Experience(Trajectories(*(part[0] for part in support[0])), support[1][0])
     adapted = fast["weight"] - rate * loss(fast, one_task)["weight"]
     query = sampled(adapted.T.contiguous(), count, seed + 1)
-    batch = CollectedBatch(PerStep([support]), query)
+    batch = CollectedBatch(CollectedSupport([support]), query)
     result = meta_gradient(stages, adaptation, meta, batch, Knobs(rate))
     return -HORIZON * result.gradient["weight"].T
 

@@ -25,7 +25,7 @@ from pipeline.evaluation.meta_test import evaluate_run
 from pipeline.maml.compilation import Work, worth_compiling
 from pipeline.maml.parameters import flat_vector
 from pipeline.rl import rollouts as experience
-from pipeline.rl.policy_loss import Estimator
+from pipeline.rl.policy_loss import SurrogateEstimator
 from pipeline.search.space import possible_experiments
 from pipeline.search.trial import criterion
 from pipeline.training.endings import Diverged
@@ -139,7 +139,7 @@ def test_compilation_is_decided_on_fisher_products_too(
     assert calls == [[8, 80], [8]]
 
 
-@pytest.mark.parametrize("estimator", get_args(Estimator))
+@pytest.mark.parametrize("estimator", get_args(SurrogateEstimator))
 def test_training_improves_the_adapted_policy(
     moving: dict[str, Any], tmp_path: Path, estimator: str
 ) -> None:

@@ -14,10 +14,10 @@ from torch.autograd.functional import hessian
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.adaptation import Adaptation
-from pipeline.maml.learning_curve import trajectory
+from pipeline.maml.learning_curve import adapt
 from pipeline.maml.parameters import Layout, Params, flat_vector
 from pipeline.maml.update_rules import RuleName, build_rule
-from pipeline.rl.fisher import fisher_product, judge, proximal_gradient
+from pipeline.rl.fisher import evaluate_candidate, fisher_product, proximal_gradient
 from pipeline.rl.policies import GAUSSIAN, gaussian_policy
 from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import CollectedBatch, collect
@@ -151,10 +151,10 @@ def test_fisher_products_may_be_estimated_from_fewer_trajectories(
 
 def test_before_the_step_the_kl_is_zero_and_then_it_is_the_one_written_out() -> None:
     small = Small(1)
-    same = judge(small.objective, small.adaptation, small.meta, small.batch, ALPHA)
+    same = evaluate_candidate(small.objective, small.adaptation, small.meta, small.batch, ALPHA)
     torch.testing.assert_close(same.kl, torch.zeros(3, dtype=torch.float64), atol=1e-12, rtol=0)
     moved = {name: value + 0.05 for name, value in small.meta.items()}
-    found = judge(small.objective, small.adaptation, moved, small.batch, ALPHA)
+    found = evaluate_candidate(small.objective, small.adaptation, moved, small.batch, ALPHA)
     needing = {name: value.requires_grad_() for name, value in moved.items()}
     assert float(found.kl.sum()) == pytest.approx(float(small.kl(needing).detach()), rel=1e-9)
     assert (found.kl > 1e-5).all()
@@ -168,9 +168,11 @@ def test_proximal_gradient_is_that_of_loss_and_inner_kl(steps: int) -> None:
 
     def value(flat: Tensor) -> float:
         meta = small.layout.split(flat)
-        loss = judge(small.objective, small.adaptation, meta, small.batch, ALPHA).surrogate.sum()
+        loss = evaluate_candidate(
+            small.objective, small.adaptation, meta, small.batch, ALPHA
+        ).surrogate.sum()
         inner = torch.zeros((), dtype=torch.float64)
-        on_the_way = trajectory(
+        on_the_way = adapt(
             small.objective, small.adaptation, meta, small.batch.support, ALPHA, steps, 3
         )
         for (fast, _), support in zip(on_the_way, small.batch.support.steps, strict=False):
