@@ -38,8 +38,13 @@ class Examples(NamedTuple):
         available = self.x.shape[1]
         if batch_size is None or batch_size >= available:
             return self
-        which = [(step * batch_size + i) % available for i in range(batch_size)]
-        return Examples(self.x[:, which], self.y[:, which])
+        first = step * batch_size % available
+        beyond = max(first + batch_size - available, 0)  # the turn goes on at the first example
+
+        def in_turn(values: Tensor) -> Tensor:
+            return torch.cat([values[:, first : first + batch_size], values[:, :beyond]], 1)
+
+        return Examples(in_turn(self.x), in_turn(self.y))
 
 
 class TaskBatch(NamedTuple):

@@ -24,7 +24,7 @@ from torch.func import vmap
 from pipeline.config.experiment import Experiment
 from pipeline.maml.adaptation import Adaptation, matching
 from pipeline.maml.estimates import Estimate
-from pipeline.maml.learning_curve import Adapted, adapt
+from pipeline.maml.learning_curve import Adapted, adapt, query_metrics
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.parameters import Params
 from pipeline.maml.representations import (
@@ -281,12 +281,8 @@ class _Looker:
 
     def _query_metric(self, at: Adapted, batch: TaskBatch) -> Tensor:
         """The metric on the query set, [B]."""
-
-        def one(fast: Params, query: Examples) -> Tensor:
-            loss, metrics = self._objective.loss_and_metrics({**at.slow, **fast}, query)
-            return {"loss": loss, **metrics}[self._metric]
-
-        return vmap(one)(at.fast, batch.query)
+        loss, metrics = query_metrics(self._objective, at, batch.query)
+        return {"loss": loss, **metrics}[self._metric]
 
     def _centroid_accuracy(self, at: Adapted, batch: TaskBatch) -> Tensor:
         """Accuracy of the nearest class centroid in the features that the head receives, [B]."""

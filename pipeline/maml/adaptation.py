@@ -1,14 +1,17 @@
 """What adaptation changes, at which rates, by which rule: the choices that make an algorithm.
 
-    MAML       every parameter, one fixed rate
-    ANIL       the head alone; BOIL the body alone
-    Meta-SGD   a learned rate for every single parameter
-    MAML++     a learned rate per layer and step; normalisation is not adapted and differs by step
+    MAML       adapts every parameter, at one fixed rate
+    ANIL       adapts the head alone; BOIL adapts the body alone
+    Meta-SGD   learns a rate for every single number of every parameter
+    MAML++     learns a rate per layer and step; does not adapt normalisation, but learns one set
+               of its parameters for every step
 
-The *meta-parameters* are all that the outer loop learns: the model's parameters (those with a value
-per step have a leading dimension S), and learned rates under `inner_lr.NAME`. At step s they fall
-into three groups: `fast` (where adaptation starts; only step 0 looks at them), `slow` (used, but
-not adapted) and `rates`.
+`pipeline.config.algorithms` names the papers and their equations.
+
+*Meta-parameters* are all tensors that the outer loop learns: the parameters of the model (those
+with a value per step have a leading dimension S), and learned rates under `inner_lr.NAME`. A step
+uses them in three roles: `fast` parameters are adapted (only the first step reads their
+meta-parameters), `slow` parameters are used and not adapted, and `rates` multiply gradients.
 """
 
 from __future__ import annotations
@@ -16,34 +19,46 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.maml.parameters import Params
-from pipeline.maml.update_rules import SGD, Rule
+from pipeline.maml.update_rules import SGD, Point, Rule
 
 Rates = Literal["fixed", "per-layer-and-step", "per-parameter"]
 RATE = "inner_lr."
+"""The name of a learned rate is this prefix and the name of the parameter."""
+
+
+class StepInputs(NamedTuple):
+    """What a step of adaptation takes from the meta-parameters; the same for all tasks."""
+
+    slow: Params
+    """The parameters that the step uses and does not adapt."""
+    rates: Params
+    """The rate of each adapted parameter: a scalar, or a tensor of the parameter's shape."""
+    t: Tensor
+    """The number of the step, 1, 2, ..., as a scalar tensor."""
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """How θ becomes θ'_S, apart from the loss."""
+    """How S steps of adaptation turn θ into θ'_S, apart from the loss."""
 
     steps: int
-    """S, the number of steps in meta-training; later steps repeat the settings of the last one."""
+    """S, the number of steps in meta-training. Steps beyond S use the settings of step S."""
     fast: tuple[str, ...]
     """Names of the adapted parameters."""
     per_step: frozenset[str] = frozenset()
-    """Names of meta-parameters with one value per step."""
+    """Names of the meta-parameters that have one value per step."""
     rates: Rates = "fixed"
     rule: Rule = SGD
     batch_size: int | None = None
-    """Support examples per step, in turns; None: all of them."""
+    """How many support examples a step uses, in turns. None: every step uses all."""
     later_factor: float = 1.0
-    """On the rates of steps beyond the trained ones."""
+    """The rates of steps beyond S are multiplied by this."""
 
     @classmethod
     def of(
@@ -59,9 +74,11 @@ class Adaptation:
         batch_size: int | None = None,
         later_factor: float = 1.0,
     ) -> Adaptation:
-        """Choices for a model, parameters named by groups or patterns (see `matching`).
+        """The adaptation of a model; groups or patterns name parameters (see `matching`).
 
-        Raises ValueError that begins with the setting's name.
+        Raises ValueError if a pattern matches nothing, if no parameter is left to adapt, or if a
+        parameter both adapts and has a value per step. The message begins with the name of the
+        setting.
         """
         chosen = matching(model, adapted, "adapted")
         left_out = matching(model, not_adapted, "not_adapted")
@@ -84,7 +101,11 @@ class Adaptation:
         return self.rates != "fixed"
 
     def meta_parameters(self, params: Mapping[str, Tensor], alpha: float) -> Params:
-        """All that is learned, at the start: `params` of the model, learned rates at `alpha`."""
+        """The initial meta-parameters: `params` of the model, and learned rates equal to `alpha`.
+
+        Parameters with a value per step are repeated S times. Tensors are on the device and in the
+        precision of `params`.
+        """
         meta = {}
         for name, value in params.items():
             value = value.detach()
@@ -100,11 +121,29 @@ class Adaptation:
         return meta
 
     def start(self, meta: Params) -> Params:
-        """The adapted parameters before the first step."""
+        """The adapted parameters before the first step, the same for all tasks."""
         return {name: meta[name] for name in self.fast}
 
+    def start_point(self, meta: Params, num_tasks: int | None = None) -> Point:
+        """The point before the first step: θ, or with `num_tasks` a view of θ for every task, each
+        tensor [B, ...]."""
+        fast = self.start(meta)
+        if num_tasks is not None:
+            fast = {name: value.expand(num_tasks, *value.shape) for name, value in fast.items()}
+        return self.rule.start(fast)
+
+    def at(self, meta: Params, alpha: Tensor, step: int) -> StepInputs:
+        """What step `step` (0, 1, ...) takes from the meta-parameters.
+
+        `alpha` is the fixed inner rate, a scalar; where rates are learned, it only says on which
+        device and in which precision `t` is.
+        """
+        return StepInputs(
+            self.slow(meta, step), self._rates(meta, alpha, step), alpha.new_tensor(step + 1.0)
+        )
+
     def slow(self, meta: Params, step: int) -> Params:
-        """What a step uses and does not adapt."""
+        """The parameters that step `step` (0, 1, ...) uses and does not adapt."""
         fast = set(self.fast)
         return {
             name: self._at(name, value, step)
@@ -113,10 +152,11 @@ class Adaptation:
         }
 
     def adapts_last_layers(self, meta: Params) -> bool:
-        """Whether the adapted parameters come after the others, in the order in which the model
-        names them, are the smaller part, and the others are the same in every step.
+        """Whether the adapted parameters come after all others in the model's order, are fewer
+        than half of all numbers, and the others are the same in every step.
 
-        A guess at what computations share, never at what they give.
+        The answer decides only how gradients are computed (see `slow_back_at_once`), not what they
+        are: the order of names is a guess at the order of the computation.
         """
         params = {name: value for name, value in meta.items() if not name.startswith(RATE)}
         adapts = [name in self.fast for name in params]
@@ -126,13 +166,12 @@ class Adaptation:
         stepwise = any(not name.startswith(RATE) for name in self.per_step)
         return fewer and adapts == sorted(adapts) and not stepwise
 
-    def rates_at(self, meta: Params, alpha: Tensor, step: int) -> Params:
-        """The rate of every adapted parameter in a step."""
+    def _rates(self, meta: Params, alpha: Tensor, step: int) -> Params:
         if self.learns_rates:
             rates = {name: self._at(RATE + name, meta[RATE + name], step) for name in self.fast}
         else:
             rates = dict.fromkeys(self.fast, alpha)
-        # A policy trained without steps takes its first one as one that was trained with it does.
+        # A policy that was trained without steps (S = 0) takes its first step at the full rate.
         if step < max(self.steps, 1) or self.later_factor == 1:
             return rates
         return {name: self.later_factor * rate for name, rate in rates.items()}
@@ -142,14 +181,17 @@ class Adaptation:
 
 
 class MetaSum:
-    """Collects gradients with respect to meta-parameters, step by step."""
+    """Adds up gradients with respect to meta-parameters, over tasks and over steps."""
 
     def __init__(self, adaptation: Adaptation):
         self._adaptation = adaptation
         self._sums: dict[tuple[str, int], Tensor] = {}
 
     def add(self, contribution: Params, step: int, prefix: str = "") -> None:
-        """Gradients per task, [B, ...], of what `slow`, `rates_at` or `start` gave for a step."""
+        """Add gradients per task, [B, ...], with respect to the parameters of a step.
+
+        `prefix` turns the names of `contribution` into names of meta-parameters: `RATE` for rates.
+        """
         for name, value in contribution.items():
             stepwise = prefix + name in self._adaptation.per_step
             key = (prefix + name, step if stepwise else 0)
@@ -157,7 +199,7 @@ class MetaSum:
             self._sums[key] = self._sums[key] + total if key in self._sums else total
 
     def gradient(self, meta: Params) -> Params:
-        """The sums, in the shapes of the meta-parameters."""
+        """The sums, in the shapes of the meta-parameters; zeros where nothing was added."""
         result = {}
         for name, value in meta.items():
             if name in self._adaptation.per_step:
@@ -170,12 +212,14 @@ class MetaSum:
 
 
 def matching(model: nn.Module, wanted: Sequence[str], setting: str) -> tuple[str, ...]:
-    """Names of the model's parameters that belong to any of the groups or match any of the patterns
-    (`*.weight`), in the model's order.
+    """Names of the model's parameters that `wanted` names, in the model's order.
 
-    Groups: all; head, the last layer that has parameters; body, all but the head; normalisation,
-    scales and biases of normalisation layers. A group may be empty; raises ValueError for a pattern
-    that matches nothing.
+    An element of `wanted` is a group or a pattern such as `*.weight`. The groups are: all; head,
+    the last layer that has parameters; body, all parameters but those of the head; normalisation,
+    the parameters of layers whose class name contains "Norm". A group may be empty.
+
+    Raises ValueError if a pattern matches no parameter, if the model has no parameters, or if head
+    or body is wanted and the last parameter belongs to no layer. The message begins with `setting`.
     """
     names = [name for name, _ in model.named_parameters()]
     if not names:

@@ -1,17 +1,18 @@
-"""How a meta-gradient comes about, step by step: is training healthy (section 7.2)?
+"""Numbers about every inner step of a meta-gradient: is training healthy (section 7.2)?
 
 For every task, with g_s = ∇L_S(θ_s) and H_s = ∇²L_S(θ_s) at step s of adaptation:
 
     inner_loss       L_S(θ_s)
-    curvature        g_s·H_s g_s / |g_s|²: a step of rate α along g_s overshoots where α times it
-                     is above 1, and ends higher than it began where it is above 2
-    gradient_norm    |v_s|, the gradient of the meta-loss with respect to θ_s (see `meta_gradient`),
-                     from s = S back to 0: grows on the way back if it explodes, shrinks if it
-                     vanishes
+    curvature        g_s·H_s g_s / |g_s|². To second order, a step of rate α along g_s overshoots
+                     the minimum on its line where α·curvature > 1, and raises the loss where it
+                     is > 2
+    gradient_norm    |v_s|, the norm of the gradient of the meta-loss with respect to θ_s (see
+                     `meta_gradient`), for s = 0 .. S. An exploding gradient grows from s = S back
+                     to s = 0, a vanishing one shrinks
     hurt             1 where the query loss after adaptation is higher than before, else 0
 
-and, for all tasks together, the meta-gradient of second and of first order. Everything is computed
-a second time, without compilation, on tasks of its own: training is not touched.
+Besides, the meta-gradients of second and of first order, summed over all tasks. All of this is
+computed eagerly, on tasks that training does not use; nothing of the training state changes.
 """
 
 from __future__ import annotations
@@ -26,22 +27,23 @@ from torch.func import vmap
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.inner_loop import Order, Stages, hessian_vector_product
 from pipeline.maml.meta_gradient import (
+    ForwardPass,
     GradientEstimator,
     Knobs,
-    Visit,
-    differentiates,
-    walk_back,
-    walk_forward,
+    backward_pass,
+    differentiates_forward,
+    forward_pass,
 )
 from pipeline.maml.meta_loss import Batch, TaskLoss
 from pipeline.maml.parameters import Params
 
 
 class Diagnosis(NamedTuple):
-    """What there is to say of a chunk of B tasks and S inner steps."""
+    """The numbers of a chunk of B tasks and S inner steps."""
 
     second: Params | None
-    """Sum of the second-order meta-gradients over the tasks; None: the estimator has no order."""
+    """Sum of the second-order meta-gradients over the tasks; None where the estimator is Reptile,
+    which has no order."""
     first: Params | None
     """The same of first order."""
     metrics: dict[str, Tensor]
@@ -59,75 +61,70 @@ def diagnose(
     order: Order,
     estimator: GradientEstimator = "gradient",
 ) -> Diagnosis:
-    """Diagnose a chunk; `order` is the one that training uses, which gradient_norm is about."""
-    forward = differentiates(objective, adaptation, meta, batch)
+    """Diagnose a chunk. `order` is the one that training uses; gradient_norm is of that order.
+
+    All tensors must be on one device.
+    """
+    forward = differentiates_forward(objective, adaptation, meta, batch)
     by_order: dict[Order, Stages] = {
         each: Stages.of(objective, adaptation, order=each, forward=forward)
         for each in ("second", "first")
     }
-    visits = walk_forward(by_order[order], adaptation, meta, batch.support, knobs.alpha)
+    passed = forward_pass(by_order[order], adaptation, meta, batch, knobs.alpha)
     metrics = {
-        "inner_loss": torch.stack([visit.step.loss for visit in visits]),
+        "inner_loss": torch.stack([step.loss for step in passed.steps]),
         "curvature": torch.stack(
-            [
-                _curvature(objective, adaptation, meta, visit, batch, s, forward)
-                for s, visit in enumerate(visits)
-            ]
+            [_curvature(objective, passed, s, forward) for s in range(adaptation.steps)]
         ),
-        "hurt": _hurt(objective, adaptation, meta, batch, visits),
+        "hurt": _hurt(objective, passed),
     }
     if estimator == "reptile":
         return Diagnosis(None, None, metrics)
-    gradients: dict[Order, Params] = {}
-    for each, stages in by_order.items():
-        norms: list[Tensor] = []
-        note = lambda v, norms=norms: norms.append(_joined(v).norm(dim=1))  # noqa: E731
-        walked = walk_back(visits, stages, adaptation, meta, batch, knobs, note)
-        gradients[each] = walked.gradient
-        if each == order:
-            metrics["gradient_norm"] = torch.stack(norms[::-1])
-    return Diagnosis(gradients["second"], gradients["first"], metrics)
+    second, second_norms = _gradient_and_norms(by_order["second"], passed, knobs)
+    first, first_norms = _gradient_and_norms(by_order["first"], passed, knobs)
+    metrics["gradient_norm"] = second_norms if order == "second" else first_norms
+    return Diagnosis(second, first, metrics)
 
 
-def _curvature(
-    objective: TaskLoss,
-    adaptation: Adaptation,
-    meta: Params,
-    visit: Visit,
-    batch: Batch,
-    step: int,
-    forward: bool,
-) -> Tensor:
-    """Rayleigh quotient of the Hessian of L_S along the inner gradient, [B]."""
-    slow, g = adaptation.slow(meta, step), visit.step.gradient
-    product = partial(hessian_vector_product, objective.loss, forward=forward)
-    axes = (0 if step else None, None, 0, 0)  # the first point is θ, shared by all tasks
-    hessian_g = vmap(product, in_dims=axes)(
-        visit.before.fast, slow, batch.support.at_step(step, adaptation.batch_size), g
+def _gradient_and_norms(stages: Stages, passed: ForwardPass, knobs: Knobs) -> tuple[Params, Tensor]:
+    """The meta-gradient, summed over tasks, and |v_0|, ..., |v_S| of every task, [S + 1, B]."""
+    norms: list[Tensor] = []
+    found = backward_pass(
+        stages, passed, knobs, observe=lambda v: norms.append(_joined(v).norm(dim=1))
     )
+    return found.gradient, torch.stack(norms[::-1])
+
+
+def _curvature(objective: TaskLoss, passed: ForwardPass, step: int, forward: bool) -> Tensor:
+    """Rayleigh quotient of the Hessian of L_S along the inner gradient, [B]."""
+    adaptation, g = passed.adaptation, passed.steps[step].gradient
+    support = passed.batch.support.at_step(step, adaptation.batch_size)
+    slow = adaptation.slow(passed.meta, step)
+    product = partial(hessian_vector_product, objective.loss, forward=forward)
+    axes = (0 if step else None, None, 0, 0)  # all tasks share the first point, θ
+    hessian_g = vmap(product, in_dims=axes)(passed.before(step).fast, slow, support, g)
     flat_g, flat_hessian_g = _joined(g), _joined({name: hessian_g[name] for name in g})
     square = (flat_g * flat_g).sum(1)
-    # A task that is solved already has no direction.
+    # Where the gradient is zero there is no direction, and the quotient would be 0/0.
     return torch.where(square > 0, (flat_g * flat_hessian_g).sum(1) / square, 0.0)
 
 
-def _hurt(
-    objective: TaskLoss,
-    adaptation: Adaptation,
-    meta: Params,
-    batch: Batch,
-    visits: list[Visit],
-) -> Tensor:
+def _hurt(objective: TaskLoss, passed: ForwardPass) -> Tensor:
+    """1 where adaptation raised the query loss, [1, B]; a loss that is not a number counts so."""
+
     def loss(fast: Params, slow: Params, query: Any) -> Tensor:
         return objective.loss_and_metrics({**slow, **fast}, query)[0]
 
-    start, end = visits[0].before.fast, visits[-1].step.point.fast
-    first, last = (adaptation.slow(meta, step) for step in (0, adaptation.steps - 1))
-    before = vmap(loss, in_dims=(None, None, 0))(start, first, batch.query)
-    after = vmap(loss, in_dims=(0, None, 0))(end, last, batch.query)
-    return (~(after <= before)).to(after.dtype)[None]  # NaN hurts
+    start, end = passed.before(0).fast, passed.adapted(passed.adaptation.steps)
+    query = passed.batch.query
+    # All tasks share θ, so the loss before adaptation is one large batch.
+    before = vmap(loss, in_dims=(None, None, 0))(
+        start, passed.adaptation.slow(passed.meta, 0), query
+    )
+    after = vmap(loss, in_dims=(0, None, 0))(end.fast, end.slow, query)
+    return (~(after <= before)).to(after.dtype)[None]
 
 
 def _joined(per_task: Params) -> Tensor:
-    """All parameters of every task as a vector, [B, D]."""
+    """All parameters of every task as one vector, [B, D]."""
     return torch.cat([value.flatten(1) for value in per_task.values()], dim=1)

@@ -1,8 +1,8 @@
-"""Adaptation to a task, θ -> θ'_S (eq. 2), and the way back (the chain rule through it).
+"""One step of adaptation to a task (eq. 2), and the chain rule back through it.
 
 The functions are pure functions of one task; `Stages` maps them over all tasks of a chunk (`vmap`).
-Parameters come in two groups: those that are adapted (`fast`, in a `Point`) and those that are used
-as they are (`slow`).
+Parameters come in two groups: `fast` parameters are adapted and stand in a `Point`; `slow`
+parameters are used and not adapted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.compilation import Compiler
 from pipeline.maml.meta_loss import Loss, TaskLoss
 from pipeline.maml.parameters import Params
@@ -27,36 +27,36 @@ Order = Literal["second", "first"]
 
 
 class InnerStep(NamedTuple):
-    """What one step of adaptation gives."""
+    """The result of one step of adaptation."""
 
     point: Point
+    """The point after the step."""
     gradient: Params
-    """∇L_S, which the way back needs again."""
+    """∇L_S before the step; the backward pass needs it again."""
     loss: Tensor
-    """L_S before the step."""
+    """L_S before the step, a scalar per task."""
 
 
 class Adjoint(NamedTuple):
-    """Gradients of some later loss with respect to what went into a step."""
+    """Gradients of a function of the point after a step, with respect to the step's inputs."""
 
     point: Point
     slow: Params
-    """Empty where it is left to `slow_back_at_once`."""
+    """Empty where `slow_back_at_once` computes it for all steps."""
     rates: Params
+    """Empty where rates are not learned."""
     gradient_bar: Params
-    """With respect to the inner gradient, where `slow_back_at_once` will need it."""
+    """With respect to the inner gradient; empty where `slow_back_at_once` does not need it."""
 
 
-def inner_step(
-    loss: Loss, rule: Rule, point: Point, slow: Params, rates: Params, t: Tensor, support: Any
-) -> InnerStep:
-    """One step; with plain gradient descent θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2)."""
+def inner_step(loss: Loss, rule: Rule, point: Point, inputs: StepInputs, support: Any) -> InnerStep:
+    """Take one step; with plain gradient descent θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2)."""
 
     def of_fast(fast: Params) -> Tensor:
-        return loss({**slow, **fast}, support)
+        return loss({**inputs.slow, **fast}, support)
 
     gradient, value = grad_and_value(of_fast)(point.fast)
-    return InnerStep(rule.update(point, gradient, rates, t), gradient, value)
+    return InnerStep(rule.update(point, gradient, inputs.rates, inputs.t), gradient, value)
 
 
 def inner_step_back(
@@ -64,9 +64,7 @@ def inner_step_back(
     rule: Rule,
     point: Point,
     gradient: Params,
-    slow: Params,
-    rates: Params,
-    t: Tensor,
+    inputs: StepInputs,
     support: Any,
     v: Point,
     *,
@@ -75,13 +73,18 @@ def inner_step_back(
     with_slow: bool = True,
     forward: bool = True,
 ) -> Adjoint:
-    """Carries a gradient back through one step.
+    """Carry a gradient back through one step.
 
-    `v` is the gradient of some function with respect to the point after the step; the result is its
-    gradient with respect to what went in. With plain gradient descent
-    v_s = (I − α H_s) v_{s+1}, H_s = ∇²L(θ_s). First order takes the inner gradient for a constant.
-    Without `with_slow`, what is not adapted is left to `slow_back_at_once`.
+    `point` and `gradient` are the point before the step and the inner gradient there; `v` is the
+    gradient of some function with respect to the point after the step. The result is the gradient
+    of that function with respect to the inputs of the step. With plain gradient descent
+    v_s = (I − α H_s) v_{s+1}, where H_s = ∇²L(θ_s).
+
+    First order (`second_order` is false) treats the inner gradient as a constant. Without
+    `with_slow`, `slow_back_at_once` computes the gradient of the slow parameters. `forward` is that
+    of `hessian_vector_product`.
     """
+    slow, rates, t = inputs
     if learns_rates:
         pull = vjp(lambda p, g, r: rule.update(p, g, r, t), point, gradient, rates)[1]
         before, gradient_bar, rates_bar = pull(v)
@@ -104,11 +107,12 @@ def inner_step_back(
 
 
 def slow_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any, v: Params) -> Params:
-    """What all steps give the parameters that are not adapted, in one go: the gradient of
-    Σ_s ∇_fast L_S(θ_s) · v_s with respect to `slow`; `fast` and `v` hold θ_s and v_s, [S, ...].
+    """The gradient of the slow parameters from all S steps: that of Σ_s ∇_fast L_S(θ_s) · v_s.
 
-    Mapped over the steps, whatever comes before the adapted parameters is computed once, there and
-    back: where the head adapts, all of the body.
+    `fast` holds θ_s and `v` the gradients with respect to the inner gradients, each [S, ...].
+
+    The steps are mapped by `vmap`, so layers before the adapted ones run once, forward and
+    backward, instead of S times: where only the head adapts, that is the whole body.
     """
 
     def of_slow(slow: Params) -> Tensor:
@@ -123,11 +127,11 @@ def slow_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any, v: P
 
 
 def can_go_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any) -> bool:
-    """Whether `slow_back_at_once` gives what the steps one by one give, tried on a batch of tasks.
+    """Whether `slow_back_at_once` gives the same gradient as the steps one by one.
 
-    Some second derivatives of torch (that of `mse_loss`) raise an error where only some of their
-    arguments are mapped over; that the values agree is a precaution. Two steps and numbers that
-    are no matter of chance are enough to see it.
+    It is tried on a batch of tasks, with two steps and fixed numbers for parameters. Some second
+    derivatives of torch (that of `mse_loss`) raise an error where only some of their arguments are
+    mapped; the values are compared as a precaution.
     """
     steps = 2
 
@@ -167,12 +171,11 @@ def can_go_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any) ->
 def hessian_vector_product(
     loss: Loss, fast: Params, slow: Params, support: Any, v: Params, *, forward: bool = True
 ) -> Params:
-    """The Hessian's columns of `fast` times v: the gradient of ∇_fast L · v, for all parameters.
+    """The gradient of ∇_fast L · v with respect to all parameters, `fast` and `slow`.
 
-    By forward differentiation of the reverse-mode gradient (Pearlmutter 1994): nothing but the
-    parameters and v has to be kept from the way forward, so memory does not grow with activations
-    of all steps. Not `forward`: by differentiating in reverse twice, for models and losses with an
-    operation that has no forward derivative (see `differentiates_forward`).
+    With `forward`, torch differentiates the reverse-mode gradient forward (Pearlmutter 1994), which
+    keeps no activations of earlier steps. Without it, torch differentiates in reverse twice; models
+    and losses with an operation that has no forward derivative need that.
     """
 
     def of_all(fast: Params, slow: Params) -> Tensor:
@@ -186,17 +189,12 @@ def hessian_vector_product(
     return {**of_slow, **of_fast}
 
 
-def differentiates_forward(loss: Loss, params: Params, support: Any) -> bool:
-    """Whether the gradient of `loss` has a forward derivative, tried on a batch of tasks: under
-    `vmap`, because some derivatives of torch fail only there."""
-    product = vmap(lambda examples: hessian_vector_product(loss, params, {}, examples, params))
-    return has_forward_derivatives(lambda: product(support))
-
-
 def has_forward_derivatives(computation: Callable[[], object]) -> bool:
-    """Whether something that differentiates forward can be computed.
+    """Whether a computation that differentiates forward succeeds.
 
-    To be tried before anything is traced: a failure inside a trace cannot be recovered from.
+    Call this outside of any trace (`make_fx`): an error inside a trace cannot be caught safely.
+    Raises nothing for an operation without a forward derivative; other errors than RuntimeError
+    pass through.
     """
     with warnings.catch_warnings():
         # torch's forward derivatives are its own last users of the deprecated torch.jit.script.
@@ -204,23 +202,28 @@ def has_forward_derivatives(computation: Callable[[], object]) -> bool:
         import torch._decomp.decompositions_for_jvp  # noqa: F401
     try:
         computation()
-    except RuntimeError:  # NotImplementedError is one
+    except RuntimeError:  # NotImplementedError is a subclass
         return False
     return True
 
 
 class Stages(NamedTuple):
-    """The computations of a meta-gradient, each over all tasks of a chunk.
+    """The four computations of a meta-gradient, each over all B tasks of a chunk.
 
-    `shared` says that the point is θ itself, not yet one copy per task: then the first step runs as
+    Arguments have the leading dimension B, but for `StepInputs` and `slow`, which all tasks share.
+    `shared` says that the point is θ itself, without the dimension B: the first step then runs as
     one large batch instead of B small ones.
     """
 
-    step: Callable[..., InnerStep]
-    query: Callable[..., Any]
-    step_back: Callable[..., Adjoint]
-    slow_back_at_once: Callable[..., Params] | None = None
-    """The gradients of what is not adapted, of all steps at once; None: `step_back` gives them."""
+    step: Callable[[Point, StepInputs, Any, bool], InnerStep]
+    """(point, inputs, support, shared) -> `inner_step`"""
+    query: Callable[[Params, Params, Any], Any]
+    """(fast, slow, query) -> ((gradient of fast, gradient of slow), (loss, metrics))"""
+    step_back: Callable[[Point, Params, StepInputs, Any, Point, bool], Adjoint]
+    """(point, gradient, inputs, support, v, shared) -> `inner_step_back`"""
+    slow_back_at_once: Callable[[Params, Params, Any, Params], Params] | None = None
+    """(fast [S, B, ...], slow, support, v [S, B, ...]) -> `slow_back_at_once`. None where
+    `step_back` computes the gradients of the slow parameters."""
 
     @classmethod
     def of(
@@ -232,59 +235,75 @@ class Stages(NamedTuple):
         forward: bool = True,
         at_once: bool = False,
     ) -> Stages:
-        """The stages of an objective; `forward` as in `hessian_vector_product`, `at_once`: with
-        `slow_back_at_once`."""
-        rule = adaptation.rule
+        """The stages of an objective, uncompiled.
 
-        def axes(shared: bool) -> int | None:
-            return None if shared else 0
-
-        def step(
-            point: Point, slow: Params, rates: Params, t: Tensor, support: Any, shared: bool
-        ) -> InnerStep:
-            one = partial(inner_step, objective.loss, rule)
-            return vmap(one, in_dims=(axes(shared), None, None, None, 0))(
-                point, slow, rates, t, support
-            )
-
-        def query(fast: Params, slow: Params, examples: Any) -> Any:
-            def loss(fast: Params, slow: Params, examples: Any) -> Any:
-                return objective.loss_and_metrics({**slow, **fast}, examples)
-
-            one = grad_and_value(loss, argnums=(0, 1), has_aux=True)
-            return vmap(one, in_dims=(0, None, 0))(fast, slow, examples)
-
-        def step_back(
-            point: Point,
-            gradient: Params,
-            slow: Params,
-            rates: Params,
-            t: Tensor,
-            support: Any,
-            v: Point,
-            shared: bool,
-        ) -> Adjoint:
-            one = partial(
-                inner_step_back,
-                objective.loss,
-                rule,
-                second_order=order == "second",
-                learns_rates=adaptation.learns_rates,
-                with_slow=not at_once,
-                forward=forward,
-            )
-            return vmap(one, in_dims=(axes(shared), 0, None, None, None, 0, 0))(
-                point, gradient, slow, rates, t, support, v
-            )
-
-        def all_steps_back(fast: Params, slow: Params, support: Any, v: Params) -> Params:
-            one = partial(slow_back_at_once, objective.loss)
-            return vmap(one, in_dims=(1, None, 0, 1))(fast, slow, support, v)
-
-        together = at_once and order == "second"
-        return cls(step, query, step_back, all_steps_back if together else None)
+        `forward` is that of `hessian_vector_product`. `at_once` uses `slow_back_at_once`; call
+        `goes_back_at_once` to see whether that gives the right gradient.
+        """
+        at_once = at_once and order == "second"
+        step_back = partial(
+            inner_step_back,
+            objective.loss,
+            adaptation.rule,
+            second_order=order == "second",
+            learns_rates=adaptation.learns_rates,
+            with_slow=not at_once,
+            forward=forward,
+        )
+        return cls(
+            _step_of_tasks(partial(inner_step, objective.loss, adaptation.rule)),
+            _query_of_tasks(objective),
+            _step_back_of_tasks(step_back),
+            _slow_back_of_tasks(objective.loss) if at_once else None,
+        )
 
     def compiled(self, compiler: Compiler) -> Stages:
-        """The same, compiled one by one."""
+        """The same stages, each a compiled program of its own."""
         stages = {name: compiler.compiled(stage) for name, stage in self._asdict().items() if stage}
         return Stages(**stages)
+
+
+def _step_of_tasks(
+    one: Callable[[Point, StepInputs, Any], InnerStep],
+) -> Callable[[Point, StepInputs, Any, bool], InnerStep]:
+    def step(point: Point, inputs: StepInputs, support: Any, shared: bool) -> InnerStep:
+        found: InnerStep = vmap(one, in_dims=(None if shared else 0, None, 0))(
+            point, inputs, support
+        )
+        return found
+
+    return step
+
+
+def _query_of_tasks(objective: TaskLoss) -> Callable[[Params, Params, Any], Any]:
+    def loss(fast: Params, slow: Params, examples: Any) -> Any:
+        return objective.loss_and_metrics({**slow, **fast}, examples)
+
+    def query(fast: Params, slow: Params, examples: Any) -> Any:
+        one = grad_and_value(loss, argnums=(0, 1), has_aux=True)
+        return vmap(one, in_dims=(0, None, 0))(fast, slow, examples)
+
+    return query
+
+
+def _step_back_of_tasks(
+    one: Callable[[Point, Params, StepInputs, Any, Point], Adjoint],
+) -> Callable[[Point, Params, StepInputs, Any, Point, bool], Adjoint]:
+    def step_back(
+        point: Point, gradient: Params, inputs: StepInputs, support: Any, v: Point, shared: bool
+    ) -> Adjoint:
+        found: Adjoint = vmap(one, in_dims=(None if shared else 0, 0, None, 0, 0))(
+            point, gradient, inputs, support, v
+        )
+        return found
+
+    return step_back
+
+
+def _slow_back_of_tasks(loss: Loss) -> Callable[[Params, Params, Any, Params], Params]:
+    def all_steps_back(fast: Params, slow: Params, support: Any, v: Params) -> Params:
+        one = partial(slow_back_at_once, loss)
+        found: Params = vmap(one, in_dims=(1, None, 0, 1))(fast, slow, support, v)
+        return found
+
+    return all_steps_back

@@ -1,30 +1,64 @@
-"""Learning a task step by step: the parameters after 0, 1, ... steps, and how the query fares.
+"""Adaptation to tasks, step by step, and how the query set fares after each step.
 
-For everything but the meta-gradient: evaluation, analysis, collecting trajectories, adapters.
+The meta-gradient uses `inner_steps`; evaluation, analysis, the collection of trajectories and
+predictors use `adapt` and `adaptation_curve`.
+
+Shapes: B tasks; every tensor of adapted parameters is [B, ...].
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from pipeline.maml.adaptation import Adaptation
-from pipeline.maml.inner_loop import Stages
-from pipeline.maml.meta_gradient import num_tasks
-from pipeline.maml.meta_loss import Batch, Support, TaskLoss
+from pipeline.maml.inner_loop import InnerStep, Stages
+from pipeline.maml.meta_loss import Batch, Support, TaskLoss, num_tasks
 from pipeline.maml.parameters import Params
+from pipeline.maml.update_rules import Point
 
 
 class Adapted(NamedTuple):
-    """The parameters after some steps of adaptation, as the query set is seen with them."""
+    """The parameters with which the query set is evaluated after some steps of adaptation."""
 
     fast: Params
-    """A copy for every task, [B, ...]."""
+    """The adapted parameters, a copy for every task, [B, ...]."""
     slow: Params
+    """The parameters that are not adapted, the same for all tasks."""
+
+
+@torch.no_grad()
+def inner_steps(
+    stages: Stages,
+    adaptation: Adaptation,
+    meta: Params,
+    support: Support,
+    alpha: Tensor,
+    start: Point,
+    steps: int,
+    *,
+    shared: bool,
+) -> Iterator[InnerStep]:
+    """Take `steps` steps of adaptation to B tasks, from `start` on (eq. 2).
+
+    `shared` says that `start` is θ itself, without the dimension of tasks; the first step then runs
+    as one large batch. `support.at_step(s)` is called only after step s - 1 was handed out, so that
+    the caller may collect the support of a step with the parameters before it.
+    """
+    point = start
+    for s in range(steps):
+        step = stages.step(
+            point,
+            adaptation.at(meta, alpha, s),
+            support.at_step(s, adaptation.batch_size),
+            shared and s == 0,
+        )
+        yield step
+        point = step.point
 
 
 def adapt(
@@ -36,28 +70,29 @@ def adapt(
     steps: int,
     num_tasks: int,
 ) -> Iterator[Adapted]:
-    """Adaptation to B tasks as in meta-training: the parameters after 0, 1, ... `steps` steps.
+    """The parameters of B tasks after 0, 1, ..., `steps` steps of adaptation.
 
-    Beyond the trained steps the settings of the last one are repeated. What `support` has for a
-    step is asked for after the parameters before it were given: it may come of them.
+    Steps beyond those of meta-training use the settings of the last trained one. `alpha`, `meta`
+    and `support` must be on one device.
     """
+    start = adaptation.start_point(meta, num_tasks)
+    yield Adapted(start.fast, adaptation.slow(meta, 0))
     stages = Stages.of(objective, adaptation)
-    fast = {n: p.expand(num_tasks, *p.shape) for n, p in adaptation.start(meta).items()}
-    point = adaptation.rule.start(fast)
-    yield Adapted(fast, adaptation.slow(meta, 0))
-    for s in range(steps):
-        slow = adaptation.slow(meta, s)
-        rates = adaptation.rates_at(meta, alpha, s)
-        with torch.no_grad():
-            point = stages.step(
-                point,
-                slow,
-                rates,
-                alpha.new_tensor(s + 1.0),
-                support.at_step(s, adaptation.batch_size),
-                False,
-            ).point
-        yield Adapted(point.fast, slow)
+    taken = inner_steps(stages, adaptation, meta, support, alpha, start, steps, shared=False)
+    for s, step in enumerate(taken):
+        yield Adapted(step.point.fast, adaptation.slow(meta, s))
+
+
+def query_metrics(
+    objective: TaskLoss, adapted: Adapted, query: Any
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The query loss and every metric of B tasks, each [B]."""
+
+    def of_task(fast: Params, examples: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return objective.loss_and_metrics({**adapted.slow, **fast}, examples)
+
+    found: tuple[Tensor, dict[str, Tensor]] = vmap(of_task)(adapted.fast, query)
+    return found
 
 
 @torch.no_grad()
@@ -73,10 +108,9 @@ def adaptation_curve(
     """Query loss and metrics of every task after each of `steps` steps, [len(steps), B]."""
     rows: list[dict[str, Tensor]] = []
     count = num_tasks(batch)
-    adapted = adapt(objective, adaptation, meta, batch.support, alpha, steps[-1], count)
-    for step, (fast, slow) in enumerate(adapted):
+    after = adapt(objective, adaptation, meta, batch.support, alpha, steps[-1], count)
+    for step, adapted in enumerate(after):
         if step in steps:
-            judge = vmap(lambda f, q, slow=slow: objective.loss_and_metrics({**slow, **f}, q))
-            loss, metrics = judge(fast, batch.query)
+            loss, metrics = query_metrics(objective, adapted, batch.query)
             rows.append({"loss": loss, **metrics})
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

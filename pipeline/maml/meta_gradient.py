@@ -5,19 +5,21 @@ loss L_Q(θ_S) with respect to θ is a product of Jacobians, applied from the ri
 
     v_S = ∇L_Q(θ_S),      v_s = (I − α ∇²L_S(θ_s)) v_{s+1},      ∇_θ L_Q(θ_S) = v_0.
 
-So: walk forward and keep each θ_s, then walk back with one Hessian-vector product per step. The
-first-order approximation takes the inner gradients for constants: the Hessians vanish, v_0 = v_S.
-Where the query loss after every step counts (multi-step loss), each joins the walk back at its
-step. Other choices - what is adapted, learned rates, other inner optimisers - are `Adaptation`'s.
-Where only a head adapts, the body's gradient Σ_s ∂(∇L_S(θ_s)·ḡ_s) comes of all steps at once.
+The forward pass computes and keeps each θ_s; the backward pass computes v_S, ..., v_0 with one
+Hessian-vector product per step. The first-order approximation treats the inner gradients as
+constants: the Hessians vanish, and v_0 = v_S. The multi-step loss of MAML++ evaluates the query
+after every step; each of these gradients is added to v_s at its step. `Adaptation` holds the other
+choices: what is adapted, learned rates, other inner optimisers. Where only a head adapts, one
+computation gives the body's gradient Σ_s ∂(∇L_S(θ_s)·ḡ_s) of all steps.
 
-Shapes: B tasks, D meta-parameters, S steps. All tasks go through every stage at once (`vmap`).
+Shapes: B tasks, D meta-parameters, S steps. Every stage computes all B tasks at once (`vmap`).
 Gradients are *sums* over the tasks of the chunk; the driver divides once by the number of tasks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import torch
@@ -32,135 +34,138 @@ from pipeline.maml.inner_loop import (
     Order,
     Stages,
     can_go_back_at_once,
-    differentiates_forward,
+    has_forward_derivatives,
+    hessian_vector_product,
 )
-from pipeline.maml.meta_loss import Batch, Support, TaskLoss
+from pipeline.maml.learning_curve import Adapted, inner_steps, query_metrics
+from pipeline.maml.meta_loss import Batch, TaskLoss, num_tasks
 from pipeline.maml.parameters import Layout, Params
 from pipeline.maml.update_rules import Point
 
 GradientEstimator = Literal["gradient", "reptile"]
+"""The meta-gradient of eq. 4, or θ − θ'_S in its place (Nichol et al. 2018)."""
 
 
 class Knobs(NamedTuple):
-    """Numbers that may differ from call to call without being another program."""
+    """Numbers that may differ between calls of one compiled program. Tensors must be on the device
+    and in the precision of θ."""
 
     alpha: Tensor
-    """The inner rate, a scalar; not used where rates are learned."""
+    """The inner rate, a scalar: parameters move by alpha times the gradient of the *mean* loss over
+    the support set, so the rate does not depend on the number of examples. Not used where rates are
+    learned."""
     query_weights: Tensor | None = None
-    """How much the query loss after step 1 .. S counts, [S]; None: only the last one counts."""
+    """The weight of the query loss after steps 1 .. S, [S]. None: the loss after step S counts with
+    weight 1, the others do not count."""
 
 
 class MetaGradient(NamedTuple):
-    """The meta-gradient of a chunk, and how its tasks fared."""
+    """The meta-gradient of a chunk, and metrics of its tasks."""
 
     gradient: Params
-    """Sum over the tasks, shapes of the meta-parameters."""
+    """Sum over the tasks, in the shapes of the meta-parameters."""
     metrics: dict[str, Tensor]
-    """Per task, [B]: query_loss and query_<metric> after the last step, support_loss (before
-    adaptation), and adapted_support_loss (before the last step)."""
+    """Per task, [B]: query_loss and query_<metric> after the last step, support_loss (before the
+    first step), and adapted_support_loss (before the last step)."""
 
 
-class Visit(NamedTuple):
-    """A step of adaptation on the way forward."""
+@dataclass(frozen=True)
+class ForwardPass:
+    """Adaptation to the B tasks of a chunk, kept for the backward pass."""
 
-    before: Point
-    step: InnerStep
+    adaptation: Adaptation
+    meta: Params
+    batch: Batch
+    alpha: Tensor
+    start: Point
+    """θ_0, the same for all tasks: without the dimension B."""
+    steps: list[InnerStep]
+    """The S steps; tensors are [B, ...]."""
+
+    def before(self, step: int) -> Point:
+        """The point before step `step` (0, 1, ...): θ_0 without the dimension B, else [B, ...]."""
+        return self.steps[step - 1].point if step else self.start
+
+    def after(self, steps: int) -> Point:
+        """The point of every task after so many steps, [B, ...]."""
+        if steps:
+            return self.steps[steps - 1].point
+        return self.adaptation.start_point(self.meta, num_tasks(self.batch))
+
+    def adapted(self, steps: int) -> Adapted:
+        """The parameters with which the query set is evaluated after so many steps."""
+        return Adapted(self.after(steps).fast, self.adaptation.slow(self.meta, max(steps - 1, 0)))
 
 
-def walk_forward(
-    stages: Stages, adaptation: Adaptation, meta: Params, support: Support, alpha: Tensor
-) -> list[Visit]:
-    """The S steps of adaptation to every task of a chunk."""
-    point = adaptation.rule.start(adaptation.start(meta))
-    visits = []
-    for s in range(adaptation.steps):
-        step = stages.step(
-            point,
-            adaptation.slow(meta, s),
-            adaptation.rates_at(meta, alpha, s),
-            alpha.new_tensor(s + 1.0),
-            support.at_step(s, adaptation.batch_size),
-            s == 0,
-        )
-        visits.append(Visit(point, step))
-        point = step.point
-    return visits
+def forward_pass(
+    stages: Stages, adaptation: Adaptation, meta: Params, batch: Batch, alpha: Tensor
+) -> ForwardPass:
+    """Take the S steps of adaptation to every task of a chunk."""
+    start, support = adaptation.start_point(meta), batch.support
+    steps = inner_steps(
+        stages, adaptation, meta, support, alpha, start, adaptation.steps, shared=True
+    )
+    return ForwardPass(adaptation, meta, batch, alpha, start, list(steps))
 
 
-class Incoming(NamedTuple):
-    """Gradients per task of something that looks at the parameters after a step, [B, ...]."""
+class Cotangent(NamedTuple):
+    """Gradients per task, [B, ...], of a function of the parameters after some steps."""
 
     fast: Params
     slow: Params
 
 
-def reached(
-    adaptation: Adaptation, meta: Params, visits: list[Visit], step: int, num_tasks: int
-) -> Point:
-    """The point of every task after step `step` (counted from 0; −1: before the first)."""
-    if step >= 0:
-        return visits[step].step.point
-    start = adaptation.start(meta)
-    spread = {name: value.expand(num_tasks, *value.shape) for name, value in start.items()}
-    return adaptation.rule.start(spread)
+def no_cotangent(steps: int, adapted: Adapted) -> None:
+    """Says that no function looks at the parameters before the last step."""
 
 
-def carry_back(
+def backpropagate(
     stages: Stages,
-    adaptation: Adaptation,
-    meta: Params,
-    batch: Batch,
-    alpha: Tensor,
-    visits: list[Visit],
-    incoming: Callable[[int, Point], Incoming | None],
+    passed: ForwardPass,
+    last: Cotangent,
+    earlier: Callable[[int, Adapted], Cotangent | None] = no_cotangent,
     observe: Callable[[Params], None] = lambda v: None,
 ) -> Params:
-    """Carries gradients from where adaptation came to back to the meta-parameters (chain rule),
-    summed over the tasks.
+    """Carry gradients back through adaptation to the meta-parameters (chain rule), and sum them
+    over the tasks.
 
-    `incoming(s, point)` gives those of what looks at the point after step s (−1: at θ itself); for
-    the last step there must be some. `observe` is shown v_S, ..., v_0 of every task on the way.
+    `last` is the gradient with respect to the parameters after all S steps. `earlier(k, adapted)`
+    gives the gradient of a further function of the parameters after k < S steps, or None.
+    `observe` is called with v_S, ..., v_0 of every task, [B, ...].
     """
+    adaptation, meta = passed.adaptation, passed.meta
+    steps, support = adaptation.steps, passed.batch.support
     total = MetaSum(adaptation)
     points: list[Params] = []
     gradient_bars: list[Params] = []
-    v: Point | None = None
-    for s in range(adaptation.steps - 1, -2, -1):
-        at = reached(adaptation, meta, visits, s, num_tasks(batch))
-        came = incoming(s, at)
-        if came is not None:
-            total.add(came.slow, max(s, 0))
-            if v is None:
-                v = Point(came.fast, pytree.tree_map(torch.zeros_like, at.slots))
-            else:
-                v = Point({name: v.fast[name] + g for name, g in came.fast.items()}, v.slots)
-        assert v is not None
-        observe(v.fast)
-        if s < 0:
-            break
-        visit = visits[s]
+    total.add(last.slow, max(steps - 1, 0))
+    v = Point(last.fast, pytree.tree_map(torch.zeros_like, passed.after(steps).slots))
+    observe(v.fast)
+    for s in reversed(range(steps)):
         v, slow_bar, rates_bar, gradient_bar = stages.step_back(
-            visit.before,
-            visit.step.gradient,
-            adaptation.slow(meta, s),
-            adaptation.rates_at(meta, alpha, s),
-            alpha.new_tensor(s + 1.0),
-            batch.support.at_step(s, adaptation.batch_size),
+            passed.before(s),
+            passed.steps[s].gradient,
+            adaptation.at(meta, passed.alpha, s),
+            support.at_step(s, adaptation.batch_size),
             v,
             s == 0,
         )
         total.add(slow_bar, s)
         total.add(rates_bar, s, prefix=RATE)
         if stages.slow_back_at_once is not None:
-            points.append(reached(adaptation, meta, visits, s - 1, num_tasks(batch)).fast)
+            points.append(passed.after(s).fast)
             gradient_bars.append(gradient_bar)
-    assert v is not None
+        came = earlier(s, passed.adapted(s))
+        if came is not None:
+            total.add(came.slow, max(s - 1, 0))
+            v = Point({name: v.fast[name] + g for name, g in came.fast.items()}, v.slots)
+        observe(v.fast)
     total.add(v.fast, 0)
     if stages.slow_back_at_once is not None:
         slow = adaptation.slow(meta, 0)
-        support = batch.support.at_step(0, adaptation.batch_size)
+        every_step = support.at_step(0, adaptation.batch_size)
         slow_bar = stages.slow_back_at_once(
-            _stacked(points), slow, support, _stacked(gradient_bars)
+            _stacked(points), slow, every_step, _stacked(gradient_bars)
         )
         total.add(slow_bar, 0)
     return total.gradient(meta)
@@ -177,43 +182,39 @@ def meta_gradient(
     batch: Batch,
     knobs: Knobs,
 ) -> MetaGradient:
-    """Sum over the chunk's tasks of the gradient of L_Q(f_θ') (eq. 3, 4) with respect to `meta`.
+    """Sum over the chunk's tasks of the gradient of L_Q(f_θ') with respect to `meta` (eq. 3, 4).
 
-    θ' is θ after S steps of adaptation; with `query_weights`, the losses after every step are added
-    with these weights. `batch` holds B tasks (leading dimension of every tensor).
+    θ' is θ after S steps of adaptation. With `query_weights`, the function is the weighted sum of
+    the query losses after every step (the multi-step loss of MAML++, Antoniou et al. 2019).
     """
-    visits = walk_forward(stages, adaptation, meta, batch.support, knobs.alpha)
-    return walk_back(visits, stages, adaptation, meta, batch, knobs)
+    return backward_pass(stages, forward_pass(stages, adaptation, meta, batch, knobs.alpha), knobs)
 
 
-def walk_back(
-    visits: list[Visit],
+def backward_pass(
     stages: Stages,
-    adaptation: Adaptation,
-    meta: Params,
-    batch: Batch,
+    passed: ForwardPass,
     knobs: Knobs,
     observe: Callable[[Params], None] = lambda v: None,
 ) -> MetaGradient:
-    """The meta-gradient of adaptation that has been walked; `observe` is shown v_S, ..., v_0 of
-    every task on the way back."""
-    metrics = _support_metrics(visits)
+    """The meta-gradient after a forward pass; `observe` is that of `backpropagate`."""
+    weights, steps = knobs.query_weights, passed.adaptation.steps
 
-    def judged(s: int, at: Point) -> Incoming | None:
-        last, weights = s == adaptation.steps - 1, knobs.query_weights
-        if not last and (weights is None or s < 0):
-            return None
-        slow = adaptation.slow(meta, max(s, 0))
-        (fast_bar, slow_bar), (loss, found) = stages.query(at.fast, slow, batch.query)
-        if last:
-            metrics.update({"query_loss": loss, **{f"query_{n}": m for n, m in found.items()}})
+    def query_gradient(after: int, adapted: Adapted) -> tuple[Cotangent, dict[str, Tensor]]:
+        (fast_bar, slow_bar), (loss, metrics) = stages.query(*adapted, passed.batch.query)
         if weights is not None:
-            fast_bar = {name: weights[s] * value for name, value in fast_bar.items()}
-            slow_bar = {name: weights[s] * value for name, value in slow_bar.items()}
-        return Incoming(fast_bar, slow_bar)
+            weight = weights[after - 1]
+            fast_bar = {name: weight * value for name, value in fast_bar.items()}
+            slow_bar = {name: weight * value for name, value in slow_bar.items()}
+        return Cotangent(fast_bar, slow_bar), _query_metrics(loss, metrics)
 
-    gradient = carry_back(stages, adaptation, meta, batch, knobs.alpha, visits, judged, observe)
-    return MetaGradient(gradient, metrics)
+    def earlier(after: int, adapted: Adapted) -> Cotangent | None:
+        if weights is None or after == 0:
+            return None
+        return query_gradient(after, adapted)[0]
+
+    last, metrics = query_gradient(steps, passed.adapted(steps))
+    gradient = backpropagate(stages, passed, last, earlier, observe)
+    return MetaGradient(gradient, _support_metrics(passed) | metrics)
 
 
 def reptile_gradient(
@@ -224,47 +225,56 @@ def reptile_gradient(
     batch: Batch,
     knobs: Knobs,
 ) -> MetaGradient:
-    """Sum over the tasks of θ − θ'_S (Nichol et al. 2018): to an optimiser that subtracts it, a
-    gradient. Query sets are looked at for the metrics alone."""
-    visits = walk_forward(stages, adaptation, meta, batch.support, knobs.alpha)
-    reached = visits[-1].step.point.fast
-    slow = adaptation.slow(meta, adaptation.steps - 1)
-    judge = vmap(lambda fast, examples: objective.loss_and_metrics({**slow, **fast}, examples))
-    loss, judged = judge(reached, batch.query)
+    """Sum over the tasks of θ − θ'_S (Nichol et al. 2018), which an optimiser subtracts as it does
+    a gradient. The query sets are used for metrics alone."""
+    passed = forward_pass(stages, adaptation, meta, batch, knobs.alpha)
+    adapted = passed.adapted(adaptation.steps)
+    loss, metrics = query_metrics(objective, adapted, batch.query)
     total = MetaSum(adaptation)
-    total.add({name: meta[name] - value for name, value in reached.items()}, 0)
-    metrics = {"query_loss": loss, **{f"query_{name}": value for name, value in judged.items()}}
-    return MetaGradient(total.gradient(meta), metrics | _support_metrics(visits))
+    total.add({name: meta[name] - value for name, value in adapted.fast.items()}, 0)
+    return MetaGradient(
+        total.gradient(meta), _query_metrics(loss, metrics) | _support_metrics(passed)
+    )
 
 
-def _support_metrics(visits: list[Visit]) -> dict[str, Tensor]:
-    if not visits:
+def _query_metrics(loss: Tensor, metrics: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {"query_loss": loss, **{f"query_{name}": value for name, value in metrics.items()}}
+
+
+def _support_metrics(passed: ForwardPass) -> dict[str, Tensor]:
+    if not passed.steps:
         return {}
     return {
-        "support_loss": visits[0].step.loss,
-        "adapted_support_loss": visits[-1].step.loss,
+        "support_loss": passed.steps[0].loss,
+        "adapted_support_loss": passed.steps[-1].loss,
     }
 
 
-def num_tasks(batch: Batch) -> int:
-    """B."""
-    return int(pytree.tree_leaves(batch.query)[0].shape[0])
+def differentiates_forward(
+    objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch
+) -> bool:
+    """Whether torch can differentiate the gradient of the inner loss forward.
 
-
-def differentiates(objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch) -> bool:
-    """`differentiates_forward` on one of the tasks."""
+    It is tried on the first task, under `vmap`, because some derivatives of torch fail only there.
+    """
     if not adaptation.steps:
         return True
     params = {**adaptation.slow(meta, 0), **adaptation.start(meta)}
     one_task = pytree.tree_map(lambda t: t[:1], batch.support.at_step(0))
-    return differentiates_forward(objective.loss, params, one_task)
+    product = vmap(
+        lambda support: hessian_vector_product(objective.loss, params, {}, support, params)
+    )
+    return has_forward_derivatives(lambda: product(one_task))
 
 
 def goes_back_at_once(
     objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch
 ) -> bool:
-    """Whether the steps differ in nothing but the last layers, and the others can be walked through
-    once for all steps."""
+    """Whether the gradients of all slow parameters can come from `slow_back_at_once`.
+
+    That needs two steps or more on the same support, adapted parameters in the last layers alone,
+    and second derivatives that torch computes rightly under `vmap`; tried on two tasks.
+    """
     if adaptation.steps < 2 or not adaptation.adapts_last_layers(meta):
         return False
     supports = [batch.support.at_step(s, adaptation.batch_size) for s in range(adaptation.steps)]
@@ -293,52 +303,78 @@ def chunk_function(
     remat: bool = False,
     compile: bool = False,
 ) -> ChunkFunction:
-    """The computation of a chunk, from and to the flat vectors that travel.
+    """The function that computes the gradient sum of a chunk, from and to flat vectors.
 
     `objective` is the loss of a task (eq. 3), `adaptation` how θ becomes θ'_S (eq. 2), `layout`
     that of the meta-parameters. `order` says whether inner gradients are differentiated ("second")
-    or constants ("first"); `estimator` is the meta-gradient ("gradient") or reptile's difference.
-    With `compile` all of it is one program, which keeps activations of the way forward for the way
-    back.
-    `remat` makes one program per stage instead: activations live within a stage only, so that
-    memory does not grow with the steps, and each step back computes its gradient again. Where one
-    program would take minutes to compile, there is one per stage in any case. In eager mode
-    everything is the same walk, which keeps the θ_s and the inner gradients.
+    or constants ("first"); `estimator` is the meta-gradient ("gradient") or Reptile's difference.
 
-    All arguments of a call must be on one device; other knobs are not another program. The first
-    call decides how to differentiate, traces and compiles.
+    With `compile`, all of it becomes one program, which keeps the activations of the forward pass
+    for the backward pass. With `remat` (rematerialisation), every stage becomes a program of its
+    own instead: activations live within a stage, each step back computes its gradient again, and
+    memory does not grow with the steps. Where one program would take minutes to compile, every
+    stage is one in any case. `remat` changes nothing without `compile`: the eager function keeps
+    only the θ_s and the inner gradients.
+
+    The tensors of a call must be on one device and in one precision. The first call tries how torch
+    can differentiate the objective, traces and compiles; another value of a knob needs no new
+    program. It raises nothing of its own: errors are those that the model, the loss or torch
+    raises, such as RuntimeError for a vector of the wrong length. If compilation fails, the
+    function logs one warning and runs eagerly.
     """
+    return _ChunkProgram(objective, adaptation, layout, order, estimator, remat, compile)
 
-    def build(flat: Tensor, batch: Batch, knobs: Knobs) -> ChunkFunction:
-        needless = order == "first" or estimator == "reptile"
-        to_try = (objective, adaptation, layout.split(flat), batch)
-        forward = needless or differentiates(*to_try)
-        at_once = not needless and goes_back_at_once(*to_try)
-        eager = Stages.of(objective, adaptation, order=order, forward=forward, at_once=at_once)
-        if not compile:
-            return walk_of(eager)
-        compiler = Compiler()
-        if remat or operator_calls(walk_of(eager), flat, batch, knobs) > _LARGEST_PROGRAM:
-            return walk_of(eager.compiled(compiler))
-        return compiler.compiled(walk_of(eager))
 
-    def walk_of(stages: Stages) -> ChunkFunction:
-        def walk(flat: Tensor, batch: Batch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
-            meta = layout.split(flat)
-            if estimator == "reptile":
-                result = reptile_gradient(stages, adaptation, objective, meta, batch, knobs)
-            else:
-                result = meta_gradient(stages, adaptation, meta, batch, knobs)
-            return layout.join(result.gradient), result.metrics
+@dataclass
+class _ChunkProgram:
+    """A `ChunkFunction` that decides at its first call, on its first chunk, how it computes."""
 
-        return walk
-
-    built: list[ChunkFunction] = []
+    objective: TaskLoss
+    adaptation: Adaptation
+    layout: Layout
+    order: Order
+    estimator: GradientEstimator
+    remat: bool
+    compile: bool
+    program: ChunkFunction | None = field(default=None, init=False)
 
     @torch.no_grad()
-    def chunk(flat: Tensor, batch: Batch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
-        if not built:
-            built.append(build(flat, batch, knobs))
-        return built[0](flat, batch, knobs)
+    def __call__(
+        self, flat: Tensor, batch: Batch, knobs: Knobs
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        if self.program is None:
+            self.program = self.build(flat, batch, knobs)
+        return self.program(flat, batch, knobs)
 
-    return chunk
+    def build(self, flat: Tensor, batch: Batch, knobs: Knobs) -> ChunkFunction:
+        """The function for chunks such as this one, compiled where that was asked for."""
+        to_try = (self.objective, self.adaptation, self.layout.split(flat), batch)
+        second = self.order == "second" and self.estimator != "reptile"
+        eager = Stages.of(
+            self.objective,
+            self.adaptation,
+            order=self.order,
+            forward=not second or differentiates_forward(*to_try),
+            at_once=second and goes_back_at_once(*to_try),
+        )
+        if not self.compile:
+            return self.on_flat_vectors(eager)
+        whole, compiler = self.on_flat_vectors(eager), Compiler()
+        if self.remat or operator_calls(whole, flat, batch, knobs) > _LARGEST_PROGRAM:
+            return self.on_flat_vectors(eager.compiled(compiler))
+        return compiler.compiled(whole)
+
+    def on_flat_vectors(self, stages: Stages) -> ChunkFunction:
+        """The meta-gradient by these stages, from and to flat vectors."""
+
+        def chunk(flat: Tensor, batch: Batch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
+            meta = self.layout.split(flat)
+            if self.estimator == "reptile":
+                result = reptile_gradient(
+                    stages, self.adaptation, self.objective, meta, batch, knobs
+                )
+            else:
+                result = meta_gradient(stages, self.adaptation, meta, batch, knobs)
+            return self.layout.join(result.gradient), result.metrics
+
+        return chunk

@@ -1,34 +1,34 @@
-"""What the outer optimisers of reinforcement learning ask about collected trajectories.
+"""What the outer optimisers of reinforcement learning (TRPO, ProMP) ask about a chunk of tasks.
 
-With π_i the policy adapted to task i on its trajectories, as a function of θ:
+With π_i the policy adapted to task i on its stored trajectories, as a function of θ:
 
-    surrogate(θ)  mean_i of the query loss (`policy_loss`), and
-    KL(θ)         mean_i KL(π_i,old || π_i) over the query's observations: 0 at the θ that collected
-    fisher·v      the Hessian of KL(θ) at that θ, times a direction. Its gradient vanishes there, so
-                  with J = dθ'_i/dθ the Hessian is Jᵀ F_i J, F_i that of the adapted policy alone: v
-                  forward through adaptation, one product, and back as meta-gradients go
+    surrogate(θ)  mean_i of the query loss (`policy_loss`)
+    KL(θ)         mean_i KL(π_i,old || π_i) over the query's observations; 0 at the θ that collected
+    fisher·v      the Hessian of KL(θ) at that θ, times a direction v
 
-Everything is summed over the tasks of a chunk, for the driver to divide once.
+The gradient of KL(θ) vanishes at the θ that collected. So, with J = dθ'_i/dθ, the Hessian is
+Jᵀ F_i J, where F_i is the Hessian with respect to the adapted parameters alone (the Fisher matrix
+of the adapted policy). The product carries v forward through adaptation (J v), multiplies by F_i,
+and goes back as a meta-gradient does (Jᵀ).
+
+Shapes: B tasks. Everything is summed over the tasks of a chunk or given per task, [B]; the driver
+divides by the number of tasks. θ, trajectories and `alpha` must be on one device.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
-from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.inner_loop import Stages
-from pipeline.maml.meta_gradient import (
-    Incoming,
-    Visit,
-    carry_back,
-    num_tasks,
-    reached,
-    walk_forward,
-)
+from pipeline.maml.learning_curve import Adapted, query_metrics
+from pipeline.maml.meta_gradient import Cotangent, ForwardPass, backpropagate, forward_pass
+from pipeline.maml.meta_loss import num_tasks
 from pipeline.maml.parameters import Params
 from pipeline.maml.update_rules import Point
 from pipeline.rl.policy_loss import Experience, PolicyObjective
@@ -46,13 +46,16 @@ def fisher_product(
     *,
     second_order: bool,
 ) -> Params:
-    """Sum over the tasks of Jᵀ F_i J · direction; shapes of the meta-parameters."""
+    """Sum over the tasks of Jᵀ F_i J · direction; shapes of the meta-parameters.
+
+    First order (`second_order` is false) treats inner gradients as constants in J. The policy's
+    operations need forward derivatives in torch: RuntimeError otherwise.
+    """
     stages = Stages.of(objective, adaptation, order="second" if second_order else "first")
-    visits = walk_forward(stages, adaptation, meta, batch.support, alpha)
-    last = adaptation.steps - 1
-    at = reached(adaptation, meta, visits, last, num_tasks(batch))
-    slow, slow_tangent = (adaptation.slow(params, max(last, 0)) for params in (meta, direction))
-    tangent = _tangent(visits, objective, adaptation, meta, batch, alpha, direction, second_order)
+    passed = forward_pass(stages, adaptation, meta, batch, alpha)
+    adapted = passed.adapted(adaptation.steps)
+    slow, slow_tangent = adapted.slow, adaptation.slow(direction, max(adaptation.steps - 1, 0))
+    tangent = _tangent(passed, objective, batch, direction, second_order)
 
     def product(fast: Params, tangent: Params, query: Experience) -> tuple[Params, Params]:
         def predict(fast: Params, slow: Params) -> Tensor:
@@ -61,78 +64,73 @@ def fisher_product(
         def kl(prediction: Tensor) -> Tensor:
             return objective.kl(prediction, query)
 
-        # Where the KL's gradient vanishes, its Hessian is that in predictions between Jacobians.
+        # The KL's gradient vanishes here, so its Hessian is the one with respect to predictions,
+        # between two Jacobians of the predictions.
         prediction, moved = jvp(predict, (fast, slow), (tangent, slow_tangent))[:2]
         weighed = jvp(grad(kl), (prediction,), (moved,))[1]
         back: tuple[Params, Params] = vjp(predict, fast, slow)[1](weighed)
         return back
 
-    # Forward derivatives need memory of their own, which θ spread over tasks has not.
+    # Without steps, θ and the direction are views that all tasks share; forward derivatives are
+    # written in place and need memory of their own.
     fast, moving = (
         {name: value.contiguous() for name, value in params.items()}
-        for params in (at.fast, tangent)
+        for params in (adapted.fast, tangent)
     )
-    came = Incoming(*vmap(product)(fast, moving, batch.query))
-    return carry_back(
-        stages,
-        adaptation,
-        meta,
-        batch,
-        alpha,
-        visits,
-        lambda s, _: came if s == last else None,
-    )
+    return backpropagate(stages, passed, Cotangent(*vmap(product)(fast, moving, batch.query)))
 
 
 def _tangent(
-    visits: list[Visit],
+    passed: ForwardPass,
     objective: PolicyObjective,
-    adaptation: Adaptation,
-    meta: Params,
     batch: CollectedBatch,
-    alpha: Tensor,
     direction: Params,
     second_order: bool,
 ) -> Params:
     """J · direction for every task, [B, ...]."""
-    tangent = reached(adaptation, direction, [], -1, num_tasks(batch))
-    rule = adaptation.rule
-    for s, visit in enumerate(visits):
-        slow, t = adaptation.slow(meta, s), alpha.new_tensor(s + 1.0)
-        rates = adaptation.rates_at(meta, alpha, s)
-        slow_tangent = adaptation.slow(direction, s)
-        if adaptation.learns_rates:
-            rates_tangent = adaptation.rates_at(direction, alpha, s)
-        else:
-            rates_tangent = {name: torch.zeros_like(rate) for name, rate in rates.items()}
-
-        def advance(
-            before: Point,
-            constant: Params,
-            v: Point,
-            support: Experience,
-            slow: Params = slow,
-            rates: Params = rates,
-            t: Tensor = t,
-            slow_tangent: Params = slow_tangent,
-            rates_tangent: Params = rates_tangent,
-        ) -> Point:
-            def step(point: Point, slow: Params, rates: Params) -> Point:
-                if second_order:
-                    loss = lambda fast: objective.loss({**slow, **fast}, support)  # noqa: E731
-                    gradient = grad(loss)(point.fast)
-                else:
-                    gradient = constant
-                return rule.update(point, gradient, rates, t)
-
-            moved: Point = jvp(step, (before, slow, rates), (v, slow_tangent, rates_tangent))[1]
-            return moved
-
+    adaptation, alpha = passed.adaptation, passed.alpha
+    tangent = adaptation.start_point(direction, num_tasks(batch))
+    for s, step in enumerate(passed.steps):
+        one_task = partial(
+            _step_tangent,
+            objective,
+            adaptation,
+            adaptation.at(passed.meta, alpha, s),
+            # A fixed rate does not depend on the meta-parameters: its derivative is zero.
+            adaptation.at(direction, torch.zeros_like(alpha), s),
+            second_order,
+        )
         # Before the first step the point is θ itself, not yet one copy per task.
-        tangent = vmap(advance, in_dims=(0 if s else None, 0, 0, 0))(
-            visit.before, visit.step.gradient, tangent, batch.support.at_step(s)
+        tangent = vmap(one_task, in_dims=(0 if s else None, 0, 0, 0))(
+            passed.before(s), step.gradient, tangent, batch.support.at_step(s)
         )
     return tangent.fast
+
+
+def _step_tangent(
+    objective: PolicyObjective,
+    adaptation: Adaptation,
+    inputs: StepInputs,
+    inputs_tangent: StepInputs,
+    second_order: bool,
+    before: Point,
+    inner_gradient: Params,
+    tangent: Point,
+    support: Experience,
+) -> Point:
+    """The derivative of one step of one task: of the point after it, in the direction of `tangent`
+    (of the point before it) and `inputs_tangent`."""
+
+    def step(point: Point, slow: Params, rates: Params) -> Point:
+        def loss(fast: Params) -> Tensor:
+            return objective.loss({**slow, **fast}, support)
+
+        gradient = grad(loss)(point.fast) if second_order else inner_gradient
+        return adaptation.rule.update(point, gradient, rates, inputs.t)
+
+    slow_and_rates, tangents = inputs[:2], inputs_tangent[:2]
+    moved: Point = jvp(step, (before, *slow_and_rates), (tangent, *tangents))[1]
+    return moved
 
 
 class CandidateMetrics(NamedTuple):
@@ -141,7 +139,8 @@ class CandidateMetrics(NamedTuple):
     surrogate: Tensor
     """The query loss."""
     kl: Tensor
-    """Between the policies that collected the query and those that θ adapts to now."""
+    """KL of the policies that collected the query and the policies that the candidate adapts to,
+    mean over valid time steps, in nats."""
 
 
 @torch.no_grad()
@@ -152,26 +151,22 @@ def evaluate_candidate(
     batch: CollectedBatch,
     alpha: Tensor,
 ) -> CandidateMetrics:
-    """Adapt a candidate on the stored trajectories, and look at the query."""
+    """Adapt a candidate on the stored trajectories, and evaluate it on the query trajectories."""
     stages = Stages.of(objective, adaptation)
-    visits = walk_forward(stages, adaptation, candidate, batch.support, alpha)
-    last = adaptation.steps - 1
-    fast = reached(adaptation, candidate, visits, last, num_tasks(batch)).fast
-    slow = adaptation.slow(candidate, max(last, 0))
-    look = vmap(lambda fast, query: objective.loss_and_metrics({**slow, **fast}, query))
-    loss, found = look(fast, batch.query)
-    return CandidateMetrics(loss, found["kl"])
+    passed = forward_pass(stages, adaptation, candidate, batch, alpha)
+    loss, metrics = query_metrics(objective, passed.adapted(adaptation.steps), batch.query)
+    return CandidateMetrics(loss, metrics["kl"])
 
 
 class ProximalGradient(NamedTuple):
-    """A step of ProMP."""
+    """The gradient for a step of ProMP, and metrics of the θ at which it was taken."""
 
     gradient: Params
     """Sum over the tasks of the gradient of query loss + weight · inner KL."""
     candidate: CandidateMetrics
     inner_kl: Tensor
-    """Between the policies that collected the support and those that adaptation passes through
-    now, mean over its steps, [B]."""
+    """KL of the policies that collected the support and the policies that adaptation passes
+    through now, mean over its steps, [B], in nats."""
 
 
 @torch.no_grad()
@@ -185,35 +180,33 @@ def proximal_gradient(
     second_order: bool,
     inner_kl_weight: float,
 ) -> ProximalGradient:
-    """Rothfuss et al. 2019, eq. 12: clipped query loss (the objective's), and a penalty on moving
-    from the policies that collected the support."""
+    """The gradient of the ProMP objective (Rothfuss et al. 2019, eq. 12).
+
+    The objective is the clipped query loss of `objective` plus `inner_kl_weight` times the KL
+    between the policies that collected the support and those that adaptation passes through.
+    """
     stages = Stages.of(objective, adaptation, order="second" if second_order else "first")
-    visits = walk_forward(stages, adaptation, meta, batch.support, alpha)
+    passed = forward_pass(stages, adaptation, meta, batch, alpha)
     steps = adaptation.steps
     weight = inner_kl_weight / max(steps, 1)
     inner: list[Tensor] = []
-    outer: list[CandidateMetrics] = []
 
     def inner_kl(fast: Params, slow: Params, support: Experience) -> Tensor:
         return objective.kl_at({**slow, **fast}, support)
 
     inner_gradient = vmap(grad_and_value(inner_kl, argnums=(0, 1)), in_dims=(0, None, 0))
 
-    def incoming(s: int, at: Point) -> Incoming:
-        if s == steps - 1:
-            slow = adaptation.slow(meta, max(s, 0))
-            (fast_bar, slow_bar), (loss, found) = stages.query(at.fast, slow, batch.query)
-            outer.append(CandidateMetrics(loss, found["kl"]))
-            return Incoming(fast_bar, slow_bar)
-        slow, support = adaptation.slow(meta, s + 1), batch.support.at_step(s + 1)
-        (fast_bar, slow_bar), kl = inner_gradient(at.fast, slow, support)
+    def of_inner_kl(after: int, adapted: Adapted) -> Cotangent:
+        slow, support = adaptation.slow(meta, after), batch.support.at_step(after)
+        (fast_bar, slow_bar), kl = inner_gradient(adapted.fast, slow, support)
         inner.append(kl)
-        return Incoming(
+        return Cotangent(
             {name: weight * bar for name, bar in fast_bar.items()},
             {name: weight * bar for name, bar in slow_bar.items()},
         )
 
-    gradient = carry_back(stages, adaptation, meta, batch, alpha, visits, incoming)
-    (candidate,) = outer
+    bars, (loss, metrics) = stages.query(*passed.adapted(steps), batch.query)
+    gradient = backpropagate(stages, passed, Cotangent(*bars), of_inner_kl)
+    candidate = CandidateMetrics(loss, metrics["kl"])
     mean = torch.stack(inner).mean(0) if inner else torch.zeros_like(candidate.kl)
     return ProximalGradient(gradient, candidate, mean)

@@ -315,8 +315,8 @@ def test_steps_beyond_the_trained_ones_repeat_the_last() -> None:
     meta = perturbed(adaptation.meta_parameters(dict(model.named_parameters()), ALPHA))
     alpha = torch.tensor(ALPHA)
     for later in (STEPS, STEPS + 7):
-        for of in (adaptation.slow, lambda m, s: adaptation.rates_at(m, alpha, s)):
+        for of in (adaptation.slow, lambda m, s: adaptation.at(m, alpha, s).rates):
             assert all(torch.equal(v, of(meta, later)[n]) for n, v in of(meta, STEPS - 1).items())
     assert not torch.equal(
-        *(adaptation.rates_at(meta, alpha, s)[adaptation.fast[0]] for s in (0, 1))
+        *(adaptation.at(meta, alpha, s).rates[adaptation.fast[0]] for s in (0, 1))
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.inner_loop import Stages
 from pipeline.maml.learning_curve import adaptation_curve
 from pipeline.maml.meta_gradient import Knobs, chunk_function
@@ -221,15 +221,12 @@ def test_shared_first_step_equals_a_step_per_task():
     stages = Stages.of(objective, every_parameter(layout, 1))
     params = layout.split(theta)
     copies = {name: p.expand(3, *p.shape).contiguous() for name, p in params.items()}
-    rates = dict.fromkeys(params, torch.tensor(0.1).double())
-    t = torch.ones(())
+    inputs = StepInputs({}, dict.fromkeys(params, torch.tensor(0.1).double()), torch.ones(()))
     outcomes = []
     for fast, shared in ((params, True), (copies, False)):
         point = Point(fast, {})
-        step = stages.step(point, {}, rates, t, batch.support, shared)
-        back = stages.step_back(
-            point, step.gradient, {}, rates, t, batch.support, step.point, shared
-        )
+        step = stages.step(point, inputs, batch.support, shared)
+        back = stages.step_back(point, step.gradient, inputs, batch.support, step.point, shared)
         outcomes.append({**step.point.fast, **{f"{n} back": v for n, v in back.point.fast.items()}})
     torch.testing.assert_close(*outcomes, rtol=1e-9, atol=1e-12)
 

@@ -150,11 +150,11 @@ def consequences(past: Trajectories) -> list[Tensor]:
     torch.manual_seed(0)
     policy = gaussian_policy((3,), 4, hidden=(5,), activation="tanh").double()
     params = {name: p.detach() for name, p in policy.named_parameters()}
-    judged = advantages(past, 0.9, 0.9)
-    found = [judged.values[..., :12], judged.explained_variance]
+    estimated = advantages(past, 0.9, 0.9)
+    found = [estimated.values[..., :12], estimated.explained_variance]
     for estimator in ESTIMATORS:
         objective = PolicyObjective(policy, GAUSSIAN, estimator, clip=0.3)
-        experience = Experience(past, judged.values)
+        experience = Experience(past, estimated.values)
         batch = CollectedBatch(CollectedSupport([experience]), experience)
         adaptation = Adaptation.of(policy, steps=1)
         stages = Stages.of(objective, adaptation)

@@ -69,9 +69,8 @@ class Small:
                     loss, list(point.fast.values()), create_graph=second_order
                 )
                 gradient = dict(zip(point.fast, grads, strict=True))
-                rates = self.adaptation.rates_at(meta, ALPHA, s)
-                t = torch.tensor(s + 1.0, dtype=torch.float64)
-                point = self.adaptation.rule.update(point, gradient, rates, t)
+                inputs = self.adaptation.at(meta, ALPHA, s)
+                point = self.adaptation.rule.update(point, gradient, inputs.rates, inputs.t)
             query = _of_task(self.batch.query, task)
             total = total + self.objective.kl_at({**slow, **point.fast}, query)
         return total
