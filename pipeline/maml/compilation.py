@@ -2,12 +2,12 @@
 
 `Compiler.compiled(function)` traces a function - however many `vmap`, `grad` and `jvp` are in it -
 into a flat graph of tensor operations (`make_fx`; torch.compile's own frontend cannot trace a `jvp`
-of a `grad`), removes what the graph computes twice, and has TorchInductor compile the rest. Where
-anything about that fails, the eager function goes on alone, and one warning says so.
+of a `grad`), removes what the graph computes twice, and has TorchInductor compile the rest. If any
+of that fails, it logs one warning, and the eager function runs from then on.
 
-Compiled and eager results differ in the last bits, and so would two workers that decided
-differently. `worth_compiling` therefore looks at nothing but the computation and the number of
-calls that the configuration asks for: never at a clock, never at the number of workers.
+Compiled and eager results differ in the last bits, so two workers that decided differently would
+give different results. `worth_compiling` therefore decides from the computation and from the number
+of calls that the configuration asks for, not from a clock or from the number of workers.
 """
 
 from __future__ import annotations
@@ -30,22 +30,27 @@ _log = logging.getLogger(__name__)
 # for a second thread costs as much, far more on a busy machine.
 _OPTIONS = {"cpp.min_chunk_size": 16384}
 
-
-_TENSOR = object()  # stands for a tensor among constants
+_TENSOR = object()  # stands for a tensor in a list of constants
 
 
 class Compiler:
-    """Compiles functions that belong together: when one of them cannot be, all run eagerly."""
+    """Compiles functions that belong together: if one cannot be compiled, all run eagerly."""
 
     def __init__(self) -> None:
         self.failed = False
 
     def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, compiled at the first call for each signature of its arguments.
+        """A function that computes the same as `function`, compiled.
 
-        Arguments and results are trees (tuples, dictionaries, named tuples) of tensors; leaves that
-        are no tensors are constants of the program, so another value is another program. The
-        function must be pure. The result carries no autograd graph.
+        Arguments and results are trees (tuples, dictionaries, named tuples) of tensors. The first
+        call for each signature compiles a program: the signature is the structure of the arguments,
+        the shape, precision and device of each tensor, and the value of each leaf that is no
+        tensor. All tensors of a call must be on one device. `function` must be pure. Results carry
+        no autograd graph.
+
+        An error of the compiler, or of the first run of a program, is logged as a warning, and the
+        eager function runs instead; an error of the eager function, or of a later run of a program
+        (out of memory), is raised as it is.
         """
         programs: dict[Any, Callable[[list[Tensor]], Any]] = {}
 
@@ -59,7 +64,7 @@ class Compiler:
                 structure,
                 constants,
                 tuple((x.shape, x.dtype, x.device) for x in tensors),
-                torch.get_num_threads(),  # is compiled into the loops
+                torch.get_num_threads(),  # the compiled loops contain it
             )
             program = programs.get(signature)
             if program is None:
@@ -88,7 +93,7 @@ def _compile(
     constants: tuple[Any, ...],
     tensors: list[Tensor],
 ) -> Callable[[list[Tensor]], Any]:
-    """The program for one signature: a function of the tensors among the leaves."""
+    """Compile the program of one signature: a function of the tensors among the leaves."""
     results: list[pytree.TreeSpec] = []
 
     def flat(*values: Tensor) -> list[Tensor]:
@@ -120,20 +125,22 @@ def _compile(
 
 
 def trace(function: Callable[..., Any], examples: list[Tensor]) -> fx.GraphModule:
-    """The function as a graph of elementary operations, each computed once.
+    """Trace the function into a graph of elementary operations, each computed once.
 
-    The walk back through an inner step computes again what the way forward has computed; both are
-    in one graph here, and common subexpression elimination finds a fifth of a meta-gradient's
-    arithmetic. It compares operations literally. So everything is first decomposed into the same
-    elementary operations (differentiation rules decompose some of them, some not) and rid of
-    operations that only change how a shape is written.
+    The backward pass through an inner step computes again what the forward pass has computed. Both
+    are in one graph here, and common subexpression elimination removes a fifth of a meta-gradient's
+    arithmetic. Elimination compares operations literally, so the trace first decomposes them all
+    into the same elementary operations (some rules of differentiation do so, some do not) and
+    removes operations that only change how a shape is written.
+
+    `examples` give shapes, precisions and devices. Raises whatever the function or torch raises.
     """
-    # These take seconds to import, which processes that do not compile need not wait for.
+    # These imports take seconds; processes that do not compile do without them.
     from torch._functorch.compile_utils import fx_graph_cse
     from torch._inductor.decomposition import select_decomp_table
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    # Elimination must see no writes in place: two buffers to be filled are not one.
+    # Writes in place must go first: elimination would merge two equal empty buffers into one.
     pure = functionalize(function, remove="mutations")
     module = make_fx(pure, decomposition_table=select_decomp_table())(*examples)
     _simplify(module.graph)
@@ -143,7 +150,7 @@ def trace(function: Callable[..., Any], examples: list[Tensor]) -> fx.GraphModul
 
 
 def _simplify(graph: fx.Graph) -> None:
-    """Rewrites the graph without aliases, casts to the same type and chains of views."""
+    """Remove aliases, casts to the same type and chains of views from the graph, in place."""
     aten = torch.ops.aten
     for node in graph.nodes:
         if node.op != "call_function" or "val" not in node.meta or not node.args:
@@ -193,29 +200,32 @@ class _CallCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def operator_calls(function: Callable[..., Any], *arguments: Any) -> int:
-    """How many operators an eager call of the function runs (it is called once to see)."""
+    """The number of operators that an eager call of the function runs; calls it once."""
     with torch.no_grad(), _CallCounter() as counter:
         function(*arguments)
     return int(counter.count)
 
 
 class Work(NamedTuple):
-    """What a run calls again and again."""
+    """A function that a run calls many times with arguments of the same shapes."""
 
     function: Callable[..., Any]
     arguments: tuple[Any, ...]
     calls: int
-    """From the configuration (iterations x chunks), not what is left of them."""
+    """The calls of the whole run (iterations x chunks), also where a run is resumed: a resumed run
+    must decide as the whole run did."""
 
 
 def worth_compiling(works: Sequence[Work]) -> bool:
-    """Whether the calls of these eager functions repay the compilation of all of them.
+    """Whether the time that compiled calls save exceeds the time that compilation takes.
 
-    Runs each twice and counts operators and arithmetic, so that the answer is the same everywhere.
+    Calls each eager function twice and counts operators and floating-point operations, so
+    that the answer is the same on every machine.
     """
     saved = spent = 0.0
     for function, arguments, calls in works:
-        # What the first call finds out by trying must not be tried under a counter: it would crash.
+        # The first call may try whether an operation can be differentiated; torch crashes where
+        # that fails under a counter.
         function(*arguments)
         with FlopCounterMode(display=False) as flops:
             count = operator_calls(function, *arguments)

@@ -1,9 +1,9 @@
-"""Model builders: plain `nn.Module`s; nothing in them knows that it is meta-learned.
+"""Model builders: plain `nn.Module`s that contain nothing special to meta-learning.
 
 A builder is `build(input_shape, output_size, *, settings...) -> nn.Module`; its keyword parameters
-are the settings of the `model:` section. Modules keep no state but their parameters: batch
-normalisation uses the statistics of the batch at hand, in training and at test (the papers'
-transductive protocol), and nothing is updated in place.
+are the settings of the `model:` section. Modules hold parameters and no other state: batch
+normalisation uses the statistics of the current batch, in training and at test (the transductive
+protocol of Finn et al. 2017), and no forward pass changes a module.
 """
 
 import math
@@ -20,9 +20,9 @@ Normalisation = Literal["batch", "batch-affine", "none"]
 class BatchNorm(nn.Module):
     """Normalises each channel (the last dimension) by the statistics of the current batch.
 
-    With a bias and no scale, as in the original code: a ReLU follows, so a positive scale could as
-    well stand in the next layer's weights - but not one per step (`scale`, as MAML++ has it). Input
-    and output [n, ..., C].
+    It has a bias and, as in the code of Finn et al., no scale: a ReLU follows, so the weights of
+    the next layer can absorb a positive scale. They cannot absorb one per step, so MAML++ needs
+    `scale`. Input and output are [n, ..., C].
     """
 
     def __init__(self, channels: int, scale: bool = False, epsilon: float = 1e-5):
@@ -42,10 +42,13 @@ class BatchNorm(nn.Module):
 class Conv3x3(nn.Module):
     """A 3x3 convolution with padding 1, channels last: [n, H, W, C] -> [n, ⌈H/s⌉, ⌈W/s⌉, C_out].
 
-    Written as patches times a matrix instead of `F.conv2d`: with a weight per task, vmap turns the
-    latter into a grouped convolution, whose second derivative is slow and cannot be fused, while
-    this becomes one batched matrix product (measured in benchmarks/). The weight [9·C, C_out] is
-    ordered (row tap, column tap, channel).
+    It multiplies patches by a matrix instead of calling `F.conv2d`: with a weight per task, vmap
+    turns `F.conv2d` into a grouped convolution, whose second derivative is slow and cannot be
+    fused, while this becomes one batched matrix product (measured in benchmarks/).
+
+    The weight is [9·C, C_out], its rows ordered (row tap, column tap, input channel). To load the
+    weight `w` [C_out, C, 3, 3] of an `nn.Conv2d` with padding 1 and stride s:
+    `conv.weight.copy_(w.permute(2, 3, 1, 0).reshape(9 * C, C_out))`. A bias is the same in both.
     """
 
     def __init__(self, in_channels: int, out_channels: int, stride: int, bias: bool):
@@ -53,7 +56,7 @@ class Conv3x3(nn.Module):
         self.weight = nn.Parameter(torch.empty(9 * in_channels, out_channels))
         self.bias = nn.Parameter(torch.zeros(out_channels)) if bias else None
         self.stride = stride
-        # Xavier initialisation of a convolution: a unit sees 9·C inputs and feeds 9·C_out outputs.
+        # Xavier initialisation: each unit has 9·C inputs and feeds 9·C_out outputs.
         bound = math.sqrt(6 / (9 * in_channels + 9 * out_channels))
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -64,11 +67,12 @@ class Conv3x3(nn.Module):
 
 
 def neighbours(x: Tensor, dim: int, stride: int) -> Tensor:
-    """Every `stride`-th element along `dim` with its two neighbours, as channels (last dimension).
+    """Concatenate every `stride`-th element along `dim` with its two neighbours, as channels.
 
-    Zeros beyond the ends. For 3x3 patches, along both dimensions. Nothing but pads, unbinds and
-    concatenations, because their derivatives are again such, where the derivative of a strided
-    slice fills and adds whole tensors.
+    Channels are the last dimension, C -> 3·C in the order (before, centre, after); zeros stand
+    beyond the ends. `stride` is 1 or 2. Applied along both dimensions of an image it gives 3x3
+    patches. It uses only pads, unbinds and concatenations: their derivatives are again such
+    operations, while the derivative of a strided slice fills and adds whole tensors.
     """
     after_dim = (0, 0) * (x.dim() - 1 - dim)
     if stride == 1:
@@ -82,7 +86,7 @@ def neighbours(x: Tensor, dim: int, stride: int) -> Tensor:
 
 
 class MaxPool2x2(nn.Module):
-    """2x2 max-pooling, channels last; an odd last row or column is dropped."""
+    """2x2 max-pooling, [n, H, W, C] -> [n, ⌊H/2⌋, ⌊W/2⌋, C]; drops an odd last row or column."""
 
     def forward(self, x: Tensor) -> Tensor:
         n, height, width, channels = x.shape
@@ -91,21 +95,21 @@ class MaxPool2x2(nn.Module):
 
 
 class ChannelsLast(nn.Module):
-    """[n, C, H, W] -> [n, H, W, C]."""
+    """Moves channels last, [n, C, H, W] -> [n, H, W, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.permute(0, 2, 3, 1)
 
 
 class SpatialMean(nn.Module):
-    """[n, H, W, C] -> [n, C]."""
+    """Averages over positions, [n, H, W, C] -> [n, C]."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((1, 2))
 
 
 def linear(input_shape: Sequence[int], output_size: int, *, bias: bool = False) -> nn.Module:
-    """One linear map; with `task.kind: quadratic` its meta-gradient has a closed form."""
+    """One linear map. With `task.kind: quadratic` its meta-gradient has a closed form."""
     features = _product(input_shape)
     return nn.Sequential(nn.Flatten(), nn.Linear(features, output_size, bias=bias))
 
@@ -118,10 +122,12 @@ def mlp(
     normalisation: Normalisation = "none",
     init_std: float | None = 0.01,
 ) -> nn.Module:
-    """Fully connected ReLU network: (40, 40) for the sinusoid, (256, 128, 64, 64) for images.
+    """Fully connected ReLU network (Finn et al. 2017).
 
-    `init_std`: weights ~ truncated normal of this deviation, biases 0, as in the original code;
-    null for Xavier initialisation.
+    The paper uses `hidden` (40, 40) for the sinusoid and (256, 128, 64, 64) for Omniglot. Biases
+    start at 0. Weights start from a normal distribution of deviation `init_std`, truncated at two
+    deviations, as in the authors' code; with null, from Xavier's uniform distribution. Raises
+    ValueError naming the setting.
     """
     _check_sizes("hidden", hidden)
     layers: list[nn.Module] = [nn.Flatten()]
@@ -153,10 +159,11 @@ def conv4(
     layers: int = 4,
     normalisation: Normalisation = "batch",
 ) -> nn.Module:
-    """Four 3x3 convolutions, batch normalisation, ReLU; then a linear layer.
+    """`layers` blocks of 3x3 convolution, batch normalisation and ReLU; then a linear layer.
 
-    The published forms: Omniglot, 64 filters, `downsample: stride`, `head: mean`; miniImageNet,
-    32 filters, `downsample: max-pool`, `head: flatten`.
+    Finn et al. 2017 use 64 filters, `downsample: stride`, `head: mean` for Omniglot, and 32
+    filters, `downsample: max-pool`, `head: flatten` for miniImageNet. Images are [n, C, H, W].
+    Raises ValueError naming the setting, also for images that are too small for the poolings.
     """
     if len(input_shape) != 3:
         raise ValueError(f"model: conv4 needs images (C, H, W), the task has {tuple(input_shape)}")
@@ -166,7 +173,7 @@ def conv4(
     modules: list[nn.Module] = [ChannelsLast()]
     for _ in range(layers):
         stride = 2 if downsample == "stride" else 1
-        # A bias before the normalisation would be subtracted again by the mean.
+        # Subtracting the mean would cancel a bias before the normalisation.
         modules.append(Conv3x3(channels, filters, stride, bias=normalisation == "none"))
         if normalisation != "none":
             modules.append(BatchNorm(filters, scale=normalisation == "batch-affine"))

@@ -1,7 +1,7 @@
-"""Named parameters, and the one flat vector in which they cross process boundaries.
+"""Named parameters, and the flat vector in which they travel between processes.
 
-`Params` is the currency of every pure function here: parameters are keyed by name, never zipped
-from lists. A `Layout` is the bijection between such a dictionary and a vector of D numbers.
+Every pure function of this package takes and returns `Params`: tensors keyed by the parameter's
+name. A `Layout` converts such a dictionary to a vector of D numbers and back.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor
 FlatVector = npt.NDArray[np.floating[Any]]
 """Parameters as workers and the driver exchange them: one vector [D] on the CPU."""
 Params = dict[str, Tensor]
+"""Tensors by the name of the parameter."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class Layout:
 
     @property
     def shapes_by_name(self) -> dict[str, tuple[int, ...]]:
-        """Without the order."""
+        """The shapes as a dictionary."""
         return dict(self.shapes)
 
     def split(self, flat: Tensor) -> Params:
-        """Views into a flat vector [D], by name."""
+        """Views into a flat vector [D], by name. Raises RuntimeError if the length is not D."""
         pieces = torch.split(flat, [math.prod(shape) for _, shape in self.shapes])
         return {
             name: piece.view(shape)
@@ -51,11 +52,11 @@ class Layout:
         }
 
     def join(self, params: Mapping[str, Tensor]) -> Tensor:
-        """The flat vector [D] of parameters."""
+        """The flat vector [D] of parameters, a copy. Raises KeyError if one is missing."""
         return torch.cat([params[name].reshape(-1) for name, _ in self.shapes])
 
 
 def flat_vector(theta: Params) -> FlatVector:
-    """Parameters as workers take them."""
+    """Parameters on the CPU as the vector [D] that workers take."""
     flat: FlatVector = Layout.of(theta).join(theta).numpy()
     return flat

@@ -1,7 +1,7 @@
-"""What layers make of examples, and how alike two such representations are.
+"""The outputs of layers, and how similar two representations of the same examples are.
 
-A representation is [n, ..., channels]; all but the last dimension count as examples (the positions
-of an image, that is, as SVCCA does it: Raghu et al. 2017), [n', channels].
+A representation is [n, ..., channels]. All dimensions but the last count as examples, so every
+position of an image is one (as in SVCCA, Raghu et al. 2017): [n', channels].
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch.func import functional_call
 from pipeline.maml.parameters import Params
 
 Outputs = dict[str, Tensor]
-"""By layer, in the order of the computation."""
+"""The output of each layer by the layer's name, in the order of the computation."""
 
 _VARIANCE_KEPT = 0.99
-_EXAMPLES_PER_DIRECTION = 3  # with fewer, canonical correlations of noise are high
+_EXAMPLES_PER_DIRECTION = 3  # with fewer, even noise has high canonical correlations
 
 
 def weight_layers(model: nn.Module) -> list[tuple[str, str]]:
-    """Name and kind of the layers that have weights: a parameter with two dimensions or more."""
+    """Name and class name of the layers that have a parameter with two dimensions or more."""
     return [
         (name, type(module).__name__)
         for name, module in model.named_modules()
@@ -32,10 +32,11 @@ def weight_layers(model: nn.Module) -> list[tuple[str, str]]:
 
 
 def layer_outputs(model: nn.Module, params: Params, x: Tensor) -> Outputs:
-    """What each weight layer, with all that follows it up to the next one, makes of x.
+    """The output of each weight layer for inputs x, [n, ..., channels].
 
-    That is the input of the next weight layer; of the last one, the model's output. Channels are
-    the last dimension. A layer that is used several times counts with its last use.
+    An output includes what follows the layer up to the next weight layer (normalisation, ReLU): it
+    is the input of the next weight layer, or the model's output for the last one. Where the model
+    uses a layer several times, the last use counts.
     """
     seen: list[tuple[str, Tensor]] = []
     layers = {name for name, _ in weight_layers(model)}
@@ -60,32 +61,40 @@ def layer_outputs(model: nn.Module, params: Params, x: Tensor) -> Outputs:
 
 
 def head_inputs(model: nn.Module, params: Params, x: Tensor) -> Tensor:
-    """The features that the last weight layer sees, [n, d]; where it is the only one, x itself."""
+    """The inputs of the last weight layer, [n, d]; x itself where it is the only one."""
     outputs = list(layer_outputs(model, params, x).values())
     return (outputs[-2] if len(outputs) > 1 else x).flatten(1)
 
 
 def nearest_centroid(support: Tensor, labels: Tensor, query: Tensor, classes: int) -> Tensor:
-    """Scores [m, N]: the cosine of each query feature [m, d] with every class's mean support
-    feature, of features [n, d] with labels [n]. No inner loop, and no head."""
+    """Scores [m, N] of a classifier without head or inner loop: the cosine of each query feature
+    with the mean support feature of each class.
+
+    `support` [n, d] with `labels` [n] in 0 .. N - 1, `query` [m, d], `classes` = N.
+    """
     one_hot = nn.functional.one_hot(labels, classes).to(support.dtype)
-    centroids = one_hot.T @ support  # of the right direction, which is all that counts
+    centroids = one_hot.T @ support  # sums: the cosine does not depend on their length
     normalize = nn.functional.normalize
     return normalize(query, dim=-1) @ normalize(centroids, dim=-1).T
 
 
 def linear_cka(x: Tensor, y: Tensor) -> Tensor:
-    """Linear centred kernel alignment (Kornblith et al. 2019): 1 for representations that agree up
-    to rotation and scale, 0 for orthogonal ones. NaN where one of them is constant."""
+    """Linear centred kernel alignment (Kornblith et al. 2019) of [n, ..., d] and [n, ..., d'].
+
+    A scalar: 1 for representations that agree up to rotation and scale, 0 for uncorrelated ones,
+    NaN where one of them is constant.
+    """
     x, y = _centred(x), _centred(y)
     alike: Tensor = (x.T @ y).square().sum() / ((x.T @ x).norm() * (y.T @ y).norm())
     return alike
 
 
 def mean_cca(x: Tensor, y: Tensor) -> Tensor:
-    """Mean canonical correlation of the directions that hold 99 % of the variance (SVCCA).
+    """Mean canonical correlation of the directions with 99 % of the variance (SVCCA, Raghu et al.
+    2017), a scalar.
 
-    NaN where there are fewer than three examples for each of them, or none.
+    NaN where there are fewer than three examples per direction, where a representation is constant,
+    or where one is not finite.
     """
     if not (torch.isfinite(x).all() and torch.isfinite(y).all()):
         return x.new_tensor(math.nan)
@@ -98,7 +107,7 @@ def mean_cca(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _main_directions(x: Tensor) -> Tensor:
-    """Orthonormal columns that span the directions of most variance, [n', k]."""
+    """Orthonormal columns that span the directions with 99 % of the variance, [n', k]."""
     left: Tensor
     values: Tensor
     left, values, _ = torch.linalg.svd(_centred(x), full_matrices=False)

@@ -1,8 +1,8 @@
-"""Inner optimisers: pure functions of parameters and gradient, differentiable through and through.
+"""Inner optimisers as pure functions, differentiable with respect to all their inputs.
 
-A rule takes (point, gradient, rates, t) to the next point, where a point holds the adapted
-parameters and whatever the rule remembers of earlier steps (its slots, zero before the first one).
-The numbers are those of torch.optim.
+A rule maps (point, gradient, rates, t) to the next point. A point holds the adapted parameters and
+what the rule remembers of earlier steps (its slots; zero before the
+first step). The formulas are those of torch.optim.
 """
 
 from __future__ import annotations
@@ -19,35 +19,39 @@ RuleName = Literal["sgd", "momentum", "adam"]
 
 
 class Point(NamedTuple):
-    """Where adaptation to a task stands."""
+    """The state of adaptation to a task between two steps."""
 
     fast: Params
     """The adapted parameters."""
     slots: dict[str, Params]
-    """What the rule remembers, by its name for it."""
+    """The rule's state of each parameter, by the name of the slot: "velocity", "mean", "square"."""
 
 
 class Rule(NamedTuple):
     """An inner optimiser."""
 
     slots: tuple[str, ...]
+    """Names of the slots that a point of this rule has."""
     update: Callable[[Point, Params, Params, Tensor], Point]
-    """(point, gradient, rate of every parameter, number t = 1, 2, ... of the step) -> next point"""
+    """(point, gradient, rates, t) -> next point. A rate is a scalar or has the parameter's shape;
+    t = 1, 2, ... is the number of the step, a scalar tensor."""
 
     def start(self, fast: Params) -> Point:
-        """The point before the first step."""
+        """The point before the first step: these parameters, all slots zero."""
         zeros = {name: torch.zeros_like(value) for name, value in fast.items()}
         return Point(fast, dict.fromkeys(self.slots, zeros))
 
 
 def build_rule(name: RuleName, momentum: float = 0.9, beta1: float = 0.9) -> Rule:
-    """The rule of a name; `momentum` and `beta1` where it has such."""
+    """The rule with this name. `momentum` is that of "momentum", `beta1` that of "adam"; other
+    rules ignore them."""
     if name == "momentum":
         return _momentum(momentum)
     return _adam(beta1) if name == "adam" else SGD
 
 
 def _sgd(point: Point, gradient: Params, rates: Params, t: Tensor) -> Point:
+    """θ' = θ − α g (eq. 2)."""
     return Point({n: p - rates[n] * gradient[n] for n, p in point.fast.items()}, {})
 
 
@@ -55,6 +59,8 @@ SGD = Rule((), _sgd)
 
 
 def _momentum(mu: float) -> Rule:
+    """v' = μ v + g, θ' = θ − α v'."""
+
     def update(point: Point, gradient: Params, rates: Params, t: Tensor) -> Point:
         velocity = {n: mu * v + gradient[n] for n, v in point.slots["velocity"].items()}
         fast = {n: p - rates[n] * velocity[n] for n, p in point.fast.items()}
@@ -64,6 +70,8 @@ def _momentum(mu: float) -> Rule:
 
 
 def _adam(beta1: float, beta2: float = 0.999, epsilon: float = 1e-8) -> Rule:
+    """Adam (Kingma and Ba 2015, algorithm 1)."""
+
     def update(point: Point, gradient: Params, rates: Params, t: Tensor) -> Point:
         mean, square, fast = {}, {}, {}
         for n, p in point.fast.items():
@@ -78,7 +86,10 @@ def _adam(beta1: float, beta2: float = 0.999, epsilon: float = 1e-8) -> Rule:
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:
-    """√x with derivative 0 at 0: a weight that has seen no gradient (a dead unit) must not turn the
-    meta-gradient into 0·∞."""
+    """√x with derivative 0 at 0.
+
+    A weight whose gradients were all zero (of a dead unit) has x = 0, where the true derivative is
+    infinite; times zero it would make the meta-gradient NaN.
+    """
     positive = x > 0
     return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), 0.0)

@@ -1,1 +1,1 @@
-"""The same for tasks to act in: policies, trajectories, policy losses (eq. 7)."""
+"""Reinforcement learning: policies, rollouts, policy losses (eq. 7), Fisher products."""

@@ -1,9 +1,9 @@
-"""How much better an action was than expected: baseline, generalised advantages.
+"""Advantages of actions: a fitted baseline, and generalised advantage estimation.
 
-The baseline is a linear function of features of observation and time (Duan et al. 2016), fitted to
-the discounted returns of the very trajectories that it is subtracted from: per task and per step of
-adaptation. Reaching the horizon ends a trajectory: nothing is added for what might have followed,
-as in the original code.
+The baseline is a linear function of features of observation and time (Duan et al. 2016). For every
+task and every step of adaptation it is fitted to the discounted returns of the same trajectories
+that it is subtracted from. A trajectory ends at the horizon: as in the code of Finn et al., no
+value is added for the time after it.
 
 Shapes: B tasks, n trajectories, H time steps, F = 2·O + 4 features.
 """
@@ -18,21 +18,27 @@ from torch import Tensor
 from tasks.control.mdp import Trajectories
 
 _RIDGE = 1e-5
-_LARGEST_OBSERVATION = 10.0  # as in the original code: squares of outliers would rule the fit
+_LARGEST_OBSERVATION = 10.0  # as in that code: squares of outliers would dominate the fit
 _TINY = 1e-8
 
 
 class Advantages(NamedTuple):
-    """What came of the estimation."""
+    """The advantages of the actions of B tasks, and how good the baseline was."""
 
     values: Tensor
     """Standardised over the valid steps of each task, [B, n, H]; 0 where masked."""
     explained_variance: Tensor
-    """Of the discounted returns by the baseline, [B]: 1 is perfect, 0 as good as their mean."""
+    """The part of the variance of the discounted returns that the baseline explains, [B]: 1 where
+    it is perfect, 0 where it is as good as their mean."""
 
 
 def advantages(trajectories: Trajectories, discount: float, gae_lambda: float) -> Advantages:
-    """Of every action of B tasks (leading dimension of the record)."""
+    """Generalised advantages (Schulman et al. 2016) of every action of B tasks.
+
+    With rewards r_t, baseline V_t, discount γ and λ = `gae_lambda`: δ_t = r_t + γ V_{t+1} − V_t and
+    A_t = Σ_{t' ≥ t} (γλ)^(t' − t) δ_t', standardised over the valid steps of each task. Tensors of
+    `trajectories` have the leading dimension B.
+    """
     mask = trajectories.mask
     rewards = trajectories.rewards * mask
     returns = discounted_sums(rewards, discount) * mask
@@ -49,15 +55,16 @@ def discounted_sums(values: Tensor, discount: float) -> Tensor:
     """Σ_{t' ≥ t} discount^(t' − t) values_t', for every t; [..., H] -> [..., H]."""
     horizon = values.shape[-1]
     times = torch.arange(horizon, device=values.device)
-    ahead = times[:, None] - times  # rows are summed over: later minus now
+    ahead = times[:, None] - times  # t' - t: t' by row, t by column
     weights = torch.where(ahead >= 0, discount ** ahead.clamp(min=0).to(values.dtype), 0.0)
     return values @ weights
 
 
 def fitted(observations: Tensor, mask: Tensor, returns: Tensor) -> Tensor:
-    """The baseline's values [B, n, H], by least squares for each task; 0 where masked.
+    """The values of the baseline [B, n, H], fitted by least squares for each task; 0 where masked.
 
-    With a small ridge, in double precision: features are far from independent.
+    `observations` [B, n, H, O], `mask` and `returns` [B, n, H]. The features are nearly dependent,
+    so the fit uses a small ridge and double precision.
     """
     features = _features(observations, mask).flatten(1, 2).double()
     squares = features.mT @ features
@@ -70,7 +77,8 @@ def fitted(observations: Tensor, mask: Tensor, returns: Tensor) -> Tensor:
 
 
 def standardised(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean 0 and deviation 1 over the valid steps of each task; 0 where masked."""
+    """Shift and scale [B, n, H] to mean 0 and deviation 1 over the valid steps of each task; 0
+    where masked."""
     count = mask.sum((-2, -1), keepdim=True)
     centred = (values - values.sum((-2, -1), keepdim=True) / count) * mask
     deviation = torch.sqrt((centred * centred).sum((-2, -1), keepdim=True) / count)
@@ -78,7 +86,7 @@ def standardised(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _features(observations: Tensor, mask: Tensor) -> Tensor:
-    """o, o², t/100 and its powers, 1; 0 where masked. [B, n, H, F]."""
+    """The features o, o², t/100, (t/100)², (t/100)³ and 1, [B, n, H, F]; 0 where masked."""
     o = observations.clamp(-_LARGEST_OBSERVATION, _LARGEST_OBSERVATION)
     t = torch.arange(o.shape[-2], device=o.device, dtype=o.dtype)[:, None] / 100
     t = t.expand(*o.shape[:-1], 1)
@@ -87,6 +95,7 @@ def _features(observations: Tensor, mask: Tensor) -> Tensor:
 
 
 def _variance(values: Tensor, mask: Tensor) -> Tensor:
+    """Variance over the valid steps of each task, [B, n, H] -> [B]."""
     count = mask.sum((-2, -1))
     mean = (values * mask).sum((-2, -1)) / count
     return ((values - mean[..., None, None]) ** 2 * mask).sum((-2, -1)) / count

@@ -1,8 +1,9 @@
-"""Policies π_θ(a | o): what a policy network's outputs mean, and the networks themselves.
+"""Policies π_θ(a | o): networks, and the distributions of actions that their outputs stand for.
 
-A network maps observations [..., O] to predictions [..., output_size]; a `Distribution` says which
-distribution of actions these stand for. Log-probabilities are *summed* over the dimensions of an
-action.
+A network maps observations [..., O] to predictions [..., output_size]; a `Distribution` maps a
+prediction to a distribution of actions. A prediction is the mean and the log standard deviation of
+A continuous dimensions, [..., 2·A], or a score per discrete action, [..., A]. Log-probabilities, KL
+and entropy are in nats and *summed* over the dimensions of an action.
 """
 
 from __future__ import annotations
@@ -20,27 +21,28 @@ from tasks.control.mdp import Actions
 from tasks.random import UInt64, normal, uniform
 
 _LOG_2PI = math.log(2 * math.pi)
-_SMALLEST_LOG_STD = math.log(1e-6)  # as in the original code
+_SMALLEST_LOG_STD = math.log(1e-6)  # as in the code of Finn et al. 2017
 Activation = Literal["relu", "tanh"]
 
 
 class Distribution(NamedTuple):
-    """Actions by prediction."""
+    """A kind of distribution of actions, as functions of predictions."""
 
     log_probability: Callable[[Tensor, Tensor], Tensor]
-    """(prediction [..., output_size], action) -> [...]"""
+    """(prediction [..., output_size], action [..., A] or integers [...]) -> log π(action), [...]"""
     kl: Callable[[Tensor, Tensor], Tensor]
-    """KL(first || second) of two predictions -> [...]"""
+    """(first, second) predictions -> KL(first || second), [...]"""
     entropy: Callable[[Tensor], Tensor]
-    """prediction -> [...]"""
+    """prediction -> entropy, [...]"""
     sample: Callable[[Tensor, Tensor], Tensor]
-    """(prediction, noise) -> action; a fixed function of both."""
+    """(prediction, noise) -> action, without randomness of its own."""
     noise: Callable[[UInt64, int, int, int, int], Tensor]
-    """(keys [B], stream, n, H, output_size) -> noise [B, n, H, ...] that belongs to the tasks."""
+    """(keys [B], stream, n, H, output_size) -> noise [B, n, H, ...] on the CPU, which depends on
+    the keys of the tasks and the stream alone."""
 
 
 def distribution_of(actions: Actions) -> Distribution:
-    """The distribution of a kind of actions."""
+    """The distribution for continuous or for discrete actions."""
     return GAUSSIAN if actions == "continuous" else CATEGORICAL
 
 
@@ -93,9 +95,10 @@ def _categorical_entropy(prediction: Tensor) -> Tensor:
 
 
 def _categorical_sample(prediction: Tensor, noise: Tensor) -> Tensor:
-    reached = torch.cumsum(torch.softmax(prediction, -1), -1)
-    # The last sum may fall short of 1 by rounding.
-    return (noise[..., None] >= reached[..., :-1]).sum(-1)
+    """Inverse of the cumulative distribution at uniform noise."""
+    cumulative = torch.cumsum(torch.softmax(prediction, -1), -1)
+    # The last sum may fall short of 1 by rounding, so it is left out.
+    return (noise[..., None] >= cumulative[..., :-1]).sum(-1)
 
 
 def _categorical_noise(keys: UInt64, stream: int, n: int, horizon: int, size: int) -> Tensor:
@@ -115,7 +118,8 @@ CATEGORICAL = Distribution(
 
 
 class GaussianPolicy(nn.Module):
-    """Mean from a network; the log standard deviation is a parameter that adapts as the rest."""
+    """A network gives the mean; the log standard deviation is one parameter per dimension, the
+    same for all observations. It adapts like any other parameter. [..., O] -> [..., 2·A]."""
 
     def __init__(self, network: nn.Module, num_actions: int, init_log_std: float):
         super().__init__()
@@ -136,7 +140,11 @@ def gaussian_policy(
     activation: Activation = "relu",
     init_log_std: float = 0.0,
 ) -> nn.Module:
-    """For continuous actions: (100, 100) ReLU as in the paper, (64, 64) tanh as in ProMP."""
+    """A policy for continuous actions, `output_size` = 2·A.
+
+    Finn et al. 2017 use two layers of 100 ReLUs, Rothfuss et al. 2019 (ProMP) two of 64 tanh units.
+    Raises ValueError for observations that are no vectors, or for a layer without units.
+    """
     num_actions = output_size // 2
     network = _layers(input_shape, num_actions, hidden, activation)
     return GaussianPolicy(network, num_actions, init_log_std)
@@ -149,7 +157,8 @@ def categorical_policy(
     hidden: tuple[int, ...] = (100, 100),
     activation: Activation = "relu",
 ) -> nn.Module:
-    """For discrete actions: a score for each."""
+    """A policy for discrete actions: a score for each of `output_size` actions. Raises as
+    `gaussian_policy` does."""
     return _layers(input_shape, output_size, hidden, activation)
 
 
@@ -171,5 +180,6 @@ def _layers(
 
 
 def log_std_of(prediction: Tensor, actions: Actions) -> Tensor | None:
-    """Log standard deviations, averaged over dimensions; None for discrete actions."""
+    """The log standard deviation, mean over the dimensions of an action, [...]; None for discrete
+    actions."""
     return _halves(prediction)[1].mean(-1) if actions == "continuous" else None

@@ -1,20 +1,21 @@
 """The losses of reinforcement learning (eq. 7), as functions of stored trajectories.
 
-With r_t = π_θ(a_t|o_t) / π_collected(a_t|o_t), the second being constants of the collection, A_t
-advantages and means over all valid time steps, the loss of a step of adaptation is
+With r_t = π_θ(a_t|o_t) / π_collected(a_t|o_t), whose denominator is a constant of the collection,
+A_t the advantages, and means over all valid time steps, the loss of a step of adaptation is
 
-    naive   −mean log π_θ(a_t|o_t) A_t         as in the original code
+    naive   −mean log π_θ(a_t|o_t) A_t         as in the code of Finn et al. 2017
     lvc     −mean r_t A_t                      low variance curvature (Rothfuss et al. 2019)
-    dice    −mean (□_t − □_{t−1}) A_t          □_t = Π_{t' ≤ t} r_t' (Foerster et al. 2018; with
-                                               advantages: Farquhar et al. 2019)
+    dice    −mean (□_t − □_{t−1}) A_t          □_t = Π_{t' ≤ t} r_t', the "magic box" of Foerster et
+                                               al. 2018; with advantages: Farquhar et al. 2019
 
-At the parameters of the collection all three have the same gradient: the policy gradient. They
-differ in the second derivative, through which the meta-gradient sees that θ decides what is
-*sampled* for adaptation: `naive` forgets it; `dice` has the true second derivative of the expected
-return (exactly so for plain returns: a baseline fitted to the same trajectories, and their
-standardisation, leave a small bias), with much noise; `lvc` keeps the part that has little noise.
+At the parameters of the collection all three have the same gradient, the policy gradient. Their
+second derivatives differ: these tell the meta-gradient how θ changes which trajectories are sampled
+for adaptation. `naive` ignores that. `dice` has the true second derivative of the expected return
+but a high variance; it is exact for plain returns, while a baseline fitted to the same trajectories
+and standardisation add a small bias. `lvc` keeps the terms of low variance.
 
-The loss of the query trajectories is −mean r_t A_t, or clipped as in PPO.
+The loss of the query trajectories is −mean r_t A_t, or with `clip` ε that of PPO,
+−mean min(r_t A_t, clamp(r_t, 1 − ε, 1 + ε) A_t) (Schulman et al. 2017, eq. 7).
 """
 
 from __future__ import annotations
@@ -30,18 +31,19 @@ from pipeline.rl.policies import Distribution
 from tasks.control.mdp import Trajectories
 
 SurrogateEstimator = Literal["naive", "lvc", "dice"]
+"""The loss of a step of adaptation, by the estimator of its derivatives."""
 
 
 class Experience(NamedTuple):
-    """What a policy learns from and is judged by: of a task, or of B tasks."""
+    """Trajectories with their advantages: the support or the query of a task, or of B tasks."""
 
     trajectories: Trajectories
     advantages: Tensor
-    """[n, H]; 0 where masked."""
+    """[n, H], or [B, n, H]; 0 where masked."""
 
 
 def mean_over_steps(values: Tensor, mask: Tensor) -> Tensor:
-    """Mean of [n, H] over valid steps."""
+    """Mean of [n, H] over the time steps where `mask` [n, H] is 1, a scalar."""
     return (values * mask).sum() / mask.sum()
 
 
@@ -52,7 +54,10 @@ def surrogate(
     advantages: Tensor,
     mask: Tensor,
 ) -> Tensor:
-    """Loss of a step of adaptation, all arguments [n, H]."""
+    """The loss of a step of adaptation, a scalar; all tensors are [n, H].
+
+    `log_probability` is that of the current parameters, `collected` that of the collection.
+    """
     if estimator == "naive":
         return -mean_over_steps(log_probability * advantages, mask)
     log_ratio = (log_probability - collected) * mask
@@ -64,8 +69,7 @@ def surrogate(
 
 
 class PolicyObjective:
-    """L_T of a policy, in the form that adaptation and meta-gradients take (`meta_loss.Objective`):
-    `loss` is what a step of adaptation descends, `loss_and_metrics` what the query is judged by."""
+    """L_T of a policy: a `meta_loss.TaskLoss`, the form that meta-gradients take."""
 
     def __init__(
         self,
@@ -78,12 +82,12 @@ class PolicyObjective:
         self._estimator, self._clip = estimator, clip
 
     def predict(self, params: Params, x: Tensor) -> Tensor:
-        """Predictions for observations [..., O]."""
+        """Predictions [..., output_size] for observations [..., O] on the device of `params`."""
         prediction: Tensor = functional_call(self._model, params, (x,))
         return prediction
 
     def loss(self, params: Params, experience: Experience) -> Tensor:
-        """The surrogate of one task's n trajectories."""
+        """The loss of a step of adaptation on one task's n trajectories, a scalar."""
         past, advantages = experience
         log_probability = self._distribution.log_probability(
             self.predict(params, past.observations), past.actions
@@ -95,7 +99,7 @@ class PolicyObjective:
     def loss_and_metrics(
         self, params: Params, experience: Experience
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The query loss of one task, and how far the policy is from the one that collected."""
+        """The query loss of one task, and "kl", the KL from the policy that collected; scalars."""
         past, advantages = experience
         prediction = self.predict(params, past.observations)
         log_probability = self._distribution.log_probability(prediction, past.actions)
@@ -108,11 +112,11 @@ class PolicyObjective:
         return -mean_over_steps(gain, past.mask), {"kl": kl}
 
     def kl_at(self, params: Params, experience: Experience) -> Tensor:
-        """Mean over valid steps of KL(π_collected || π_params)."""
+        """Mean over valid time steps of KL(π_collected || π_params), a scalar in nats."""
         prediction = self.predict(params, experience.trajectories.observations)
         return self.kl(prediction, experience)
 
     def kl(self, prediction: Tensor, experience: Experience) -> Tensor:
-        """The same, of predictions for the observations."""
+        """The same KL, given the predictions [n, H, output_size] for the observations."""
         past = experience.trajectories
         return mean_over_steps(self._distribution.kl(past.predictions, prediction), past.mask)

@@ -1,12 +1,13 @@
-"""Collecting trajectories along adaptation: what reinforcement learning has instead of sampling.
+"""Collecting trajectories before and after every step of adaptation.
 
     θ ──act──▶ trajectories ──step──▶ θ'_1 ──act──▶ trajectories ──step──▶ ... θ'_S ──act──▶ query
 
-Afterwards the trajectories are data like any other: adaptation, meta-loss and meta-gradient are
-pure functions of them. A trajectory depends on θ, on its task and on the number of the step alone,
-so a lost one is collected again.
+Supervised tasks are sampled; trajectories are collected with the parameters of the moment. After
+that they are fixed data: adaptation, meta-loss and meta-gradient are pure functions of them. A
+trajectory depends on θ, its task and the number of the step alone, so collecting it again gives the
+same trajectory.
 
-Shapes: B tasks, n trajectories per task, horizon H.
+Shapes: B tasks, n trajectories per task, horizon H, O observed numbers.
 """
 
 from __future__ import annotations
@@ -40,23 +41,24 @@ from tasks.random import UInt64
 
 
 class CollectedSupport(NamedTuple):
-    """The support of B tasks: what each step of adaptation learns from."""
+    """The support of B tasks: the trajectories that each step of adaptation uses."""
 
     steps: list[Experience]
+    """By step; every tensor is [B, n, ...]."""
 
     def at_step(self, step: int, batch_size: int | None = None) -> Experience:
-        """The trajectories collected before this step."""
+        """The trajectories collected before this step; a step uses all of them."""
         return self.steps[step]
 
 
 class CollectedBatch(NamedTuple):
-    """B tasks as they were acted out: the support, and the query by the adapted policies."""
+    """Trajectories of B tasks (a `meta_loss.Batch`); the adapted policies collected the query."""
 
     support: CollectedSupport
     query: Experience
 
     def fewer(self, trajectories: int) -> CollectedBatch:
-        """The same tasks with so many trajectories at most of each step."""
+        """The same tasks with the first `trajectories` of each step, or all if there are fewer."""
         support, query = self.support.steps, self.query
         return CollectedBatch(
             CollectedSupport([_first(trajectories, of_step) for of_step in support]),
@@ -71,17 +73,18 @@ def _first(count: int, experience: Experience) -> Experience:
 
 
 class Collected(NamedTuple):
-    """The experience of B tasks before and after every step of adaptation."""
+    """The experience of B tasks after 0, 1, ... steps of adaptation."""
 
     steps: list[Experience]
     metrics: list[dict[str, Tensor]]
-    """Of each, per task, [B]: return (undiscounted, mean over trajectories), episode_length,
-    entropy, explained_variance (of the baseline), log_std, and inner_kl: how far the step before
-    moved the policy."""
+    """Of each element of `steps`, per task, [B]: return (undiscounted, mean over trajectories),
+    episode_length (in time steps), entropy (in nats), explained_variance (of the baseline), log_std
+    (continuous actions alone), and after the first step inner_kl: the KL by which the last step
+    moved the policy, in nats."""
 
     @property
     def batch(self) -> CollectedBatch:
-        """What a meta-gradient is made of."""
+        """The support of every step but the last, and the last as the query."""
         return CollectedBatch(CollectedSupport(self.steps[:-1]), self.steps[-1])
 
 
@@ -96,7 +99,12 @@ def collect(
     keys: UInt64,
     steps: int,
 ) -> Collected:
-    """Adapt to the tasks with these keys for so many steps, collecting before and after each."""
+    """Take `steps` steps of adaptation to the tasks with these keys, and collect before and after
+    each step.
+
+    θ (`meta`) and `alpha` must be on one device; trajectories are there and in that precision.
+    Whatever the environment raises is raised here, after the environment is closed.
+    """
     distribution = distribution_of(task.actions)
     parameters = as_tensor(task.parameters(keys)).to(alpha)
     environment = task.environment(parameters, keys, task.trajectories, alpha)
@@ -133,9 +141,11 @@ def rollout(
     episode: int,
     parameters: Tensor,
 ) -> Trajectories:
-    """Act in all tasks at once, to the horizon (`noise` [B, n, H, ...]); the record.
+    """Act in B tasks x n trajectories at once, to the horizon.
 
-    `act` maps observations [B, n, O] to predictions; `episode` numbers the rollouts of a task.
+    `act` maps observations [B, n, O] to predictions [B, n, output_size]; `noise` [B, n, H, ...]
+    draws the actions; `episode` is the number of this rollout among those of a task; `parameters`
+    [B, P] make the tasks. Returns trajectories with the leading dimension B, zero where masked.
     """
     observation = environment.reset(episode)
     rows = []
@@ -158,6 +168,7 @@ def rollout(
 
 
 def _facts(task: MDPs, distribution: Distribution, past: Trajectories) -> dict[str, Tensor]:
+    """Metrics of the trajectories of B tasks, each [B]."""
     mean = vmap(mean_over_steps)
     facts = {
         "return": past.returns.mean(-1),
@@ -170,7 +181,11 @@ def _facts(task: MDPs, distribution: Distribution, past: Trajectories) -> dict[s
 
 @torch.no_grad()
 def expert_returns(task: MDPs, keys: UInt64, like: Tensor) -> Tensor:
-    """Mean undiscounted return of one who knows the tasks with these keys, [B]."""
+    """Mean undiscounted return of the best actions in the tasks with these keys, [B].
+
+    The environments must be `KnownEnvironment`s (`MDPs.has_expert`). Tensors are on the device and
+    in the precision of `like`.
+    """
     parameters = as_tensor(task.parameters(keys)).to(like)
     environment = cast(
         KnownEnvironment, task.environment(parameters, keys, task.trajectories, like)
