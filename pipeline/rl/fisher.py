@@ -197,8 +197,7 @@ def proximal_gradient(
     inner_gradient = vmap(grad_and_value(inner_kl, argnums=(0, 1)), in_dims=(0, None, 0))
 
     def of_inner_kl(after: int, adapted: Adapted) -> Cotangent:
-        slow, support = adaptation.slow(meta, after), batch.support.at_step(after)
-        (fast_bar, slow_bar), kl = inner_gradient(adapted.fast, slow, support)
+        (fast_bar, slow_bar), kl = inner_gradient(*adapted, batch.support.at_step(after))
         inner.append(kl)
         return Cotangent(
             {name: weight * bar for name, bar in fast_bar.items()},

@@ -159,11 +159,23 @@ def test_before_the_step_the_kl_is_zero_and_then_it_is_the_one_written_out() -> 
     assert (found.kl > 1e-5).all()
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_proximal_gradient_is_that_of_loss_and_inner_kl(steps: int) -> None:
+@pytest.mark.parametrize(
+    ("steps", "choices"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (2, {"not_adapted": ["network.0.*"], "per_step": ["network.0.*"]}),
+    ],
+)
+def test_proximal_gradient_is_that_of_loss_and_inner_kl(
+    steps: int, choices: dict[str, Any]
+) -> None:
     """Away from where the trajectories were collected, against numerical derivatives."""
-    small, weight = Small(steps), 0.3
-    flat = small.layout.join(small.meta) + 0.03
+    small, weight = Small(steps, **choices), 0.3
+    # Values that differ from step to step, where there is one for every step.
+    flat = small.layout.join(small.meta)
+    flat = flat + 0.03 * torch.arange(len(flat), dtype=flat.dtype).cos()
 
     def value(flat: Tensor) -> float:
         meta = small.layout.split(flat)
@@ -174,8 +186,9 @@ def test_proximal_gradient_is_that_of_loss_and_inner_kl(steps: int) -> None:
         on_the_way = adapt(
             small.objective, small.adaptation, meta, small.batch.support, ALPHA, steps, 3
         )
-        for (fast, _), support in zip(on_the_way, small.batch.support.steps, strict=False):
-            inner += torch.vmap(small.objective.kl_at)(fast, support).sum() / steps
+        for (fast, slow), support in zip(on_the_way, small.batch.support.steps, strict=False):
+            shared = {name: value.expand(3, *value.shape) for name, value in slow.items()}
+            inner += torch.vmap(small.objective.kl_at)({**shared, **fast}, support).sum() / steps
         return float(loss + weight * inner)
 
     found = proximal_gradient(
