@@ -18,7 +18,7 @@ table says so and "peak" includes the first call. Besides, a process thrown away
 that the measured one traces but finds its kernels on disk, and freed memory is made to leave the
 process at once (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_).
 
-Compiled, 20 steps are never one program but one per stage, with `checkpoint` or without.
+Compiled, 20 steps are never one program but one per stage, with `inner.checkpoint` or without.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from pipeline.maml.models import conv4
 from pipeline.maml.parameters import Layout
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
 
-TARGET = 2.0  # many steps with checkpoint over one step
+TARGET = 2.0  # many steps with `inner.checkpoint` over one step
 CALLS = 3
 MODES = ("eager", "compiled")
 

@@ -115,7 +115,7 @@ class Cotangent(NamedTuple):
     slow: Params
 
 
-def no_cotangent(steps: int, adapted: Adapted) -> None:
+def _no_cotangent(steps: int, adapted: Adapted) -> None:
     """Says that no function looks at the parameters before the last step."""
 
 
@@ -123,7 +123,7 @@ def backpropagate(
     stages: Stages,
     passed: ForwardPass,
     last: Cotangent,
-    earlier: Callable[[int, Adapted], Cotangent | None] = no_cotangent,
+    earlier: Callable[[int, Adapted], Cotangent | None] = _no_cotangent,
     observe: Callable[[Params], None] = lambda v: None,
 ) -> Params:
     """Carry gradients back through adaptation to the meta-parameters (chain rule), and sum them
@@ -155,10 +155,10 @@ def backpropagate(
         if stages.slow_back_at_once is not None:
             points.append(passed.after(s).fast)
             gradient_bars.append(gradient_bar)
-        came = earlier(s, passed.adapted(s))
-        if came is not None:
-            total.add(came.slow, max(s - 1, 0))
-            v = Point({name: v.fast[name] + g for name, g in came.fast.items()}, v.slots)
+        further = earlier(s, passed.adapted(s))
+        if further is not None:
+            total.add(further.slow, max(s - 1, 0))
+            v = Point({name: v.fast[name] + g for name, g in further.fast.items()}, v.slots)
         observe(v.fast)
     total.add(v.fast, 0)
     if stages.slow_back_at_once is not None:

@@ -296,7 +296,7 @@ def sampled(scores: Tensor, count: int, seed: int) -> Experience:
 def estimated_meta_gradient(
     estimator: SurrogateEstimator, alpha: float, count: int, seed: int
 ) -> Tensor:
-    """By the functions that train: collect, adapt, collect, and walk back."""
+    """By the functions that train: collect, adapt, collect, and go back."""
     policy = table((2,), 2).double()
     objective = PolicyObjective(policy, CATEGORICAL, estimator)
     adaptation = Adaptation.of(policy, steps=1)
