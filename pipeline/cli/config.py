@@ -15,7 +15,7 @@ config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and the
 @config_app.command("list")
 @reporting_errors
 def config_list() -> None:
-    """The shipped experiments."""
+    """List the shipped experiments."""
     from rich.table import Table
 
     from pipeline.cli.console import out
@@ -30,7 +30,7 @@ def config_list() -> None:
 @config_app.command("algorithms")
 @reporting_errors
 def config_algorithms() -> None:
-    """The MAML family: what `algorithm:` may be, and what each one sets."""
+    """List the MAML family: what `algorithm:` may be, and what each one sets."""
     from rich.markup import escape
     from rich.table import Table
 

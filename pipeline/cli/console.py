@@ -1,4 +1,7 @@
-"""What a person sees: a live line while training, tables at the end. Prints, decides nothing."""
+"""What a person sees of a run: a live line while training, tables at the end.
+
+This file only prints; it decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -37,11 +40,11 @@ _SHOWN = {
 
 
 class LiveLine:
-    """A progress line: live on a terminal, now and then a plain line elsewhere."""
+    """Shows progress: a line that changes on a terminal, a plain line now and then elsewhere."""
 
     def __init__(self, live_seconds: float, plain_seconds: float) -> None:
         self.training = False
-        """Whether the work is under way: a Ctrl-C then saves its state."""
+        """Whether the work is under way, so that the first Ctrl-C saves its state."""
         self.has_started = False
         self.began = 0.0
         self._live_seconds, self._plain_seconds = live_seconds, plain_seconds
@@ -51,7 +54,7 @@ class LiveLine:
         self._last = ""
 
     def begin(self) -> None:
-        """The work begins."""
+        """Start the clock, and on a terminal the bar."""
         self.began = self._shown = time.monotonic()
         self.training = self.has_started = True
         if out.is_terminal:
@@ -62,12 +65,12 @@ class LiveLine:
             self._line = self._progress.add_task("", total=1.0)
 
     def is_due(self) -> bool:
-        """Whether it is time to show how far the work is."""
+        """Whether the last line is old enough for another one."""
         wait = self._live_seconds if self._progress else self._plain_seconds
         return time.monotonic() - self._shown >= wait
 
     def show(self, fraction: float, line: str) -> None:
-        """How far the work is."""
+        """Show a line of progress and the part of the work that is done, from 0 to 1."""
         self._shown = time.monotonic()
         if self._progress is not None and self._line is not None:
             self._progress.update(self._line, completed=fraction, description=line)
@@ -76,15 +79,16 @@ class LiveLine:
             self._last = line
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         console = self._progress.console if self._progress else out
         console.print(line, markup=False, soft_wrap=True)
 
     def notice(self, message: str) -> None:
+        """Print what a watcher is told."""
         self.say(message)
 
     def stop(self) -> None:
-        """Take the live line away."""
+        """Remove the bar; the work is over."""
         self.training = False
         if self._progress is not None:
             self._progress.stop()
@@ -92,7 +96,7 @@ class LiveLine:
 
 
 class ConsoleWatcher(LiveLine, Watcher):
-    """What a person sees of a run."""
+    """Shows a person how a run gets on."""
 
     def __init__(self) -> None:
         super().__init__(_LIVE_SECONDS, _PLAIN_SECONDS)
@@ -177,7 +181,7 @@ def _shown(metrics: dict[str, float], inner_steps: int) -> dict[str, str]:
 
 
 def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
-    """One row per curve, one column per gradient step, mean ± CI95."""
+    """A table of adaptation curves: a row per curve, a column per gradient step, mean ± CI95."""
     metric = task.primary_metric
     label, percent = metric_label(task, metric)
     protocol = curves[0].protocol
@@ -197,7 +201,7 @@ def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
 
 
 def recipes_table(found: Sequence[PairedComparison]) -> Table | None:
-    """What is different in how the runs learn, one column per run; None: nothing is."""
+    """A table of the settings in which the runs differ, a column per run; None if none differs."""
     different = recipes(found)
     if not different:
         return None
@@ -208,7 +212,8 @@ def recipes_table(found: Sequence[PairedComparison]) -> Table | None:
 
 
 def differences_table(task: Any, comparison: PairedComparison) -> Table:
-    """One row per pair of runs, one column per gradient step: difference ± CI95, and p-value."""
+    """A table of paired differences: a row per pair of runs, a column per gradient step, each with
+    the difference ± CI95 and its p-value."""
     label, percent = metric_label(task, comparison.metric)
     variant = f"{comparison.variant}: " if comparison.variant else ""
     title = f"{variant}difference in {label}{' in %' if percent else ''}, task by task, ± CI95"
@@ -254,23 +259,24 @@ def _table_by_step(
 
 
 class _AtHyphens(textwrap.TextWrapper):
-    """Breaks after any hyphen: the names of runs have digits around theirs."""
+    """Wraps text after any hyphen, also between digits, as in the dates in the names of runs."""
 
     wordsep_re = re.compile(r"(\s+|[^\s-]+-)")
 
 
 def _folded(name: str, width: int) -> str:
-    """A name in lines of at most `width` characters."""
+    """The name, broken into lines of at most `width` characters."""
     wrapper = _AtHyphens(width=max(width, 1))
     return "\n".join(part for line in name.splitlines() for part in wrapper.wrap(line))
 
 
 def _p_text(p: float) -> str:
+    """A p-value as a table has it."""
     return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
 
 
 def plain_table(rows: Sequence[Sequence[str]]) -> Table:
-    """A table of texts, header first."""
+    """A table of texts; the first row is the header."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for number, name in enumerate(rows[0]):
         table.add_column(name, justify="right" if number else "left")
@@ -280,7 +286,7 @@ def plain_table(rows: Sequence[Sequence[str]]) -> Table:
 
 
 def duration(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """Seconds as hours, minutes and seconds: 1:02:03, or 2:03 without hours."""
     whole = int(seconds + 0.5)
     hours, rest = divmod(whole, 3600)
     minutes, left = divmod(rest, 60)

@@ -18,6 +18,7 @@ data_app.add_typer(prepare_app, name="prepare")
 
 
 def _folder(root: Path) -> Path:
+    """The folder to build a store in. Raises ValueError for a URI."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(root)):  # a Path has one slash of '://' left
         raise ValueError(
             f"--root: stores are built in a folder, not at {root}; build it with --root FOLDER and "

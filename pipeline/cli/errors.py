@@ -21,12 +21,12 @@ DEBUG = "MAML_DEBUG"
 
 
 def show_tracebacks() -> bool:
-    """Whether errors go through to Python's own report."""
+    """Whether --debug was given: errors then end with Python's traceback."""
     return bool(os.environ.get(DEBUG))
 
 
 def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Ends a command with a message and an exit code instead of a traceback."""
+    """Decorate a command: an error in it ends the process with a message and an exit code."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> None:
@@ -57,6 +57,7 @@ def _described(error: Exception) -> tuple[str, int]:
 
 
 def _fail(message: str, code: int) -> None:
+    """Print the message, yellow for an interruption, and end the command with the exit code."""
     from pipeline.cli.console import err
 
     said = (

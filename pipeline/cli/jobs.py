@@ -129,13 +129,14 @@ def jobs_stop(job: JobId, address: Address = None) -> None:
 
 
 def _head(address: str | None) -> Head:
+    """The head at an address, by default the one that the environment names."""
     from pipeline.cluster.submission import Head, default_address
 
     return Head(address or default_address())
 
 
 def _follow(head: Head, job: str, address: str | None) -> None:
-    """Show a job's output until it ends, and end as it did."""
+    """Show a job's output until it ends, then end this command with the job's exit code."""
     from pipeline.cli.console import err
 
     try:
@@ -154,7 +155,7 @@ def _follow(head: Head, job: str, address: str | None) -> None:
 
 
 def _ending(job: Job) -> str:
-    """How a job ended, in words; its message only where its output does not say why."""
+    """Say how a job ended; with Ray's message only if the job has no output that says why."""
     if job.status == "STOPPED":
         return f"{job.id} was stopped"
     if job.driver_exit_code is None and job.status == "FAILED":
@@ -163,16 +164,18 @@ def _ending(job: Job) -> str:
 
 
 def _command(verb: str, job: str, address: str | None) -> str:
+    """The command that shows or stops a job, as a person types it."""
     return f"maml jobs {verb} {job}" + (f" --address {address}" if address else "")
 
 
 def _write(text: str) -> None:
+    """Write output of a job as it is, at once."""
     sys.stdout.write(text)
     sys.stdout.flush()
 
 
 def _parsed(pairs: list[str]) -> dict[str, str]:
-    """`--env K=V`, as a mapping."""
+    """The pairs of `--env K=V` as a mapping. Raises ValueError."""
     for pair in pairs:
         if not pair.partition("=")[1] or not pair.partition("=")[0]:
             raise ValueError(f"--env: must look like NAME=value, got {pair!r}")

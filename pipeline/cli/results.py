@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -165,9 +166,7 @@ def analyze(
         protocol_text,
         write_analysis,
     )
-    from pipeline.runs.catalog import log_to_run
     from pipeline.runs.folder import parameters_of
-    from pipeline.runs.mlflow_sender import TrackingError
 
     loaded = load_run(run_dir, overrides or [])
     theta = parameters_of(loaded, run_dir, checkpoint)
@@ -194,10 +193,19 @@ def analyze(
         out.print(finding(found), markup=False, soft_wrap=True)
         out.print(f"page  {folder / 'index.html'}", markup=False, soft_wrap=True)
     if loaded.tracking.enabled:
-        try:
-            log_to_run(run_dir, files, "analysis")
-        except TrackingError as error:
-            err.print(f"not logged to MLflow: {error}", markup=False, soft_wrap=True)
+        _log_analysis(run_dir, files)
+
+
+def _log_analysis(run_dir: Path, files: Sequence[Path]) -> None:
+    """Log the files of an analysis to the run's MLflow record; say so if that does not work."""
+    from pipeline.cli.console import err
+    from pipeline.runs.catalog import log_to_run
+    from pipeline.runs.mlflow_sender import TrackingError
+
+    try:
+        log_to_run(run_dir, files, "analysis")
+    except TrackingError as error:
+        err.print(f"not logged to MLflow: {error}", markup=False, soft_wrap=True)
 
 
 @reporting_errors
@@ -247,6 +255,7 @@ def export(
 
 
 def _parsed_steps(text: str | None) -> tuple[int, ...] | None:
+    """The numbers of `--steps 0,1,3`, ascending; None stays None. Raises ValueError."""
     if text is None:
         return None
     try:

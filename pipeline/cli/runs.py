@@ -88,7 +88,7 @@ def compare_some(
 
 
 def _print_runs(runs: list[Any], text: str) -> None:
-    """One line per run, two where the terminal is too narrow for that."""
+    """Print the runs: a line for each, or two if the terminal is too narrow for one."""
     from pipeline.cli.console import out
 
     rows = list(_rows(runs, text))
@@ -105,6 +105,7 @@ def _print_runs(runs: list[Any], text: str) -> None:
 
 
 def _rows(runs: list[Any], text: str) -> Iterator[list[str]]:
+    """The rows of runs and searches, with the best trials below a search."""
     for run in runs:
         if not run.is_search:
             yield _row(run, _plain(run.name), _validation(run))
@@ -121,6 +122,7 @@ def _rows(runs: list[Any], text: str) -> Iterator[list[str]]:
 
 
 def _row(run: Any, name: str, validation: str) -> list[str]:
+    """The cells of one run."""
     from pipeline.cli.console import duration
 
     return [
@@ -145,6 +147,7 @@ def _row(run: Any, name: str, validation: str) -> list[str]:
 
 
 def _table(*columns: str) -> Any:
+    """An empty table in which long names are folded."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -161,6 +164,7 @@ def _table(*columns: str) -> Any:
 
 
 def _comparison_table(comparison: Any) -> Any:
+    """A column per run; rows of settings that differ, then of metrics."""
     from pipeline.cli.console import duration
 
     table = _table("")
@@ -186,6 +190,7 @@ def _comparison_table(comparison: Any) -> Any:
 
 
 def _validation(run: Any) -> str:
+    """The last validation of a run and its number of gradient steps, or a dash."""
     found = run.validation
     if found is None:
         return _NOTHING
@@ -193,12 +198,13 @@ def _validation(run: Any) -> str:
 
 
 def _day_and_time(moment: datetime.datetime) -> str:
-    """Without the year where it is this one."""
+    """A date and a time of day; of another year, the date alone with its year."""
     this_year = moment.year == datetime.datetime.now().year
     return moment.strftime("%d %b %H:%M" if this_year else "%d %b %Y")
 
 
 def _estimate(value: Any, percent: bool) -> str:
+    """A mean ± CI95, or a dash."""
     from pipeline.maml.estimates import interval
 
     if value is None:
@@ -210,13 +216,14 @@ def _estimate(value: Any, percent: bool) -> str:
 
 
 def _plain(text: str) -> str:
+    """Text in which rich finds no markup."""
     from rich.markup import escape
 
     return escape(text)
 
 
 def _print_wide(table: Any) -> None:
-    """A table; where there is no terminal a row stays one line, for grep and for files."""
+    """Print a table. Without a terminal a row stays one line, for grep and for files."""
     from rich.console import Console
 
     from pipeline.cli.console import out
@@ -225,7 +232,7 @@ def _print_wide(table: Any) -> None:
 
 
 def _natural_width(table: Any) -> int:
-    """Characters that a table takes where there is room."""
+    """The width of a table, in characters, if nothing has to be folded."""
     from rich.measure import Measurement
 
     from pipeline.cli.console import out

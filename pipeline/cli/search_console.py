@@ -25,7 +25,7 @@ _LIVE_SECONDS = 0.25
 
 
 class SearchConsole(LiveLine, SearchWatcher):
-    """What a person sees of a search."""
+    """Shows a person how a search gets on."""
 
     def __init__(self) -> None:
         super().__init__(_LIVE_SECONDS, _PLAIN_SECONDS)
@@ -33,7 +33,7 @@ class SearchConsole(LiveLine, SearchWatcher):
         self._total = 0
         self._ended = 0
         self._counted_from: tuple[float, float] | None = None
-        """How much was done, and when, as the first trial of this process was heard of."""
+        """Trials that were done, and the time, when this process first heard of one."""
         self._at_start: float | None = None
 
     def starting(self, experiment: Experiment, folder: Path) -> None:
@@ -73,7 +73,10 @@ class SearchConsole(LiveLine, SearchWatcher):
         self.show(done / max(1, self._total), line)
 
     def _eta(self, done: float) -> str:
-        """The time that is left, at the pace since trials were heard of: starting is no pace."""
+        """The time that is left at the pace since the first trial was heard of.
+
+        The time before, in which processes start, says nothing of that pace.
+        """
         now = time.monotonic()
         if self._at_start is None:
             self._at_start = done
@@ -100,7 +103,7 @@ class SearchConsole(LiveLine, SearchWatcher):
 
 
 def search_table(result: SearchResult) -> Table:
-    """One row per trial, the best first."""
+    """A table of trials: a row per trial, the best first."""
     plan = result.plan
     label = metric_label(plan.experiment, plan.criterion)
     percent = plan.criterion.metric == "accuracy"
@@ -128,6 +131,7 @@ def search_table(result: SearchResult) -> Table:
 
 
 def _cells(result: TrialResult, scale: int) -> list[str]:
+    """The row of a trial; its value and interval are multiplied by `scale`."""
     known = not math.isnan(result.value)
     mark = "" if result.outcome == COMPLETE else f"{result.outcome.split()[0]} "
     tasks = result.tasks_per_second
@@ -143,6 +147,6 @@ def _cells(result: TrialResult, scale: int) -> list[str]:
 
 
 def _short_names(paths: Iterable[str]) -> list[str]:
-    """The last parts of paths, where they are not ambiguous."""
+    """The last part of every path; the whole path where two end in the same part."""
     last = [path.rpartition(".")[2] for path in paths]
     return [name if last.count(name) == 1 else path for name, path in zip(last, paths, strict=True)]

@@ -42,13 +42,13 @@ _KINDS = {
     },
 }
 POLICIES = {"continuous": "gaussian-policy", "discrete": "categorical-policy"}
-"""Models of tasks to act in, by their actions."""
+"""The built-in model for tasks to act in, by the kind of their actions."""
 # Parameters that the pipeline fills in, so that they are no settings.
 _SUPPLIED = {"self", "data_root", "input_shape", "output_size"}
 
 
 class ComponentError(Exception):
-    """What is wrong with a component's kind or settings, one message per field."""
+    """A kind or settings that are wrong; `errors` has one message per field."""
 
     def __init__(self, errors: list[str]):
         self.errors = errors
@@ -61,7 +61,7 @@ def kinds(section: str) -> list[str]:
 
 
 def resolve(section: str, kind: str) -> Callable[..., Any]:
-    """The class or function that a kind names. Raises ComponentError."""
+    """Import the class or function that a kind names. Raises ComponentError."""
     path = _KINDS[section].get(kind, kind)
     module_name, colon, attribute = path.partition(":")
     if not colon:
@@ -89,7 +89,7 @@ def resolve(section: str, kind: str) -> Callable[..., Any]:
 
 @cache
 def _settings_model(target: Callable[..., Any]) -> type[BaseModel]:
-    """A pydantic model of the parameters of a constructor or builder."""
+    """Make a pydantic model whose fields are the parameters of a constructor or builder."""
     signature = inspect.signature(target)
     function = target.__init__ if inspect.isclass(target) else target
     hints = get_type_hints(function)

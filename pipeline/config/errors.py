@@ -1,4 +1,4 @@
-"""What is wrong with a configuration, in words instead of pydantic's."""
+"""Turns pydantic's errors about a configuration into messages for a person."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Section
 
 _TYPE = re.compile(r"int|(literal|tuple)\[.*\]")
-"""How pydantic names the types that a setting may have, at the end of its path."""
+"""Parts of an error's path that name a type: pydantic adds them for settings of several types."""
 _ALIKE = 0.75  # of 1: what a mistyped setting has in common with the one that was meant
 
 
@@ -48,7 +48,7 @@ def _message(path: str, errors: Sequence[Any]) -> str:
 
 
 def _meant(path: str) -> str:
-    """The setting whose path, or name alone, is most like this one's, as a question."""
+    """The question '; did you mean SETTING?' about an unknown path; '' if no setting is like it."""
     known = [f"{section}.{name}" for section, name in _settings()]
     by_name = {name: f"{section}.{name}" for section, name in reversed(_settings())}
     close = [
@@ -59,7 +59,7 @@ def _meant(path: str) -> str:
 
 
 def _settings() -> list[tuple[str, str]]:
-    """Sections and the names of the settings in them, most used sections first."""
+    """The section and the name of every setting, in the order of the schema."""
     found = []
     for section, field in Experiment.model_fields.items():
         for kind in (field.annotation, *get_args(field.annotation)):

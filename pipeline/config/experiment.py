@@ -36,7 +36,11 @@ Algorithm = Literal["maml", "fomaml", "reptile", "anil", "boil", "meta-sgd", "ma
 
 
 class Experiment(Section):
-    """One meta-training run, complete."""
+    """Everything that is asked for: tasks, model, settings of every part; checked and frozen.
+
+    `load` makes one from a name or a file. Constructing one raises pydantic's ValidationError (a
+    ValueError) for settings that are wrong.
+    """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
@@ -105,13 +109,18 @@ class Experiment(Section):
         return tuple(sorted({*range(self.inner.steps + 1), 10}))
 
     def build_task(self, **changes: Any) -> TaskDistribution:
-        """The task distribution, with some settings changed (`evaluation.variants`)."""
+        """Build the task distribution, with some of its settings changed (`evaluation.variants`).
+
+        Raises ValueError if the task refuses a setting.
+        """
         settings = {**self.task.settings, **changes}
         return build_task(self.task.kind, settings, absolute_root(self.data.root))
 
     def changed(self, **changes: Any) -> Experiment:
-        """A copy with some settings of sections, or whole ones, as they are to be; not checked:
-        `changed(compute={"device": "cpu"}, search=None)`."""
+        """A copy with settings of sections changed, or with whole sections replaced; not checked.
+
+        `changed(compute={"device": "cpu"}, search=None)` does one of each.
+        """
         sections = {
             name: getattr(self, name).model_copy(update=change)
             for name, change in changes.items()
@@ -120,16 +129,16 @@ class Experiment(Section):
         return self.model_copy(update={**changes, **sections})
 
     def without_gpu(self) -> Experiment:
-        """For a process that was given no GPU: `auto` must not take one that it sees.
+        """The experiment for a process that was given no GPU: `auto` then means the CPU.
 
-        Ray hides none from those that asked for none: all would crowd onto the first.
+        Ray hides GPUs from no process that asked for none, so all of them would use the first one.
         """
         if self.cluster.gpus_per_worker or self.compute.device != "auto":
             return self
         return self.changed(compute={"device": "cpu"})
 
     def flat(self) -> dict[str, Any]:
-        """Every setting by its dotted path, as MLflow parameters."""
+        """Every setting by its dotted path, as MLflow records parameters."""
 
         def walk(prefix: str, value: Any) -> dict[str, Any]:
             if isinstance(value, dict) and value:
@@ -151,5 +160,5 @@ class Experiment(Section):
         return dump
 
     def to_yaml(self) -> str:
-        """`plain` as a file."""
+        """`plain` as YAML text."""
         return str(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True))

@@ -42,10 +42,10 @@ RUNS = "MAML_RUNS"
 
 
 class ConfigError(ReportedError):
-    """All that is wrong with an experiment; `str()` is the message for a person."""
+    """Everything that is wrong with an experiment; `str()` is the message for a person."""
 
     def __init__(self, source: str, errors: Sequence[str]):
-        """`source`: what the errors are in; '' for an error that says so itself."""
+        """`source` names what the errors are in; '' for an error whose message names it."""
         self.errors = list(errors)
         plural = "error" if len(self.errors) == 1 else "errors"
         title = f"{len(self.errors)} {plural} in {source}:\n  " if source else ""
@@ -105,7 +105,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _to_blame(path: Path, data: dict[str, Any], overrides: Sequence[str]) -> str:
-    """What a person has to mend: the overrides, or the file too if it is wrong without them."""
+    """The text that names what to mend: the overrides, and the file if it is wrong without them."""
     given = " ".join(overrides)
     try:
         from_dict(data)
@@ -115,7 +115,7 @@ def _to_blame(path: Path, data: dict[str, Any], overrides: Sequence[str]) -> str
 
 
 def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a run's folder. Raises ConfigError."""
+    """Read the experiment of a run's folder, with overrides. Raises ConfigError."""
     path = run_dir / "config.yaml"
     if not path.is_file():
         there = "it is a file" if run_dir.exists() else "there is no such folder"
@@ -137,7 +137,7 @@ _RESUMABLE = (
 
 
 def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
-    """The experiment of a run that is to be continued. Raises ConfigError.
+    """Read the experiment of a run that is to be continued. Raises ConfigError.
 
     The run's own configuration counts; overrides may change how long it goes on and everything
     that does not touch its results.
@@ -159,7 +159,7 @@ def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = 
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`data` with every `path=value` set; values are read as YAML. Raises ConfigError."""
+    """A copy of `data` with every `path=value` set; values are read as YAML. Raises ConfigError."""
     data = _copied(data)
     errors = []
     # The algorithm first: it takes back what another one has set.
@@ -181,7 +181,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def with_settings(experiment: Experiment, settings: Mapping[str, Any]) -> Experiment:
-    """The experiment with settings changed, by their paths, and all of it checked again.
+    """A copy of the experiment with settings changed by their paths, all of it checked again.
 
     Raises ConfigError.
     """
@@ -192,7 +192,10 @@ def with_settings(experiment: Experiment, settings: Mapping[str, Any]) -> Experi
 
 
 def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experiment:
-    """Validate and resolve; every error is reported at once. Raises ConfigError."""
+    """Check plain values and fill in defaults. Raises ConfigError with every error at once.
+
+    `source` is what the message says the errors are in.
+    """
     errors: list[str] = []
     data = _copied(data)
     expand(data, _resolved_model(data))
@@ -233,7 +236,7 @@ def _is_acted(kind: str) -> bool:
 
 
 def _supervised_errors(data: dict[str, Any]) -> list[str]:
-    """What supervised tasks have no use for."""
+    """Errors for settings that supervised tasks cannot use."""
     supervised = f"{data['task']['kind']} tasks are supervised"
     errors = []
     if data.get("reinforcement") is not None:
@@ -244,12 +247,13 @@ def _supervised_errors(data: dict[str, Any]) -> list[str]:
 
 
 def _model_kind(data: dict[str, Any]) -> Any:
+    """`model.kind`, if there is one."""
     model = data.get("model")
     return model.get("kind") if isinstance(model, dict) else None
 
 
 def _policy_errors(data: dict[str, Any]) -> list[str]:
-    """What keeps a model from being a policy for these tasks."""
+    """The error if the model is not the built-in policy for the actions of these tasks."""
     kind = _model_kind(data)
     try:
         task = cast(MDPs, build_task(*_task_of(data), _data_root(data)))
@@ -262,17 +266,18 @@ def _policy_errors(data: dict[str, Any]) -> list[str]:
 
 
 def _task_of(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Kind and settings."""
+    """The kind and the settings of the task section."""
     return data["task"]["kind"], {k: v for k, v in data["task"].items() if k != "kind"}
 
 
 def _data_root(data: dict[str, Any]) -> str:
+    """`data.root`, or its default."""
     section = data.get("data")
     return str(section.get("root", default_root()) if isinstance(section, dict) else default_root())
 
 
 def runs_folder() -> Path:
-    """The absolute folder of the runs that have no place of their own."""
+    """The absolute folder of runs that name no `run_dir`."""
     return Path(os.environ.get(RUNS) or "runs").expanduser().absolute()
 
 
@@ -289,7 +294,7 @@ def _resolved_model(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def new_run_dir(experiment: Experiment) -> Path:
-    """The absolute folder of a new run."""
+    """The absolute folder of a new run: `run_dir`, else one that does not exist yet."""
     if experiment.run_dir is not None:
         return Path(experiment.run_dir).expanduser().absolute()
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
@@ -344,7 +349,7 @@ def _task_errors(data: dict[str, Any]) -> list[str]:
 
 
 def _scheduler_error(outer: Outer) -> str | None:
-    """What is wrong with the scheduler, found by building it once."""
+    """The error of a scheduler that cannot be built, found by building it once; else None."""
     if outer.scheduler is None:
         return None
     try:
@@ -372,6 +377,7 @@ def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:
 
 
 def _copied(value: Any) -> Any:
+    """A copy of nested mappings; their other values are shared."""
     if isinstance(value, dict):
         return {key: _copied(inner) for key, inner in value.items()}
     return value

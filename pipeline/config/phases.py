@@ -8,14 +8,14 @@ from pipeline.config.experiment import Experiment
 
 
 class Phase(NamedTuple):
-    """How an iteration computes its meta-gradient."""
+    """How the iterations of one phase compute their meta-gradient."""
 
     second_order: bool
     every_query_loss: bool
 
 
 def phase_at(experiment: Experiment, iteration: int) -> Phase:
-    """The phase of an iteration."""
+    """The phase that an iteration belongs to."""
     inner = experiment.inner
     second = inner.order == "second" or (
         inner.order == "annealed" and iteration >= experiment.second_order_from
@@ -24,7 +24,7 @@ def phase_at(experiment: Experiment, iteration: int) -> Phase:
 
 
 def phases(experiment: Experiment) -> list[Phase]:
-    """Every phase of a run, in its order."""
+    """All phases of a run, in the order in which they come."""
     switches = {0, experiment.second_order_from, experiment.query_losses_until}
     starts = sorted(start for start in switches if start < experiment.outer.iterations)
     return list(dict.fromkeys(phase_at(experiment, start) for start in starts))

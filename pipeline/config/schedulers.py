@@ -33,7 +33,10 @@ def schedulers() -> list[str]:
 def build_scheduler(
     optimizer: torch.optim.Optimizer, outer: Outer
 ) -> torch.optim.lr_scheduler.LRScheduler | None:
-    """The scheduler that the configuration names. Raises ValueError naming the field."""
+    """Build the scheduler that the configuration names; None: there is none.
+
+    Raises ValueError naming the setting.
+    """
     if outer.scheduler is None:
         return None
     if outer.scheduler not in schedulers():

@@ -22,12 +22,12 @@ class Domain(Section):
 
     @property
     def kind(self) -> str:
-        """Which of them it is."""
+        """The name of the field that is given."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """The ends of a range, or what there is to choose from."""
+        """The two ends of a range, or the values to choose from."""
         return tuple(getattr(self, self.kind))
 
     @model_serializer
@@ -35,7 +35,7 @@ class Domain(Section):
         return {self.kind: list(self.values)}
 
     def fault(self) -> str | None:
-        """What is wrong with it."""
+        """What is wrong with the given values, in words; None if nothing is."""
         given = [name for name in type(self).model_fields if getattr(self, name) is not None]
         if len(given) != 1:
             return f"give exactly one of {', '.join(type(self).model_fields)}"
@@ -50,7 +50,7 @@ class Domain(Section):
 
 
 class Search(Section):
-    """A Ray Tune search over settings of the experiment; `maml train` takes no notice of it."""
+    """A Ray Tune search over settings of the experiment; `maml train` ignores it."""
 
     space: dict[str, Domain] = Field(
         description="settings by their path: inner.lr: {loguniform: [0.001, 1]}"

@@ -11,17 +11,17 @@ from tasks.data_root import default_root
 
 
 class Rule(NamedTuple):
-    """What a section must not say."""
+    """A condition that makes a section wrong, and the message for it."""
 
     where: str
-    """The setting to be named, by its path."""
+    """The path of the setting that the message names."""
     when: Callable[[Any], object]
-    """Whether a section breaks the rule; truth counts."""
+    """Called with the section; a true value means that the section breaks the rule."""
     why: str | Callable[[Any], str]
-    """What is wrong then, or a function of the section that says it with the section's values."""
+    """The message, or a function that makes it from the section's values."""
 
     def message(self, section: Any) -> str:
-        """The error for a section that breaks the rule."""
+        """The line for a section that breaks the rule: 'where: why'."""
         return f"{self.where}: {self.why if isinstance(self.why, str) else self.why(section)}"
 
 
@@ -42,7 +42,7 @@ class Section(BaseModel):
 
 
 class Component(Section):
-    """A kind and its settings."""
+    """The name of a kind, and the settings of that kind."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
 
@@ -188,7 +188,7 @@ _OF_UPDATE = {
 
 
 def _only_of(update: str, name: str) -> Rule:
-    """A setting that one update has is left at its default by the others."""
+    """The rule that a setting of one update stays at its default with the others."""
     return Rule(
         f"reinforcement.{name}",
         # By value, because a resolved configuration holds the defaults of every setting.
@@ -239,7 +239,7 @@ class Reinforcement(Section):
 
 
 class Compute(Section):
-    """How a chunk is computed, wherever that happens."""
+    """How a chunk is computed, in this process or in an actor."""
 
     compile: Literal["auto", "always", "never"] = Field(
         "auto", description="torch.compile; auto: when the iterations to come pay for it"
@@ -338,7 +338,7 @@ class Pretraining(Section):
 
 
 class Diagnostics(Section):
-    """Whether training is healthy; see `maml train`'s plots health_*.png."""
+    """Diagnoses of whether training is healthy, plotted as health_*.png."""
 
     every: int | None = Field(
         None, ge=1, description="iterations between diagnoses of the meta-gradient; null: none"
@@ -363,7 +363,7 @@ class Tracking(Section):
 
 
 class Checkpointing(Section):
-    """What survives."""
+    """Which states of a run are kept, and where."""
 
     every: int | None = Field(
         None, ge=1, description="iterations between checkpoints; null: with every validation"

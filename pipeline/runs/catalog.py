@@ -32,7 +32,7 @@ _CI95 = "_ci95"
 
 
 class Validation(NamedTuple):
-    """What the best checkpoint is chosen by, at the last validation."""
+    """The last value of the metric that chooses the best checkpoint."""
 
     metric: str
     step: int
@@ -51,21 +51,22 @@ class Run:
     started: datetime.datetime
     """With the local time zone."""
     ended: datetime.datetime | None
-    """None: still running, or its driver died without a word."""
+    """None: it still runs, or its driver died without ending it."""
     tracking_experiment: str
     """MLflow's experiment, which holds the runs of many experiments of ours."""
     settings: dict[str, str]
     """By dotted path, as they were in the end: a resumed run may have changed some."""
     metrics: dict[str, float]
-    """Last values."""
+    """The last value of each metric, by name."""
     tags: dict[str, str]
     trials: tuple[Run, ...] = ()
-    """Of a search; the best first, those without a validation last."""
+    """The trials of a search: the best first, those without a validation last."""
     ranked_by: str = ""
     """The metric that the search of a trial names; '': none."""
 
     @property
     def short_id(self) -> str:
+        """The beginning of the id, by which people name a run."""
         return self.run_id[:_SHORT_ID]
 
     @property
@@ -75,30 +76,36 @@ class Run:
 
     @property
     def is_search(self) -> bool:
+        """Whether it is a search: marked as one, or a run with trials."""
         return self.tags.get("kind") == "search" or bool(self.trials)
 
     @property
     def experiment(self) -> str:
+        """The name of the experiment; '' if the run is not ours."""
         return self.settings.get("name", "")
 
     @property
     def algorithm(self) -> str:
+        """The algorithm, as the run is tagged."""
         return self.tags.get("algorithm", "")
 
     @property
     def order(self) -> str:
+        """The order of the meta-gradient, as the run is tagged."""
         return self.tags.get("order", "")
 
     @property
     def seconds(self) -> float:
-        """From the start to the end, or until now."""
+        """Seconds from the start to the end, or until now."""
         end = self.ended or datetime.datetime.now(datetime.UTC)
         return (end - self.started).total_seconds()
 
     @property
     def validation(self) -> Validation | None:
-        """By what its search ranks it, else by accuracy, return or loss. None: not validated yet,
-        or not a training run of ours."""
+        """The last validation, by the metric of its search, else by accuracy, return or loss.
+
+        None for a run that is not validated yet, or that is no training run of ours.
+        """
         steps = [self.settings.get(key) for key in ("evaluation.selection_step", "inner.steps")]
         step = next((step for step in steps if step is not None and step.isdecimal()), "")
         wanted, _, chosen = self.ranked_by.partition("_step")
@@ -110,7 +117,7 @@ class Run:
         return None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The same as plain values, for JSON."""
         found = self.validation
         return {
             "run_id": self.run_id,
@@ -135,12 +142,12 @@ class Comparison(NamedTuple):
 
     runs: list[Run]
     settings: dict[str, list[str | None]]
-    """Those that differ."""
+    """The settings that differ, by path."""
     metrics: dict[str, list[Estimate | None]]
-    """The last validation and the meta-test."""
+    """The last validation and the meta-test, by name."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values."""
+        """The same as plain values, for JSON."""
         return {
             "runs": [run.to_json() for run in self.runs],
             "settings": self.settings,
@@ -215,7 +222,7 @@ def find_run(reference: str, uri: str | None) -> Run:
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """The settings that differ, and the metrics of the last validation and of the meta-test."""
+    """Compare runs: the settings that differ, the last validation and the meta-test."""
     paths = list(dict.fromkeys(p for run in runs for p in run.settings if p != "description"))
     sections = list(dict.fromkeys(path.split(".")[0] for path in paths))
     paths.sort(key=lambda path: sections.index(path.split(".")[0]))
@@ -238,7 +245,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
 
 
 def log_to_run(run_dir: Path, files: Sequence[Path], folder: str) -> None:
-    """Add files to what MLflow has of the run in a folder. Raises TrackingError."""
+    """Log files to the MLflow run of a folder, as artifacts in `folder`. Raises TrackingError."""
     run = find_run(str(run_dir), None)
     with _reading(store_of_folder(run_dir.absolute(), None)) as client:
         for file in files:
@@ -272,7 +279,7 @@ def _with_trials(run: Run, trials: Sequence[Run]) -> Run:
 
 
 def _filtered(run: Run, text: str) -> Run | None:
-    """The run if it matches, with all its trials; else with those that match; else None."""
+    """A run that matches, with all its trials; a search with those trials that match; or None."""
     if _matches(run, text):
         return run
     trials = tuple(trial for trial in run.trials if _matches(trial, text))
@@ -288,7 +295,7 @@ def _matches(run: Run, text: str) -> bool:
 
 
 def _newest_first(client: Any) -> Iterator[Run]:
-    """Every run of the store that was not deleted, by its start."""
+    """Every run of the store that was not deleted, the newest first."""
     if client is None:
         return
     experiments = {e.experiment_id: e.name for e in client.search_experiments()}
@@ -367,7 +374,7 @@ def _has_runs(database: Path) -> bool:
 
 
 def store_of_folder(folder: Path, uri: str | None) -> str:
-    """Where the run in this folder was recorded."""
+    """The tracking store of the run in a folder; `uri` wins. Raises TrackingError."""
     try:
         config = yaml.safe_load((folder / "config.yaml").read_text())
         tracking = config.get("tracking") or {}
@@ -380,7 +387,7 @@ def store_of_folder(folder: Path, uri: str | None) -> str:
 
 
 def _named(runs: Sequence[Run]) -> str:
-    """Runs as a person may name them."""
+    """The ids and names of the first runs, for a message."""
     more = f" and {len(runs) - _NAMED} more" if len(runs) > _NAMED else ""
     return ", ".join(f"{run.short_id} ({run.name})" for run in runs[:_NAMED]) + more
 

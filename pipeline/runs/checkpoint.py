@@ -43,12 +43,12 @@ _OURS = re.compile(r"iteration-\d{8,}(-[0-9a-f]{8}\.safetensors|\.json(\.[0-9a-f
 
 
 class CheckpointError(ReportedError):
-    """A checkpoint cannot be written or read; `str()` says where, why and what to do."""
+    """A checkpoint that cannot be written or read; `str()` says where, why and what to do."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that meta-training needs to go on as if it had never stopped."""
+    """Everything that meta-training needs to go on as if it had never been stopped."""
 
     iteration: int
     """Completed meta-updates."""
@@ -83,7 +83,7 @@ class CheckpointStore:
     """
 
     def __init__(self, uri_or_path: str | Path, keep: int):
-        """Raises CheckpointError if the folder cannot be understood; touches nothing."""
+        """Open a store; reads and writes nothing. Raises CheckpointError for an unknown URI."""
         self.folder = str(uri_or_path)
         self.keep = keep
         try:
@@ -199,7 +199,7 @@ class CheckpointStore:
         return tuple(infos)
 
     def _load(self, iteration: int) -> TrainingState:
-        """Raises CheckpointError if the checkpoint is damaged."""
+        """Read a checkpoint and verify it. Raises CheckpointError if it is damaged."""
         manifest = self._manifest(iteration)
         described = manifest["tensors"]
         try:
@@ -233,7 +233,7 @@ class CheckpointStore:
         )
 
     def _iterations(self) -> set[int]:
-        """The iterations that have a manifest, whatever is in it."""
+        """The iterations that have a manifest, also a damaged one."""
         return {int(m[1]) for name in self._names() if (m := _MANIFEST.fullmatch(name))}
 
     def _remove_superseded(self, newest: int) -> None:

@@ -12,8 +12,9 @@ import math
 import os
 import re
 import tempfile
-from contextlib import redirect_stderr
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,7 +44,7 @@ class Exported(NamedTuple):
     store: str
     """The tracking store that has it."""
     version: str | None
-    """In the registry; None: it was not registered."""
+    """The version in the registry; None: it was not registered."""
     request: str
     """A shell command that asks the model when it is served at HOST:PORT."""
 
@@ -59,9 +60,42 @@ def export_run(
 ) -> Exported:
     """Log the model of a run to the run's own MLflow record, and register it under a name.
 
-    `code` are files or packages that a task or model of one's own is imported from. Raises
-    CheckpointError, TrackingError, ValueError.
+    `code` are the files or packages that a task or model of one's own is imported from. Raises
+    CheckpointError if the parameters cannot be read, TrackingError if MLflow does not take the
+    model, ValueError for a name or an alias that MLflow refuses and for `code` that is missing.
     """
+    _check_arguments(experiment, register, alias, code)
+    adapter = Adapter(Recipe.of(experiment), parameters_of(experiment, run_dir, checkpoint))
+    run = find_run(str(run_dir), None)
+    store = store_of_folder(run_dir.absolute(), None)
+    with _mlflow_at(store) as mlflow, tempfile.TemporaryDirectory() as folder:
+        adapter.save(folder)
+        mlflow.set_experiment(run.tracking_experiment)
+        # Not log_model under start_run: that would open a run again that has ended.
+        info = mlflow.models.Model.log(
+            artifact_path=None,
+            name="model",
+            flavor=mlflow.pyfunc,
+            run_id=run.run_id,
+            registered_model_name=register,
+            python_model=str(_ROOT / "pipeline" / "runs" / "mlflow_model.py"),
+            artifacts={"adapter": folder},
+            code_paths=[str(_ROOT / "pipeline"), str(_ROOT / "tasks"), *map(str, code)],
+            pip_requirements=requirements(),
+            signature=signature_of(adapter),
+            input_example=example_for(adapter),
+        )
+        number = info.registered_model_version
+        if alias is not None:
+            mlflow.MlflowClient().set_registered_model_alias(register, alias, str(number))
+    version = None if number is None else str(number)
+    return Exported(info.model_uri, store, version, request_to(adapter))
+
+
+def _check_arguments(
+    experiment: Experiment, register: str | None, alias: str | None, code: tuple[Path, ...]
+) -> None:
+    """Raise ValueError for what MLflow would refuse after all the work."""
     if alias is not None and register is None:
         raise ValueError("--alias: names a version of a registered model; give --register NAME")
     if register is not None and not _NAME.fullmatch(register):
@@ -75,9 +109,11 @@ def export_run(
         raise ValueError(
             f"--code: the model needs {', '.join(own)}; name the file or package that holds it"
         )
-    adapter = Adapter(Recipe.of(experiment), parameters_of(experiment, run_dir, checkpoint))
-    run = find_run(str(run_dir), None)
-    store = store_of_folder(run_dir.absolute(), None)
+
+
+@contextmanager
+def _mlflow_at(store: str) -> Iterator[Any]:
+    """MLflow, which speaks to this store and prints nothing. Raises TrackingError."""
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     import mlflow
     from mlflow.exceptions import MlflowException
@@ -86,40 +122,19 @@ def export_run(
     mlflow.set_tracking_uri(store)
     try:
         # What MLflow has to say there, the caller says more clearly.
-        with tempfile.TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
-            adapter.save(folder)
-            mlflow.set_experiment(run.tracking_experiment)
-            # Not log_model under start_run: that would open a run again that has ended.
-            info = mlflow.models.Model.log(
-                artifact_path=None,
-                name="model",
-                flavor=mlflow.pyfunc,
-                run_id=run.run_id,
-                registered_model_name=register,
-                python_model=str(_ROOT / "pipeline" / "runs" / "mlflow_model.py"),
-                artifacts={"adapter": folder},
-                code_paths=[str(_ROOT / "pipeline"), str(_ROOT / "tasks"), *map(str, code)],
-                pip_requirements=requirements(),
-                signature=signature_of(adapter),
-                input_example=example_for(adapter),
-            )
-        number = info.registered_model_version
-        if alias is not None:
-            mlflow.MlflowClient().set_registered_model_alias(register, alias, str(number))
+        with redirect_stderr(io.StringIO()):
+            yield mlflow
     except MlflowException as error:
         raise TrackingError(f"MLflow at {store} did not take the model: {error}") from error
     finally:
         mlflow.set_tracking_uri(before)  # it is this process's, and its children's
-    return Exported(
-        info.model_uri, store, None if number is None else str(number), request_to(adapter)
-    )
 
 
 def requirements() -> list[str]:
-    """The versions that the model was trained with, as pip takes them anywhere."""
+    """pip requirements with the versions that are installed here."""
     names = ("mlflow", *REQUIREMENTS)
     # What follows a + names a build (of torch, for CUDA or CPU), not a version.
-    return [f"{name}=={version(name).partition('+')[0]}" for name in names]
+    return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
 
 
 def example_for(adapter: Adapter) -> dict[str, Any]:
@@ -156,7 +171,7 @@ def request_to(adapter: Adapter) -> str:
 
 
 def signature_of(adapter: Adapter) -> Any:
-    """Inputs and outputs, the support set among the inputs; leading dimensions are free."""
+    """MLflow's signature of the model; the support set is an input, leading dimensions are free."""
     from mlflow.models import ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 

@@ -45,7 +45,7 @@ def check_writable(folder: Path) -> None:
 
 
 def refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
-    """Raises RunFolderError if there is a run already."""
+    """Raise RunFolderError if the folder or its checkpoint folder already holds a run."""
     if (run_dir / "config.yaml").exists() or store.list():
         raise RunFolderError(
             f"run_dir: {run_dir} (or its checkpoint folder) already holds a run; continue it with "
@@ -54,7 +54,8 @@ def refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
 
 
 def state_to_resume(store: CheckpointStore) -> TrainingState:
-    """The newest state. Raises RunFolderError if there is none."""
+    """Load the newest state. Raises RunFolderError if there is none, CheckpointError if all are
+    damaged."""
     state = store.latest()
     if state is None:
         raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
@@ -62,9 +63,9 @@ def state_to_resume(store: CheckpointStore) -> TrainingState:
 
 
 def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:
-    """The meta-parameters of a run: those of the last iteration, or of the best validation.
+    """Load the meta-parameters of a run: those of the last iteration, or of the best validation.
 
-    Raises CheckpointError.
+    Raises CheckpointError if they cannot be read or do not fit the experiment's model.
     """
     if checkpoint == "final":
         theta = load_theta(run_dir / "theta.safetensors")
@@ -87,18 +88,18 @@ def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "fi
 
 
 class History:
-    """RUN_DIR/metrics.jsonl."""
+    """The records in RUN_DIR/metrics.jsonl, one line each."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "metrics.jsonl"
 
     def append(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Write a record."""
+        """Append the metrics of an iteration."""
         with self._path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
 
     def first(self, name: str) -> float | None:
-        """The first finite value of a metric."""
+        """The first finite value of a metric; None if there is none."""
         lines = self._path.read_text().splitlines() if self._path.exists() else []
         values = (json.loads(line).get(name, math.nan) for line in lines)
         return next(filter(math.isfinite, values), None)
@@ -112,6 +113,7 @@ class History:
 
 
 def _iteration_of(line: str) -> int:
+    """The iteration of a record; a very large number for a line that cannot be read."""
     try:
         return int(json.loads(line)["iteration"])
     except (ValueError, KeyError):

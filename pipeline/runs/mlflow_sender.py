@@ -98,7 +98,7 @@ class Destination:
     experiment: str
     run_name: str
     run_id: str | None = None
-    """None: not yet created, or not known to be (see `token`)."""
+    """None: the run is not created yet, or nobody has confirmed it (see `token`)."""
     parent_run_id: str | None = None
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
     """Finds the run again if its creation was never confirmed."""
@@ -236,7 +236,7 @@ class Sender:
         return str(run.info.run_id)
 
     def _send(self, records: list[Record]) -> None:
-        """Send some metrics, or one record of another kind."""
+        """Send the records of one request: some of metrics, or a single one of another kind."""
         from mlflow.entities import Metric, Param, RunTag
 
         match records[0]:
@@ -297,14 +297,14 @@ class Sender:
                 self._complain(f"MLflow refuses {entries[0].key}: {_first_line(error)}")
 
     def _complain(self, message: str) -> None:
-        """Say it once."""
+        """Log a warning, each message only once."""
         if message not in self._complaints:
             self._complaints.add(message)
             log.warning("%s", message)
 
 
 def _batch(records: Sequence[Record]) -> int:
-    """How many of the first records make one request."""
+    """The number of records, from the first on, that fit into one request."""
     count = size = 0
     for record in records:
         if not isinstance(record, Metrics):
@@ -317,7 +317,7 @@ def _batch(records: Sequence[Record]) -> int:
 
 
 def client_class() -> Any:
-    """MlflowClient, which fails instead of waiting and keeps its progress to itself."""
+    """Import MlflowClient, set to fail instead of waiting and to log no progress."""
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
@@ -328,7 +328,7 @@ def client_class() -> Any:
 
 
 def existing_run(client: Any, run_id: str) -> Any:
-    """The run, or None if it was deleted or belongs to another store."""
+    """MLflow's run with this id; None if it was deleted or belongs to another store."""
     try:
         run = client.get_run(run_id)
     except Exception as error:
@@ -365,16 +365,19 @@ def _first_line(error: Exception) -> str:
 
 
 def now() -> int:
+    """Milliseconds since 1970."""
     return time.time_ns() // 1_000_000
 
 
 def write_unsent(path: Path, destination: Destination, records: Sequence[Record]) -> None:
+    """Write records that MLflow has not confirmed, one per line. Raises WriteError."""
     lines = [asdict(destination)]
     lines += [{"kind": type(record).__name__, **asdict(record)} for record in records]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def read_unsent(path: Path) -> tuple[Destination, list[Record]]:
+    """Read what `write_unsent` wrote. Raises TrackingError."""
     try:
         first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
         return Destination(**first), [_KINDS[line.pop("kind")](**line) for line in rest]

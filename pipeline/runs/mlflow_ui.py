@@ -1,4 +1,4 @@
-"""MLflow's own pages over the project's tracking store, started lightly."""
+"""Starts MLflow's own pages on a tracking store, with one server process."""
 
 from __future__ import annotations
 
@@ -114,6 +114,7 @@ def address_of_pages(host: str, port: int) -> str:
 
 
 def _reachable(host: str) -> str:
+    """The address at which a server that listens on `host` is reached from here."""
     return {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)
 
 

@@ -35,7 +35,7 @@ Array = npt.NDArray[Any]
 
 
 class Prediction(NamedTuple):
-    """What an adapted model says of m queries."""
+    """The answers of an adapted model to m queries."""
 
     predictions: Array
     """Classification: the label of every query [m], as the support set has them; regression: the
@@ -61,7 +61,10 @@ class Recipe:
 
     @classmethod
     def of(cls, experiment: Experiment) -> Recipe:
-        """The recipe of an experiment; reads its data only for the size of images."""
+        """Make the recipe of an experiment; its data are read only for the size of images.
+
+        Raises ValueError for tasks to act in.
+        """
         task = supervised(experiment.build_task(), "an exported model")
         return cls(
             experiment.changed(search=None),
@@ -71,7 +74,7 @@ class Recipe:
         )
 
     def to_json(self) -> str:
-        """As a file."""
+        """The recipe as JSON text."""
         values = {
             "experiment": self.experiment.plain(),
             "input_shape": self.input_shape,
@@ -82,7 +85,7 @@ class Recipe:
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
-        """What `to_json` wrote. Raises ConfigError."""
+        """Read what `to_json` wrote. Raises ConfigError."""
         values = json.loads(text)
         return cls(
             from_dict(values["experiment"], RECIPE),
@@ -96,7 +99,7 @@ class Adapter:
     """A meta-trained model. Every call of `predict` starts from the meta-parameters anew."""
 
     def __init__(self, recipe: Recipe, theta: Params):
-        """Raises ValueError where parameters and recipe do not fit."""
+        """Build the model. Raises ValueError if `theta` does not fit the model of `recipe`."""
         experiment = recipe.experiment
         self.recipe = recipe
         self._dtype: torch.dtype = getattr(torch, experiment.compute.dtype)
@@ -119,9 +122,10 @@ class Adapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> Adapter:
-        """From the folder of a run (its final parameters), or one that `save` wrote.
+        """Load a run's final parameters from its folder, or a model from one that `save` wrote.
 
-        Raises ConfigError, FileNotFoundError, ValueError.
+        Raises ConfigError if `folder` is neither, FileNotFoundError if the run has no final
+        parameters yet, ValueError if they do not fit the model or the tasks are to be acted in.
         """
         folder = Path(folder)
         path = folder / RECIPE
@@ -131,7 +135,7 @@ class Adapter:
         return cls(recipe, safetensors.torch.load_file(folder / PARAMETERS))
 
     def save(self, folder: str | Path) -> None:
-        """Write the two files that `load` needs."""
+        """Write the two files that `load` needs into `folder`, which is made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         (folder / RECIPE).write_text(self.recipe.to_json())
@@ -144,11 +148,11 @@ class Adapter:
     ) -> Prediction:
         """Adapt to n support examples, then answer m queries.
 
-        `support_x` [n, *input_shape], `query_x` [m, *input_shape]; `support_y`: integer labels [n]
-        of exactly as many classes as the model was trained for, of any numbering, or targets
-        [n, outputs]. `steps` of adaptation, by default those of the recipe. With batch
-        normalisation, queries are seen through the statistics of all of them, as in training.
-        Raises ValueError naming the argument.
+        `support_x` has the shape [n, *input_shape], `query_x` [m, *input_shape]. `support_y` holds
+        integer labels [n] of exactly as many classes as the model was trained for, in any
+        numbering, or targets [n, outputs]. `steps` is the number of gradient steps, by default that
+        of the recipe. With batch normalisation, queries are normalised by the statistics of all of
+        them, as in training. Computes on the CPU. Raises ValueError naming the argument.
         """
         support = self._inputs("support_x", support_x)
         query = self._inputs("query_x", query_x)
@@ -180,6 +184,7 @@ class Adapter:
         return Prediction(labels[scores.argmax(-1)], scores, support_loss)
 
     def _inputs(self, name: str, value: Any) -> Tensor:
+        """Examples as a tensor [n, *input_shape]. Raises ValueError naming the argument."""
         try:
             array = np.asarray(value, dtype=np.float64)
         except (TypeError, ValueError) as error:
@@ -193,7 +198,10 @@ class Adapter:
         return torch.from_numpy(array).to(self._dtype)
 
     def _targets(self, value: Any, count: int) -> tuple[Tensor, Array | None]:
-        """Targets as the loss takes them, and the labels that classes 0, 1, ... stand for."""
+        """Targets as the loss takes them; of classification also the labels, by class 0, 1, ...
+
+        Raises ValueError naming the argument.
+        """
         size = self.recipe.output_size
         array = np.asarray(value)
         if not self.classifies:

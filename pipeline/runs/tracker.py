@@ -79,7 +79,7 @@ class RunTracker(Protocol):
 
 
 class NullTracker:
-    """Tracking is off."""
+    """The tracker of a run that is not recorded: does nothing."""
 
     run_id = None
 
@@ -98,7 +98,7 @@ class Tracker:
     """Records one run in MLflow. `RunTracker` says what its methods promise."""
 
     def __init__(self, destination: Destination, unsent_path: Path, records: Sequence[Record]):
-        """Start to send `records`, and what follows. For the run of an experiment, use `open`."""
+        """Start to send `records` and those logged later; `open` is for experiments."""
         self._unsent_path = unsent_path
         self._queue: deque[Record] = deque(records)
         self._sender = Sender(destination, self._queue)
@@ -180,7 +180,7 @@ class Tracker:
         return self._finish(timeout)
 
     def _finish(self, timeout: float) -> Path | None:
-        """Send what is left; the file that holds what could not be sent."""
+        """Send what is left; returns the file that holds what could not be sent, or None."""
         if self._closed:
             return self._unsent_path if self._unsent_path.exists() else None
         self._closed = True
@@ -236,7 +236,7 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
 
 
 def environment_tags() -> dict[str, str]:
-    """What a run ran with: code version, packages, machine. Imports nothing slow."""
+    """Tags that say what a run ran with: code, packages, machine. Imports nothing slow."""
     tags = {
         "host": platform.node(),
         "platform": platform.platform(),
@@ -272,7 +272,7 @@ def _cpu_model() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints, '' if it fails."""
+    """The output of a command; '' if it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
