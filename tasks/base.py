@@ -85,10 +85,10 @@ class TaskDistribution(ABC):
     loss_name: ClassVar[str] = "loss"
     """What the loss is called in tables and plots."""
     has_classes: ClassVar[bool] = False
-    """Whether targets are labels 0 .. output_size - 1."""
+    """Whether targets are class labels 0 .. output_size - 1."""
 
     def has_oracle(self, split: str) -> bool:
-        """Whether there is an oracle to compare with: somebody who knows the tasks of the split."""
+        """Whether somebody who knows the tasks of the split can solve them: the oracle baseline."""
         return False
 
     def check(self, split: str) -> None:  # noqa: B027  # not abstract: most tasks need no check

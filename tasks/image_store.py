@@ -36,7 +36,7 @@ IMAGES, MANIFEST = "images.arrow", "manifest.json"
 
 
 class StoreError(ReportedError):
-    """Data that is missing, damaged or cannot be written; the message says what to do."""
+    """Data is missing, damaged or cannot be written; the message says what to do."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def compare_runs(
     checkpoint: Which = "final",
     overrides: Sequence[str] = (),
 ) -> list[PairedComparison]:
-    """Evaluate finished runs on the very same tasks, in this process.
+    """Evaluate finished runs on the same tasks, in this process.
 
     `run_dirs` are the folders of two or more runs. `split` names the tasks: train, validation or
     test. `num_tasks` of them are adapted to, by default the fewest that one of the runs asks for;
@@ -129,7 +129,7 @@ def recipes(found: Sequence[PairedComparison]) -> dict[str, list[str]]:
 def _measured(
     experiment: Experiment, theta: Params, specs: Sequence[EvaluationSpec]
 ) -> list[dict[str, npt.NDArray[Any]]]:
-    """Metrics of single tasks, spec by spec."""
+    """Metrics of single tasks by name, [steps, tasks]; one table per spec."""
     flat = flat_vector(theta)
     with InProcess(experiment, compile=False, warm_up=False) as workers:
         return [task_by_task(workers, experiment, flat, spec) for spec in specs]

@@ -52,6 +52,7 @@ def health(
         else:
             metrics |= {f"{name}_step{s}": float(mean) for s, mean in enumerate(means)}
     if results[0].gradient is not None:
+        # Second and first order, [2, D], summed over the chunks.
         second, first = reduce(np.add, [np.asarray(r.gradient, np.float64) for r in results])
         norms = float(np.linalg.norm(second)), float(np.linalg.norm(first))
         metrics["order_cosine"] = _ratio(float(second @ first), norms[0] * norms[1])
@@ -150,7 +151,7 @@ def theta_ran_away(metrics: Mapping[str, float], first_loss: float | None) -> bo
 def why_not_finite(
     experiment: Experiment, metrics: Mapping[str, float], first_loss: float | None
 ) -> str:
-    """What to change where meta-gradients through supervised tasks are not finite any more.
+    """Advice for a run on supervised tasks whose meta-gradients are no longer finite.
 
     `metrics` are means over the tasks of the last meta-batch. `first_loss` is the first recorded
     support loss; None if it was never finite.

@@ -33,7 +33,7 @@ _NORMALISATION = {
     "none": "none",
 }
 _OF_POLICIES = ("estimator", "discount", "gae_lambda", "update")
-"""Settings of the section `reinforcement`, of experiments that have it, that numbers depend on."""
+"""Settings of `reinforcement` that the protocol contains, where the experiment has that section."""
 TRAINED, RANDOM = "trained", "random init"
 ORACLE, CENTROID = "oracle", "nearest centroid"
 BASELINES = (RANDOM, ORACLE, CENTROID)

@@ -75,7 +75,7 @@ def write_plots(
 def _pictures_of(
     task: TaskDistribution, experiment: Experiment, theta: Params, folder: Path
 ) -> list[Path]:
-    """Draw what only this class of tasks can show, if anything; returns the files."""
+    """Draw the figures that only this class of tasks has, if any; return the files."""
     return []
 
 
@@ -83,6 +83,7 @@ def _pictures_of(
 def _pictures_of_acting(
     task: MDPs, experiment: Experiment, theta: Params, folder: Path
 ) -> list[Path]:
+    """Draw how the policy acts before and after adaptation."""
     acted = _acted(experiment, theta, "test", _NUM_TASKS, experiment.report_steps)
     return [_draw_acting(experiment, task, acted, "test", folder)]
 
@@ -91,6 +92,7 @@ def _pictures_of_acting(
 def _pictures_of_sinusoids(
     task: Sinusoid, experiment: Experiment, theta: Params, folder: Path
 ) -> list[Path]:
+    """Draw the fits before and after adaptation."""
     path = folder / "fits.png"
     steps = (0, 1, experiment.report_steps[-1])
     plot_sinusoid_fits(path, sinusoid_fits(experiment, task, theta, steps))
@@ -145,18 +147,18 @@ def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
 
 
 class TrainingHistory(NamedTuple):
-    """How a metric went during training."""
+    """A metric by iteration of the training."""
 
     metric: str
     """'return' or 'loss'."""
     values: dict[str, list[float]]
-    """'iteration', and as many values under the name of each series."""
+    """"iteration" and the series by name, all of the same length, as `plot_training` takes them."""
 
 
 def read_history(run_dir: Path, steps: int = 1) -> TrainingHistory:
     """The training returns of metrics.jsonl or, where there are none, its losses, by iteration.
 
-    `steps` are those of adaptation.
+    `steps` are the run's inner steps, which name the series of returns.
     """
     returns = {
         after_steps(steps): f"train/return_step{steps}",
@@ -246,8 +248,11 @@ def write_video(
     num_tasks: int | None = None,
     steps: tuple[int, ...] | None = None,
 ) -> list[Path]:
-    """What the policy does in the first tasks of a split, a handful at most: all in one figure, and
-    an animation of each task on a plane. Raises ValueError for supervised tasks."""
+    """Draw how the policy acts in the first tasks of a split, five at most; return the files.
+
+    All tasks are in one figure; each task on a plane has an animation as well. Raises ValueError
+    for supervised tasks.
+    """
     task = check_video(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     count = min(num_tasks or _NUM_TASKS, _MOST_TASKS)

@@ -6,7 +6,7 @@ from tasks.errors import ReportedError
 
 
 class TrainingFailed(ReportedError):
-    """The run cannot go on; `str()` says why and what to do. A checkpoint holds what it has."""
+    """The run cannot go on; the message says why and what to do. Its state is in a checkpoint."""
 
     exit_code = 1
 
@@ -16,7 +16,7 @@ class Diverged(TrainingFailed):
 
 
 class Interrupted(ReportedError):
-    """The run was asked to stop, and has: its state is in a checkpoint."""
+    """The run was asked to stop and has stopped. Its state is in a checkpoint."""
 
     exit_code = 130
 

@@ -1,9 +1,10 @@
 """Meta-training (paper, Algorithms 1, 2 and 3), then the meta-test.
 
     for every iteration:
-        every chunk of tasks:  sample, adapt (eq. 2), differentiate the query loss    workers
-        mean over the tasks                                                           aggregation
-        θ <- θ − β · meta-gradient (eq. 4)                                            outer_step
+        for every chunk of tasks: sample tasks, adapt to each (eq. 2),
+            differentiate its query loss with respect to θ (eq. 3)           workers
+        average the gradients over the tasks                                 aggregation
+        θ <- θ − β · mean gradient (eq. 4), or a policy's own step           outer_step
 
 The driver runs this loop. It alone writes checkpoints, the run's folder and MLflow's record.
 """
@@ -16,12 +17,7 @@ from pathlib import Path
 
 from pipeline.cluster.group import Round
 from pipeline.config.experiment import Experiment
-from pipeline.evaluation.health import (
-    diagnosis_jobs,
-    health,
-    theta_ran_away,
-    warnings_of,
-)
+from pipeline.evaluation.health import diagnosis_jobs, health, theta_ran_away, warnings_of
 from pipeline.evaluation.meta_test import Curve, EvaluationSpec, adaptation_curve_of, meta_test
 from pipeline.training.aggregation import Aggregate, aggregate
 from pipeline.training.endings import Diverged, Interrupted
@@ -108,7 +104,7 @@ def meta_update(session: Session) -> None:
     mean = aggregate(answers.results)  # over the tasks
     aggregated = time.perf_counter()
     batch = MetaBatch(session.iteration, session.num_chunks, session.workers)
-    moved = session.outer_step.move(session.update, mean, batch)
+    moved = session.outer_step.move(session.update, mean, batch)  # θ_t -> θ_{t+1}
     updated = time.perf_counter()
     session.iteration += 1
     _stop_if_diverged(session, mean)
@@ -122,6 +118,27 @@ def meta_update(session: Session) -> None:
         },
         began,
     )
+
+
+def validate(session: Session) -> None:
+    """Adapt to the validation tasks; record the curve and the value that ranks checkpoints."""
+    experiment = session.experiment
+    spec = EvaluationSpec(
+        "validation",
+        experiment.evaluation.validation_tasks,
+        tuple(sorted({*experiment.report_steps, experiment.selection_step})),
+    )
+    curve = adaptation_curve_of(session.workers, experiment, session.theta, spec)
+    chosen = curve.steps.index(experiment.selection_step)
+    session.record_validation(curve, curve.mean[session.metric][chosen])
+
+
+def diagnose(session: Session) -> None:
+    """Examine the meta-gradient of some validation tasks; record findings and warnings."""
+    jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
+    results = session.workers.run(session.theta, jobs).results
+    metrics = health(session.experiment, session.update.layout, session.theta, results)
+    session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))
 
 
 def _seconds(answers: Round, elapsed: float) -> dict[str, float]:
@@ -167,24 +184,3 @@ def _stop_if_diverged(session: Session, mean: Aggregate) -> None:
         f"{what}. {limit} updates in a row were not finite, so training stopped; none was applied. "
         f"{advice}"
     )
-
-
-def validate(session: Session) -> None:
-    """Adapt to the validation tasks; record the curve and the value that ranks checkpoints."""
-    experiment = session.experiment
-    spec = EvaluationSpec(
-        "validation",
-        experiment.evaluation.validation_tasks,
-        tuple(sorted({*experiment.report_steps, experiment.selection_step})),
-    )
-    curve = adaptation_curve_of(session.workers, experiment, session.theta, spec)
-    chosen = curve.steps.index(experiment.selection_step)
-    session.record_validation(curve, curve.mean[session.metric][chosen])
-
-
-def diagnose(session: Session) -> None:
-    """Examine the meta-gradient of some validation tasks; record findings and warnings."""
-    jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
-    results = session.workers.run(session.theta, jobs).results
-    metrics = health(session.experiment, session.update.layout, session.theta, results)
-    session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))

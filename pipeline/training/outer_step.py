@@ -1,7 +1,7 @@
-"""How θ moves once the meta-gradient of an iteration is known: the one place that decides it.
+"""Chooses how the meta-gradient of an iteration moves θ.
 
-OptimizerStep   one step of `outer.optimizer` (eq. 4)                   supervised tasks
-PolicyStep      what `reinforcement.update` says, see `trust_region`    tasks to act in
+OptimizerStep   one step of `outer.optimizer` (eq. 4)                    supervised tasks
+PolicyStep      TRPO, ProMP or one gradient step, see `trust_region`     reinforcement learning
 """
 
 from __future__ import annotations
@@ -29,26 +29,26 @@ class MetaBatch(NamedTuple):
 
 
 class OuterStep(Protocol):
-    """How θ moves."""
+    """A way to move θ."""
 
     def move(self, update: OuterUpdate, mean: Aggregate, batch: MetaBatch) -> dict[str, float]:
-        """Move θ, which `update` holds, given the mean over the tasks; returns metrics to record.
+        """Move θ, which `update` holds, given the mean over the tasks; return metrics to log.
 
-        A gradient that is not finite moves nothing.
+        A gradient that is not finite leaves θ as it is.
         """
         ...
 
     def usual_questions(self, iteration: int, theta: FlatVector) -> list[tuple[Job, int]]:
-        """The jobs that `move` asks of the first chunk, and how often; for measuring them."""
+        """The jobs of `move` for the first chunk, each with how often it is asked: to time them."""
         ...
 
     def advice(
         self, experiment: Experiment, metrics: Mapping[str, float], first_loss: float | None
     ) -> str:
-        """What to change where meta-gradients are not finite any more.
+        """Advice for a run whose meta-gradients are no longer finite.
 
-        `metrics` are means over the tasks, `first_loss` the support loss when the run began; None
-        if it has not been finite once.
+        `metrics` are means over the tasks of the last meta-batch. `first_loss` is the first
+        recorded support loss; None if it was never finite.
         """
         ...
 
@@ -70,13 +70,13 @@ class OptimizerStep:
 
 
 class PolicyStep:
-    """The step of `trust_region`; it asks the workers about the trajectories of the iteration."""
+    """A step of `trust_region`; it asks the workers about the iteration's trajectories."""
 
     def __init__(self, settings: Reinforcement):
         self._settings = settings
 
     def move(self, update: OuterUpdate, mean: Aggregate, batch: MetaBatch) -> dict[str, float]:
-        collected_by = update.flat.numpy().copy()  # θ moves while it is asked about
+        collected_by = update.flat.numpy().copy()  # a copy: `update` changes θ in place meanwhile
 
         def ask(jobs: Sequence[Job]) -> Sequence[ChunkResult]:
             return batch.workers.run(collected_by, jobs).results
@@ -98,6 +98,6 @@ class PolicyStep:
 
 def outer_step_of(experiment: Experiment) -> OuterStep:
     """The outer step of an experiment."""
-    # The section says how policies move, and only tasks to act in have it.
+    # Experiments in reinforcement learning have this section, all others do not.
     settings = experiment.reinforcement
     return OptimizerStep() if settings is None else PolicyStep(settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -139,6 +140,23 @@ def test_the_mathematics_needs_torch_and_numpy_alone() -> None:
         + "".join(f"import pipeline.maml.{name}\n" for name in names)
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("folder", ["pipeline", "tasks", "benchmarks"])
+def test_functions_stay_short(folder: str) -> None:
+    """A function of more than 60 lines needs a comment above it that says why: `# Long: ...`."""
+    for path in files(ROOT / folder):
+        lines = path.read_text().splitlines()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                continue
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            first = min(each.lineno for each in (node, *node.decorator_list))
+            above = itertools.takewhile(
+                lambda line: line.strip().startswith("#"), reversed(lines[: first - 1])
+            )
+            reason = any(line.strip().startswith("# Long: ") for line in above)
+            assert length <= 60 or reason, f"{path}:{node.lineno}: {node.name}: {length} lines"
 
 
 @pytest.mark.parametrize("folder", ["pipeline", "tasks", "tests", "benchmarks"])
