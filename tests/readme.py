@@ -1,33 +1,46 @@
-"""What the README shows: its blocks of code, its commands, and how they are cut short."""
+"""What the READMEs show: their blocks of code, and their commands."""
 
 from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 from tests.places import ROOT
 
-README = (ROOT / "README.md").read_text()
-# Enough to see a command work; its own settings come first.
-SHORT = [
-    "outer.iterations=3",
-    "outer.tasks_per_batch=4",
-    "outer.tasks_per_chunk=2",
-    "evaluation.tasks=4",
-    "evaluation.validation_tasks=4",
-    "compute.compile=never",
-    "compute.threads=1",  # two would wait for each other where tests share the cores
+README = ROOT / "README.md"
+READMES = [
+    README,
+    *(
+        ROOT / folder / "README.md"
+        for folder in (
+            "tune_configs",
+            "tasks",
+            "pipeline",
+            "pipeline/cluster",
+            "pipeline/evaluation",
+            "benchmarks",
+        )
+    ),
 ]
-
-SHORT_SEARCH = ["search.samples=1", "search.max_concurrent=1"]
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+"""All of them, in the order in which a newcomer meets them."""
 
 
-def commands() -> list[list[str]]:
-    """Every `maml` command of the README."""
-    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+def blocks(language: str, *readmes: Path) -> list[str]:
+    """The blocks of code in a language, in these READMEs or in all."""
+    texts = [path.read_text() for path in readmes or READMES]
+    return [b for text in texts for b in re.findall(rf"```{language}\n(.*?)```", text, re.S)]
+
+
+def prose(readme: Path) -> str:
+    """A README without its blocks of code."""
+    return re.sub(r"```.*?```", "", readme.read_text(), flags=re.S)
+
+
+def commands(*readmes: Path) -> list[list[str]]:
+    """The `maml` commands, as lists of arguments, in these READMEs or in all."""
+    lines = [
+        re.sub(r"(^|\s)#.*", "", line) for b in blocks("bash", *readmes) for line in b.splitlines()
+    ]
     parts = [part.strip() for line in lines for part in line.split("&&")]
     return [shlex.split(part)[1:] for part in parts if part.startswith("maml ")]

@@ -104,9 +104,7 @@ def algorithm_of(search: Search, seed: int) -> Any:
     """Ray Tune's search algorithm, seeded. Raises ValueError if its package is missing."""
     if search.algorithm == "tpe":
         if importlib.util.find_spec("optuna") is None:
-            raise ValueError(
-                "search.algorithm: tpe needs Optuna: pip install 'maml-pipeline[search]'"
-            )
+            raise ValueError("search.algorithm: tpe needs Optuna: pip install -e '.[search]'")
         import optuna
         from ray.tune.search.optuna import OptunaSearch
 

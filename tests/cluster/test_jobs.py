@@ -33,10 +33,11 @@ from pipeline.training.loop import train
 from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
 from tests.helpers import final_theta
+from tests.newcomer import SHORT
 from tests.places import ROOT
 from tests.ports import free_port
 from tests.ray_cluster import TOKEN, Cluster, running_cluster
-from tests.readme import SHORT, commands
+from tests.readme import commands
 from tests.tasks.test_store_cache import write_tiny
 
 pytestmark = pytest.mark.long
@@ -187,7 +188,7 @@ def test_a_node_dies_under_a_job(
     assert torch.equal(final_theta(tmp_path / "calm"), final_theta(run))
 
 
-def test_the_commands_of_the_readme(cluster: Cluster, tmp_path: Path) -> None:
+def test_the_commands_of_the_readmes(cluster: Cluster, tmp_path: Path) -> None:
     """Those that need a cluster, in order, against this one; training cut short."""
     found = [each for each in commands() if each[0] in ("submit", "jobs")]
     assert {each[0] for each in found} == {"submit", "jobs"}

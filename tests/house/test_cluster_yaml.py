@@ -1,4 +1,4 @@
-"""cluster.yaml and the manifests of the README, as far as they can be checked without a cloud."""
+"""cluster.yaml and the manifests of the READMEs, as far as they can be checked without a cloud."""
 
 from __future__ import annotations
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import shutil
 import subprocess
@@ -42,7 +41,7 @@ from pipeline.worker.task_source import EVALUATION_SEED
 from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
 from tests.ports import free_port
-from tests.readme import README
+from tests.readme import blocks
 
 pytestmark = pytest.mark.long
 
@@ -119,8 +118,9 @@ def test_regression(quick: dict[str, Any], tmp_path: Path) -> None:
     batch = sampled(experiment, 1)
     found = adapter.predict(batch.support.x[0], batch.support.y[0], batch.query.x[0])
     assert found.predictions.shape == (5, 1)
-    # The request that is printed, and the one that the README shows, are ones for such a model.
-    for shell in (request_to(adapter), *re.findall(r"^curl .*", README, flags=re.M)):
+    # The request that is printed, and the one that a README shows, are ones for such a model.
+    (shown,) = (block for block in blocks("bash") if block.startswith("curl "))
+    for shell in (request_to(adapter), shown):
         body = json.loads(shlex.split(shell)[-1])
         assert np.isfinite(adapter.predict(**body["inputs"]).predictions).all()
     with pytest.raises(ValueError, match=r"support_y: must have the shape \[5, 1\]"):

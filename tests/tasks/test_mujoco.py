@@ -25,7 +25,6 @@ from tasks.control import gym
 from tasks.control.mdp import MDPs, Trajectories
 from tasks.random import task_keys
 from tests.conftest import experiment_of
-from tests.places import ROOT
 
 gymnasium: Any = pytest.importorskip("gymnasium", reason="needs the extra mujoco")
 pytest.importorskip("mujoco", reason="needs the extra mujoco")
@@ -34,6 +33,7 @@ from gymnasium.spaces import Box, Discrete  # noqa: E402
 from gymnasium.utils.env_checker import check_env  # noqa: E402
 
 from tests.point_mass import PointMass  # noqa: E402
+from tests.readme import blocks  # noqa: E402
 
 UNBOUNDED = pytest.mark.filterwarnings("ignore:.*infinity")  # as gymnasium's own robots
 LIKE = torch.zeros(0, dtype=torch.float64)
@@ -290,9 +290,8 @@ def test_what_was_given_back_can_be_acted_in_again() -> None:
 
 
 def test_the_readme_shows_the_example() -> None:
-    readme = (ROOT / "README.md").read_text()
-    shown = readme.partition("# point_mass.py\n")[2].partition("```")[0]
-    assert shown
+    (block,) = (each for each in blocks("python") if each.startswith("# point_mass.py\n"))
+    shown = block.removeprefix("# point_mass.py\n")
     assert inspect.getsource(sys.modules[PointMass.__module__]).endswith(shown)
 
 
