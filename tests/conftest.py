@@ -21,6 +21,8 @@ os.environ["RAY_ADDRESS"] = "local"
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import from_dict
 
+pytest_plugins = ["tests.allowed_skips"]
+
 
 def pytest_configure() -> None:
     """A shell that starts the tests in the background has them ignore Ctrl-C; some send it."""
