@@ -19,8 +19,6 @@ from tests.newcomer import typed, write_examples
 from tests.places import ROOT
 from tests.readme import README, READMES, blocks, prose
 
-pytestmark = pytest.mark.long
-
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 of_each_readme = pytest.mark.parametrize(
     "readme", READMES, ids=lambda path: str(path.parent.relative_to(ROOT))
@@ -89,7 +87,9 @@ def test_the_tree_names_every_file_and_no_other() -> None:
         for path in (ROOT / folder).rglob("[!_]*.py")
     }
     shown = list(paths_of(tree))
-    assert sorted(shown) == sorted(there)
+    assert there - set(shown) == set(), "in no README"
+    assert set(shown) - there == set(), "not there"
+    assert len(shown) == len(set(shown))
 
 
 def paths_of(tree: str) -> Iterator[str]:
@@ -150,6 +150,7 @@ def texts_of_the_code() -> list[str]:
 # -- Python
 
 
+@pytest.mark.long
 def test_own_tasks_learn(tmp_path: Path) -> None:
     """The worked example, trained as it stands: adapting to a line pays."""
     write_examples(tmp_path)
@@ -160,6 +161,7 @@ def test_own_tasks_learn(tmp_path: Path) -> None:
     assert losses[1] < 0.5 * losses[0]
 
 
+@pytest.mark.long
 def test_the_library_example_runs() -> None:
     (code,) = (block for block in blocks("python") if "chunk_function" in block)
     assert 12 <= len([line for line in code.splitlines() if line.strip()]) <= 24
@@ -171,6 +173,7 @@ def test_the_library_example_runs() -> None:
     assert metrics["query_loss"].mean() < metrics["support_loss"].mean()
 
 
+@pytest.mark.long
 def test_whole_runs_from_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
