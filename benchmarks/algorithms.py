@@ -25,7 +25,7 @@ from trained import finished, minutes, parse, train
 from pipeline.config.loading import ConfigError, load
 from pipeline.evaluation.comparison import compare_runs
 from pipeline.evaluation.health import PREFIX, by_step
-from pipeline.maml.parameters import Layout
+from pipeline.maml.flat_vector import Layout
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import GradientJob
 from pipeline.worker.learner import initial_parameters

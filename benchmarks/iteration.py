@@ -22,7 +22,7 @@ import torch
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load
-from pipeline.maml.parameters import Layout
+from pipeline.maml.flat_vector import Layout
 from pipeline.training.loop import meta_update, train
 from pipeline.training.opening import open_session
 from pipeline.training.session import Watcher

@@ -45,10 +45,10 @@ import numpy as np
 import torch
 
 from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.flat_vector import Layout
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4
-from pipeline.maml.parameters import Layout
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
 
 TARGET = 2.0  # many steps with `inner.checkpoint` over one step

@@ -36,10 +36,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.flat_vector import Layout
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import Conv3x3, conv4, mlp
-from pipeline.maml.parameters import Layout
 from tasks.base import Examples, TaskBatch, TaskDistribution
 from tasks.sinusoid import Sinusoid
 

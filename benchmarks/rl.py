@@ -28,7 +28,7 @@ from trained import finished, minutes, parse, train
 
 from pipeline.config.loading import load
 from pipeline.evaluation.plot_style import COLORS, legend, new_panels, save
-from pipeline.maml.parameters import FlatVector, flat_vector
+from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.rl.policies import GAUSSIAN
 from pipeline.rl.rollouts import rollout
 from pipeline.runs.checkpoint import load_theta

@@ -38,12 +38,12 @@ from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
 from pipeline.cluster.actor import ChunkActor
-from pipeline.cluster.ray_group import _JOBS_AHEAD, RayWorkers
+from pipeline.cluster.dispatch import _JOBS_AHEAD, RayWorkers
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load
 from pipeline.config.phases import Phase
+from pipeline.maml.flat_vector import FlatVector
 from pipeline.maml.meta_gradient import ChunkFunction, Knobs
-from pipeline.maml.parameters import FlatVector
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.loop import meta_update
 from pipeline.training.session import Session, Watcher

@@ -43,9 +43,9 @@ if TYPE_CHECKING:
     from pipeline.evaluation.comparison import compare_runs
     from pipeline.evaluation.meta_test import evaluate_run
     from pipeline.maml.adaptation import Adaptation
+    from pipeline.maml.flat_vector import Layout
     from pipeline.maml.meta_gradient import Knobs, chunk_function
     from pipeline.maml.meta_loss import Objective
-    from pipeline.maml.parameters import Layout
     from pipeline.runs.predictor import Adapter
     from pipeline.search.run import run_search
     from pipeline.training.loop import train
@@ -71,7 +71,7 @@ _HOMES = {
     "Adapter": "pipeline.runs.predictor",
     "Experiment": "pipeline.config.experiment",
     "Knobs": "pipeline.maml.meta_gradient",
-    "Layout": "pipeline.maml.parameters",
+    "Layout": "pipeline.maml.flat_vector",
     "Objective": "pipeline.maml.meta_loss",
     "__version__": "pipeline.config.version",
     "chunk_function": "pipeline.maml.meta_gradient",

@@ -26,7 +26,7 @@ from tests.places import ROOT
 MODULES = (
     "ray",
     "ray.tune",
-    "pipeline.cli.errors",
+    "pipeline.cli.exit_codes",
     "pipeline.cli.console",
     "pipeline.cluster.submission",
     "pipeline.search.run",

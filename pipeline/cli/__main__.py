@@ -1,6 +1,6 @@
 """Where `maml` and `python -m pipeline.cli` start; jobs of a cluster start the latter."""
 
-from pipeline.cli.foreign import refuse_foreign_tasks
+from pipeline.cli.name_clash import refuse_foreign_tasks
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import json
 import typer
 
 from pipeline.cli.arguments import ExperimentName, Overrides
-from pipeline.cli.errors import reporting_errors
+from pipeline.cli.exit_codes import reporting_errors
 
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
 

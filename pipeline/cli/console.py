@@ -20,7 +20,7 @@ from rich.text import Text
 
 from pipeline.evaluation.comparison import PairedComparison, recipes
 from pipeline.evaluation.meta_test import BASELINES, Curve, cell, metric_label
-from pipeline.maml.estimates import interval
+from pipeline.maml.confidence import interval
 from pipeline.training.session import Session, Watcher
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pipeline.cli.errors import reporting_errors
+from pipeline.cli.exit_codes import reporting_errors
 from tasks.data_root import DATA_ROOT
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare image stores.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.errors import reporting_errors
+from pipeline.cli.exit_codes import reporting_errors
 
 if TYPE_CHECKING:
     from pipeline.cluster.submission import Head, Job

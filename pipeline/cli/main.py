@@ -12,7 +12,7 @@ import typer
 
 from pipeline.cli.config import config_app
 from pipeline.cli.data import data_app
-from pipeline.cli.errors import DEBUG, show_tracebacks
+from pipeline.cli.exit_codes import DEBUG, show_tracebacks
 from pipeline.cli.jobs import jobs_app, submit
 from pipeline.cli.results import analyze, compare, evaluate, export
 from pipeline.cli.runs import runs_app

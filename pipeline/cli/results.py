@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from pipeline.cli.errors import reporting_errors
-from pipeline.cli.hints import typed
+from pipeline.cli.exit_codes import reporting_errors
+from pipeline.cli.next_commands import typed
 
 _FORMATS = (".png", ".svg", ".pdf")
 RunDir = Annotated[Path, typer.Argument(help="folder of a run", show_default=False)]

@@ -10,8 +10,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from pipeline.cli.errors import show_tracebacks
-from pipeline.cli.hints import typed
+from pipeline.cli.exit_codes import show_tracebacks
+from pipeline.cli.next_commands import typed
 
 if TYPE_CHECKING:
     from pipeline.config.experiment import Experiment

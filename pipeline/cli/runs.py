@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.cli.arguments import StoreUri
-from pipeline.cli.errors import reporting_errors
+from pipeline.cli.exit_codes import reporting_errors
 
 runs_app = typer.Typer(help="List runs and searches, newest first; compare some of them.")
 
@@ -205,7 +205,7 @@ def _day_and_time(moment: datetime.datetime) -> str:
 
 def _estimate(value: Any, percent: bool) -> str:
     """A mean ± CI95, or a dash."""
-    from pipeline.maml.estimates import interval
+    from pipeline.maml.confidence import interval
 
     if value is None:
         return _NOTHING

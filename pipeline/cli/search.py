@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.errors import reporting_errors
-from pipeline.cli.hints import typed, ui_command
+from pipeline.cli.exit_codes import reporting_errors
+from pipeline.cli.next_commands import typed, ui_command
 from pipeline.cli.resumable import carry_out, load_new_or_resumed
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from pipeline.cli.arguments import StoreUri
-from pipeline.cli.errors import reporting_errors
+from pipeline.cli.exit_codes import reporting_errors
 
 
 @reporting_errors

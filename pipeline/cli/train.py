@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.arguments import ExperimentName, Overrides
-from pipeline.cli.errors import reporting_errors
-from pipeline.cli.hints import typed, ui_command
+from pipeline.cli.exit_codes import reporting_errors
+from pipeline.cli.next_commands import typed, ui_command
 from pipeline.cli.resumable import carry_out, load_new_or_resumed
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.cluster.group import one_compiler_per_node, threads_per_chunk
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import FlatVector
+from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import ChunkResult, Job
 

@@ -1,6 +1,6 @@
 """Who does the jobs of an iteration: the interface of worker groups, and the group in this process.
 
-`ray_group` holds the group of Ray actors. Both call `ChunkComputer.run` and nothing else, so that
+`dispatch` holds the group of Ray actors. Both call `ChunkComputer.run` and nothing else, so that
 local and distributed runs share every computation; only the transport differs.
 """
 
@@ -16,7 +16,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import FlatVector
+from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import ChunkResult, Job
 from tasks.errors import ReportedError

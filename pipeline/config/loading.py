@@ -30,7 +30,7 @@ from pipeline.config.components import (
 )
 from pipeline.config.errors import readable
 from pipeline.config.experiment import Experiment
-from pipeline.config.schedulers import build_scheduler
+from pipeline.config.lr_schedulers import build_scheduler
 from pipeline.config.settings import Outer
 from tasks.control.mdp import MDPs
 from tasks.data_root import default_root

@@ -23,10 +23,10 @@ from torch.func import vmap
 
 from pipeline.config.experiment import Experiment
 from pipeline.maml.adaptation import Adaptation, matching
-from pipeline.maml.estimates import Estimate
-from pipeline.maml.learning_curve import Adapted, adapt, query_metrics
+from pipeline.maml.adaptation_curve import Adapted, adapt, query_metrics
+from pipeline.maml.confidence import Estimate
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_loss import Objective
-from pipeline.maml.parameters import Params
 from pipeline.maml.representations import (
     Outputs,
     head_inputs,

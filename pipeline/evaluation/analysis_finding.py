@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, LayerChange
-from pipeline.maml.estimates import Estimate
+from pipeline.maml.confidence import Estimate
 
 _ALIKE = 0.9  # CKA above which two representations count as the same
 _ENOUGH = 0.9  # share of the gain above which a part of the network explains it

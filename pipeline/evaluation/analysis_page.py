@@ -30,7 +30,7 @@ from pipeline.evaluation.plot_style import (
     new_panels,
     save,
 )
-from pipeline.maml.estimates import Estimate, mean_and_ci95
+from pipeline.maml.confidence import Estimate, mean_and_ci95
 from pipeline.runs.files import write_atomically
 
 _PATHS_SHOWN = 8

@@ -20,8 +20,8 @@ from pipeline.cluster.group import InProcess
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, load_run
 from pipeline.evaluation.meta_test import Curve, EvaluationSpec, check_tasks, curve_of, task_by_task
-from pipeline.maml.estimates import mean_and_ci95
-from pipeline.maml.parameters import Params, flat_vector
+from pipeline.maml.confidence import mean_and_ci95
+from pipeline.maml.flat_vector import Params, flat_vector
 from pipeline.runs.folder import Which, parameters_of
 
 

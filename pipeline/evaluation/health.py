@@ -13,7 +13,7 @@ import torch
 
 from pipeline.config.experiment import Experiment
 from pipeline.maml.adaptation import RATE
-from pipeline.maml.parameters import FlatVector, Layout
+from pipeline.maml.flat_vector import FlatVector, Layout
 from pipeline.worker.jobs import ChunkResult, DiagnosisJob, in_chunks
 
 PREFIX = "diagnostics/"

@@ -19,8 +19,8 @@ import numpy.typing as npt
 from pipeline.cluster.group import InProcess, WorkerGroup
 from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
-from pipeline.maml.estimates import interval, mean_and_ci95
-from pipeline.maml.parameters import FlatVector, flat_vector
+from pipeline.maml.confidence import interval, mean_and_ci95
+from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import Which, parameters_of
 from pipeline.worker.jobs import Evaluated, EvaluationJob, in_chunks

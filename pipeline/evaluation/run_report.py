@@ -23,9 +23,9 @@ from pipeline.evaluation.health_plots import plot_health
 from pipeline.evaluation.meta_test import TRAINED, Curve, as_series, cell, metric_label
 from pipeline.evaluation.plot_style import after_steps
 from pipeline.evaluation.policy_plots import Courses, Paths, animate_paths, plot_courses, plot_paths
-from pipeline.maml.learning_curve import adapt
+from pipeline.maml.adaptation_curve import adapt
+from pipeline.maml.flat_vector import Params, flat_vector
 from pipeline.maml.meta_loss import Objective
-from pipeline.maml.parameters import Params, flat_vector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.learner import adaptation_of, model_of
 from pipeline.worker.task_source import EVALUATION_SEED

@@ -24,7 +24,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.update_rules import SGD, Point, Rule
 
 Rates = Literal["fixed", "per-layer-and-step", "per-parameter"]

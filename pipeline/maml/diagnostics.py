@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.inner_loop import Order, Stages, hessian_vector_product
 from pipeline.maml.meta_gradient import (
     ForwardPass,
@@ -35,7 +36,6 @@ from pipeline.maml.meta_gradient import (
     forward_pass,
 )
 from pipeline.maml.meta_loss import Batch, TaskLoss
-from pipeline.maml.parameters import Params
 
 
 class Diagnosis(NamedTuple):

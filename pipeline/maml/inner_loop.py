@@ -19,8 +19,8 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 
 from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.compilation import Compiler
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_loss import Loss, TaskLoss
-from pipeline.maml.parameters import Params
 from pipeline.maml.update_rules import Point, Rule
 
 Order = Literal["second", "first"]

@@ -28,7 +28,9 @@ from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from pipeline.maml.adaptation import RATE, Adaptation, MetaSum
+from pipeline.maml.adaptation_curve import Adapted, inner_steps, query_metrics
 from pipeline.maml.compilation import Compiler, operator_calls
+from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.inner_loop import (
     InnerStep,
     Order,
@@ -37,9 +39,7 @@ from pipeline.maml.inner_loop import (
     has_forward_derivatives,
     hessian_vector_product,
 )
-from pipeline.maml.learning_curve import Adapted, inner_steps, query_metrics
 from pipeline.maml.meta_loss import Batch, TaskLoss, num_tasks
-from pipeline.maml.parameters import Layout, Params
 from pipeline.maml.update_rules import Point
 
 GradientEstimator = Literal["gradient", "reptile"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 from tasks.base import Examples
 
 Loss = Callable[[Params, Any], Tensor]

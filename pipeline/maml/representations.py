@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 
 Outputs = dict[str, Tensor]
 """The output of each layer by the layer's name, in the order of the computation."""

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 
 RuleName = Literal["sgd", "momentum", "adam"]
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 from pipeline.rl.policies import Distribution
 from tasks.control.mdp import Trajectories
 

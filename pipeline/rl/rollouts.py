@@ -22,8 +22,8 @@ from torch.func import vmap
 
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.adaptation import Adaptation
-from pipeline.maml.learning_curve import adapt
-from pipeline.maml.parameters import Params
+from pipeline.maml.adaptation_curve import adapt
+from pipeline.maml.flat_vector import Params
 from pipeline.rl.advantages import advantages
 from pipeline.rl.policies import Distribution, distribution_of, log_std_of
 from pipeline.rl.policy_loss import Experience, PolicyObjective, mean_over_steps

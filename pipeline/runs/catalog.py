@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from pipeline.config.loading import runs_folder
-from pipeline.maml.estimates import Estimate
+from pipeline.maml.confidence import Estimate
 from pipeline.runs.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
 from pipeline.runs.tracker import resolve_uri
 

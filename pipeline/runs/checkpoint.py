@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 from pipeline.runs.files import unique_suffix, write_atomically
 from tasks.errors import ReportedError
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import Layout, Params
+from pipeline.maml.flat_vector import Layout, Params
 from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState, load_theta
 from pipeline.runs.files import write_atomically
 from pipeline.worker.learner import initial_parameters

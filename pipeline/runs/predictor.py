@@ -23,9 +23,9 @@ from torch import Tensor
 from pipeline.config.components import build_model
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import from_dict, load_run
-from pipeline.maml.learning_curve import adapt
+from pipeline.maml.adaptation_curve import adapt
+from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.meta_loss import Objective
-from pipeline.maml.parameters import Layout, Params
 from pipeline.worker.learner import adaptation_of, meta_parameters_of
 from tasks.base import Examples, supervised
 

@@ -40,7 +40,7 @@ from pipeline.search.trial import (
     base_experiment,
     criterion,
 )
-from pipeline.search.trial_runs import TrialRuns
+from pipeline.search.trial_records import TrialRuns
 from pipeline.search.tune import (
     ENVIRONMENT,
     SearchWatcher,

@@ -27,7 +27,7 @@ from pipeline.search.trial import (
     run_trial,
     trial_experiment,
 )
-from pipeline.search.trial_runs import TrialRuns
+from pipeline.search.trial_records import TrialRuns
 
 _RESTARTS = 3  # of a trial whose process died
 _STARVING = 120.0  # seconds without a running trial until the watcher is told

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.cluster.connection import cluster_address
+from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.group import InProcess, WorkerGroup, on_driver, threads_per_chunk
-from pipeline.cluster.ray_group import RayWorkers
 from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.evaluation.run_report import summary
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import check_writable, refuse_to_overwrite, state_to_resume

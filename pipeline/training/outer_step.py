@@ -13,9 +13,9 @@ from pipeline.cluster.group import WorkerGroup
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Reinforcement
 from pipeline.evaluation.health import why_not_finite
-from pipeline.maml.parameters import FlatVector
+from pipeline.maml.flat_vector import FlatVector
 from pipeline.training.aggregation import Aggregate
-from pipeline.training.outer_update import OuterUpdate
+from pipeline.training.outer_optimizer import OuterUpdate
 from pipeline.training.trust_region import Questions, policy_update, usual_questions
 from pipeline.worker.jobs import ChunkResult, Job
 

@@ -16,7 +16,7 @@ import torch
 from pipeline.cluster.connection import cluster_address, connect, worker_bundle
 from pipeline.cluster.group import on_driver, threads_per_chunk
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import FlatVector, flat_vector
+from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import GradientJob, Job

@@ -28,9 +28,9 @@ from torch.nn.parallel import DistributedDataParallel
 from pipeline.config.components import build_model
 from pipeline.config.experiment import Experiment
 from pipeline.maml.adaptation import matching
-from pipeline.maml.parameters import Params
+from pipeline.maml.flat_vector import Params
 from pipeline.training.endings import Diverged
-from pipeline.training.outer_update import OuterUpdate
+from pipeline.training.outer_optimizer import OuterUpdate
 from pipeline.worker.learner import initial_parameters
 from tasks.base import supervised
 from tasks.random import integers, task_keys

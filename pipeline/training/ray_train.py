@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline.cluster.connection import connect, lacking, refuse_or_wait, worker_bundle
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import Layout
+from pipeline.maml.flat_vector import Layout
 from pipeline.training.endings import Diverged, Interrupted, TrainingFailed
 from pipeline.training.placement import room_for_workers
 from pipeline.training.pretraining import Pretrainer, narrowed

@@ -19,12 +19,12 @@ from pipeline.cluster.group import WorkerGroup
 from pipeline.config.experiment import Experiment
 from pipeline.evaluation.meta_test import Curve, write_results
 from pipeline.evaluation.run_report import summary, write_plots
-from pipeline.maml.parameters import FlatVector, Params
+from pipeline.maml.flat_vector import FlatVector, Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState, save_theta
 from pipeline.runs.folder import History, RunFolderError
 from pipeline.runs.tracker import NullTracker, RunTracker
+from pipeline.training.outer_optimizer import OuterUpdate
 from pipeline.training.outer_step import outer_step_of
-from pipeline.training.outer_update import OuterUpdate
 from pipeline.worker.jobs import Cut, tasks_per_chunk
 
 _PRETRAINING = "pretraining."  # prefix of the names of pretraining's tensors in a checkpoint

@@ -23,9 +23,9 @@ import numpy.typing as npt
 import torch
 
 from pipeline.config.settings import Reinforcement
-from pipeline.maml.parameters import FlatVector
+from pipeline.maml.flat_vector import FlatVector
 from pipeline.training.aggregation import Aggregate, all_finite
-from pipeline.training.outer_update import OuterUpdate
+from pipeline.training.outer_optimizer import OuterUpdate
 from pipeline.worker.jobs import CandidateJob, ChunkResult, FisherJob, Job
 
 Vector = npt.NDArray[np.float64]

@@ -17,9 +17,9 @@ from torch import Tensor
 from pipeline.config.experiment import Experiment
 from pipeline.config.phases import Phase, phase_at, phases
 from pipeline.maml.compilation import Work, worth_compiling
+from pipeline.maml.flat_vector import FlatVector, Params
 from pipeline.maml.meta_gradient import ChunkFunction, Knobs
 from pipeline.maml.meta_loss import Batch, num_tasks
-from pipeline.maml.parameters import FlatVector, Params
 from pipeline.rl.rollouts import Collected
 from pipeline.worker.jobs import (
     ChunkResult,

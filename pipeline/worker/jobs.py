@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import FlatVector
+from pipeline.maml.flat_vector import FlatVector
 
 Evaluated = Literal["model", "oracle", "nearest centroid"]
 

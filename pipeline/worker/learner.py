@@ -15,8 +15,8 @@ from pipeline.config.components import build_model
 from pipeline.config.experiment import Experiment
 from pipeline.config.phases import Phase, query_weights_at
 from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.flat_vector import FlatVector, Layout, Params
 from pipeline.maml.meta_gradient import Knobs
-from pipeline.maml.parameters import FlatVector, Layout, Params
 from pipeline.maml.update_rules import build_rule
 
 

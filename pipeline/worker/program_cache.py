@@ -18,9 +18,9 @@ from pipeline.config.components import resolve
 from pipeline.config.experiment import Experiment
 from pipeline.config.phases import Phase
 from pipeline.maml.compilation import Compiler
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_gradient import ChunkFunction, chunk_function
 from pipeline.maml.meta_loss import TaskLoss
-from pipeline.maml.parameters import Params
 from pipeline.rl.fisher import fisher_product
 from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import CollectedBatch

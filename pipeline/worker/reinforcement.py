@@ -15,8 +15,8 @@ from torch import Tensor
 
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.compilation import Work
+from pipeline.maml.flat_vector import FlatVector, Params
 from pipeline.maml.inner_loop import has_forward_derivatives
-from pipeline.maml.parameters import FlatVector, Params
 from pipeline.rl.fisher import ProximalGradient, evaluate_candidate, proximal_gradient
 from pipeline.rl.policies import distribution_of
 from pipeline.rl.policy_loss import PolicyObjective

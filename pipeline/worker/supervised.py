@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.func import vmap
 
 from pipeline.config.phases import phase_at
+from pipeline.maml.adaptation_curve import adaptation_curve
 from pipeline.maml.diagnostics import diagnose
-from pipeline.maml.learning_curve import adaptation_curve
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_loss import Objective
-from pipeline.maml.parameters import Params
 from pipeline.maml.representations import head_inputs, nearest_centroid
 from pipeline.worker.jobs import Cut, DiagnosisJob, EvaluationJob, Job
 from pipeline.worker.learner import Learner

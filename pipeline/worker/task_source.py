@@ -18,8 +18,8 @@ from torch import Tensor
 
 from pipeline.config.experiment import Experiment
 from pipeline.maml.compilation import Work
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_loss import Batch, TaskLoss
-from pipeline.maml.parameters import Params
 from pipeline.rl.rollouts import Collected
 from pipeline.worker.jobs import EvaluationJob, Job
 from pipeline.worker.learner import Learner

@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-from pipeline.cli.errors import _described
+from pipeline.cli.exit_codes import _described
 from tasks.errors import ReportedError
 from tests.places import ROOT
 

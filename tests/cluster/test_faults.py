@@ -19,8 +19,8 @@ import torch
 import yaml
 
 from pipeline.cluster import ray_group as ray_workers
-from pipeline.cluster.ray_group import RayWorkers
-from pipeline.maml.parameters import Layout
+from pipeline.cluster.dispatch import RayWorkers
+from pipeline.maml.flat_vector import Layout
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.endings import Diverged, Interrupted
 from pipeline.training.loop import train

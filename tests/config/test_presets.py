@@ -15,7 +15,7 @@ from pipeline.config.loading import ConfigError, from_dict, load
 from pipeline.config.phases import phases, query_weights_at
 from pipeline.maml import compilation
 from pipeline.maml.adaptation import Adaptation
-from pipeline.maml.parameters import Layout
+from pipeline.maml.flat_vector import Layout
 from pipeline.training.endings import Interrupted
 from pipeline.training.loop import train
 from pipeline.worker.chunk import ChunkComputer

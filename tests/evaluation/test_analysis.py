@@ -15,7 +15,7 @@ from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analys
 from pipeline.evaluation.analysis_finding import finding
 from pipeline.evaluation.analysis_page import ability_rows, layer_rows, write_analysis
 from pipeline.evaluation.meta_test import evaluate_run
-from pipeline.maml.estimates import Estimate
+from pipeline.maml.confidence import Estimate
 from pipeline.runs.catalog import find_run
 from pipeline.runs.mlflow_sender import client_class
 from pipeline.training.loop import train

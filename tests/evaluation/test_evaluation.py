@@ -17,7 +17,7 @@ from pipeline.evaluation.meta_test import (
     evaluate_run,
     meta_test,
 )
-from pipeline.maml.parameters import flat_vector
+from pipeline.maml.flat_vector import flat_vector
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.loop import train
 from pipeline.worker.chunk import ChunkComputer

@@ -14,11 +14,11 @@ from torch.func import functional_call
 from pipeline.config.algorithms import DESCRIPTIONS, PRESETS
 from pipeline.config.experiment import Algorithm
 from pipeline.maml.adaptation import RATE, Adaptation
-from pipeline.maml.learning_curve import adapt
+from pipeline.maml.adaptation_curve import adapt
+from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4, mlp
-from pipeline.maml.parameters import Layout, Params
 from pipeline.maml.update_rules import build_rule
 from tasks.base import Examples, TaskBatch
 from tasks.quadratic import Quadratic

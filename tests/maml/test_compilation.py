@@ -14,10 +14,10 @@ import torch
 from pipeline.maml import compilation
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.compilation import Compiler, Work, worth_compiling
+from pipeline.maml.flat_vector import Layout, flat_vector
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import mlp
-from pipeline.maml.parameters import Layout, flat_vector
 from pipeline.training.loop import train
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import FisherJob, GradientJob

@@ -16,10 +16,10 @@ from pipeline.evaluation.health import EXPLODES, health, verdict, warnings_of, w
 from pipeline.evaluation.run_report import read_diagnoses
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.diagnostics import diagnose
+from pipeline.maml.flat_vector import Layout
 from pipeline.maml.meta_gradient import Knobs
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import linear, mlp
-from pipeline.maml.parameters import Layout
 from pipeline.runs.checkpoint import load_theta
 from pipeline.training.endings import Diverged
 from pipeline.training.loop import train

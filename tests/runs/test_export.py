@@ -22,7 +22,7 @@ from pipeline.cluster.group import InProcess
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load_run
 from pipeline.evaluation.meta_test import EvaluationSpec, task_by_task
-from pipeline.maml.parameters import flat_vector
+from pipeline.maml.flat_vector import flat_vector
 from pipeline.runs.catalog import find_run
 from pipeline.runs.export import (
     HOST,

@@ -15,7 +15,7 @@ from pipeline.config.components import build_task, kinds
 from pipeline.config.loading import ConfigError, from_dict, load
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.evaluation.run_report import write_video
-from pipeline.maml.parameters import flat_vector
+from pipeline.maml.flat_vector import flat_vector
 from pipeline.rl.policies import distribution_of
 from pipeline.rl.rollouts import rollout
 from pipeline.training.loop import train

@@ -23,7 +23,7 @@ from pipeline.config.settings import Reinforcement
 from pipeline.evaluation.comparison import compare_runs, recipes
 from pipeline.evaluation.meta_test import evaluate_run
 from pipeline.maml.compilation import Work, worth_compiling
-from pipeline.maml.parameters import flat_vector
+from pipeline.maml.flat_vector import flat_vector
 from pipeline.rl import rollouts as experience
 from pipeline.rl.policy_loss import SurrogateEstimator
 from pipeline.search.space import possible_experiments

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.maml.parameters import Layout
+from pipeline.maml.flat_vector import Layout
 from pipeline.runs.folder import RunFolderError
 from pipeline.training.aggregation import aggregate
 from pipeline.training.loop import train

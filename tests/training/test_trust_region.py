@@ -14,15 +14,15 @@ from torch.autograd.functional import hessian
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.adaptation import Adaptation
-from pipeline.maml.learning_curve import adapt
-from pipeline.maml.parameters import Layout, Params, flat_vector
+from pipeline.maml.adaptation_curve import adapt
+from pipeline.maml.flat_vector import Layout, Params, flat_vector
 from pipeline.maml.update_rules import RuleName, build_rule
 from pipeline.rl.fisher import evaluate_candidate, fisher_product, proximal_gradient
 from pipeline.rl.policies import GAUSSIAN, gaussian_policy
 from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import CollectedBatch, collect
 from pipeline.training.aggregation import aggregate
-from pipeline.training.outer_update import OuterUpdate
+from pipeline.training.outer_optimizer import OuterUpdate
 from pipeline.training.trust_region import Questions, conjugate_gradients, policy_update
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import ChunkResult, FisherJob, GradientJob, Job

@@ -10,7 +10,7 @@ import torch
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.phases import Phase
-from pipeline.maml.parameters import FlatVector
+from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer, task_source_of
 from pipeline.worker.jobs import (
     CandidateJob,

@@ -33,7 +33,7 @@ from pipeline.cluster.connection import (
 )
 from pipeline.cluster.group import Notice, Round, WorkersLost
 from pipeline.config.experiment import Experiment
-from pipeline.maml.parameters import FlatVector
+from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.jobs import FOLLOW_UPS, ChunkResult, GradientJob, Job
 
 _TICK = 0.5  # seconds between checks for overdue jobs

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.schedulers import schedulers
-from pipeline.training.outer_update import OuterUpdate
+from pipeline.config.lr_schedulers import schedulers
+from pipeline.training.outer_optimizer import OuterUpdate
 from tests.conftest import experiment_of
 
 

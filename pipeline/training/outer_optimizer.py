@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.config.schedulers import build_scheduler
+from pipeline.config.lr_schedulers import build_scheduler
 from pipeline.config.settings import Outer
-from pipeline.maml.parameters import Layout, Params
+from pipeline.maml.flat_vector import Layout, Params
 from pipeline.training.aggregation import all_finite
 
 
