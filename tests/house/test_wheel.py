@@ -120,24 +120,26 @@ def test_the_module_works(installed: Installed, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("own", ["tasks.py", "tasks/__init__.py"])
 def test_tasks_of_somebody_else_are_named(own: str, installed: Installed, tmp_path: Path) -> None:
-    """`python -m` looks into the current folder first, where invoke and celery have a tasks.py."""
+    """Also where only Ray's workers would import them: they look into the current folder first."""
     (tmp_path / own).parent.mkdir(exist_ok=True)
     (tmp_path / own).write_text("raise RuntimeError('imported')\n")
-    hidden = tmp_path / Path(own).parts[0]
-    module = [str(installed.python), "-m", "pipeline.cli", "--version"]
-    refused = run(module, tmp_path, installed.environment, code=2)
-    assert refused.stdout == ""
-    assert refused.stderr == (
-        f"error: {hidden} hides the project's own package tasks: rename it, or start with `maml` "
-        "or `python -P -m pipeline.cli`, which do not look here first\n"
-    )
-    # The cures.
-    run([str(installed.maml), "--version"], tmp_path, installed.environment)
-    run([module[0], "-P", *module[1:]], tmp_path, installed.environment)
+    module = [str(installed.python), "-m", "pipeline.cli"]
+    for start in ([str(installed.maml)], module, [module[0], "-P", *module[1:]]):
+        refused = run([*start, *SHORT_TRAINING], tmp_path, installed.environment, code=2)
+        assert refused.stdout == ""
+        assert refused.stderr == (
+            f"error: {tmp_path / Path(own).parts[0]} hides the project's own package tasks: "
+            "rename it, or start in another folder\n"
+        )
+
+
+def test_a_pipeline_of_somebody_else_is_named(installed: Installed, tmp_path: Path) -> None:
+    (tmp_path / "pipeline.py").write_text("raise RuntimeError('imported')\n")
+    refused = run([str(installed.maml), "--version"], tmp_path, installed.environment, code=2)
+    assert f"{tmp_path / 'pipeline.py'} hides the project's own package pipeline" in refused.stderr
 
 
 def test_tasks_of_somebody_else_on_the_path_are_named(installed: Installed, tmp_path: Path) -> None:
-    """The console script does not look into the current folder, but PYTHONPATH comes first."""
     other = tmp_path / "other"
     other.mkdir()
     (other / "tasks.py").write_text("raise RuntimeError('imported')\n")
