@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pipeline.training.loop import meta_update, train
 from pipeline.training.opening import open_session
 from pipeline.training.session import Watcher
 from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.cpus import available_cpus
 from pipeline.worker.jobs import GradientJob
 from pipeline.worker.learner import initial_parameters
 
@@ -80,7 +80,7 @@ SHORT = [
 
 def bare_ms(experiment: Experiment, repeats: int) -> float:
     """Milliseconds of the compiled meta-gradient of one meta-batch, sampling left out."""
-    torch.set_num_threads(experiment.compute.threads or os.cpu_count() or 1)
+    torch.set_num_threads(experiment.compute.threads or available_cpus())
     computer = ChunkComputer(experiment, compile=True)
     theta = initial_parameters(experiment)
     flat = Layout.of(theta).join(theta)

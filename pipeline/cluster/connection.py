@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.cluster.group import WorkersLost
 from pipeline.config.experiment import Experiment
+from pipeline.worker.cpus import available_cpus
 
 # Answers up to this size travel with the message instead of through the object store (Ray's default
 # is 100 kB): a gradient of conv4 is 450 kB. A cluster has its own setting (see cluster.yaml).
@@ -100,11 +101,10 @@ def _start_or_join(
         ray.init(address=address, **quiet)
         return
     needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
-    cores = os.cpu_count() or 1
     try:
         ray.init(
             address="local",
-            num_cpus=max(cores, needed),
+            num_cpus=max(available_cpus(), needed),
             include_dashboard=False,
             _system_config={"max_direct_call_object_size": _INLINE_BYTES},
             **quiet,

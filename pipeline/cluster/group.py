@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.cpus import available_cpus
 from pipeline.worker.jobs import ChunkResult, Job
 from tasks.errors import ReportedError
 
@@ -89,10 +90,10 @@ class InProcess:
 
 def threads_per_chunk(experiment: Experiment, workers: int) -> int:
     """Threads that compute a chunk: `compute.threads` where it is set, else one per CPU of an actor
-    (`workers` > 0), or one per core of this machine."""
+    (`workers` > 0), or one per CPU that this process may use."""
     if experiment.compute.threads is not None:
         return experiment.compute.threads
-    return max(1, int(experiment.cluster.cpus_per_worker)) if workers else os.cpu_count() or 1
+    return max(1, int(experiment.cluster.cpus_per_worker)) if workers else available_cpus()
 
 
 def on_driver(experiment: Experiment) -> Experiment:

@@ -39,6 +39,7 @@ from pipeline.runs.mlflow_sender import (
     sqlite_file,
     write_unsent,
 )
+from pipeline.worker.cpus import available_cpus
 
 log = logging.getLogger(__name__)
 
@@ -242,9 +243,7 @@ def environment_tags() -> dict[str, str]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": _cpu_model(),
-        "cpu.cores": str(
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        ),
+        "cpu.cores": str(available_cpus()),
     }
     for package in ("torch", "ray", "mlflow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

@@ -7,7 +7,6 @@ worker do change them: a resumed run keeps its number of threads.)
 
 from __future__ import annotations
 
-import os
 import time
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.chunk import ChunkComputer
+from pipeline.worker.cpus import available_cpus
 from pipeline.worker.jobs import GradientJob, Job
 from pipeline.worker.learner import initial_parameters
 
@@ -128,7 +128,7 @@ def room_for_workers(experiment: Experiment) -> int:
     import ray
 
     bundle = worker_bundle(experiment)
-    there = {"CPU": float(os.cpu_count() or 1)}
+    there = {"CPU": float(available_cpus())}
     if _in_cluster(experiment):
         started = connect(experiment, 1)
         there = ray.cluster_resources()
