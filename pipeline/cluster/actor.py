@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from pipeline.cluster.group import one_compiler_per_node, threads_per_chunk
+from pipeline.cluster.group import threads_per_chunk, warm_up_once
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
@@ -95,8 +95,7 @@ class ChunkActor:
         logging.getLogger("pipeline").addHandler(warnings)
         try:
             computer = ChunkComputer(self._experiment, self._compile)
-            with one_compiler_per_node():
-                computer.warm_up()
+            warm_up_once(computer, self._experiment, self._compile, warnings.lines.append)
         finally:
             logging.getLogger("pipeline").removeHandler(warnings)
         self._computer = computer

@@ -6,15 +6,12 @@ local and distributed runs share every computation; only the transport differs.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
-from filelock import FileLock, Timeout
 
+from pipeline.cluster.compile_lock import first_to_compile, program_key
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
@@ -64,15 +61,22 @@ class InProcess:
 
     size = 0
 
-    def __init__(self, experiment: Experiment, compile: bool, *, warm_up: bool = True):
+    def __init__(
+        self,
+        experiment: Experiment,
+        compile: bool,
+        *,
+        warm_up: bool = True,
+        notice: Notice = lambda line: None,
+    ):
         """Sets torch's number of threads until `close`. Without `warm_up` functions are compiled
-        when they are first used. Raises what `ChunkComputer` and its `warm_up` raise."""
+        when they are first used. `notice` is told whom the warm-up waits for. Raises what
+        `ChunkComputer` and its `warm_up` raise."""
         self._threads_before = torch.get_num_threads()
         torch.set_num_threads(threads_per_chunk(experiment, 0))
         self._computer = ChunkComputer(experiment, compile)
         if warm_up:
-            with one_compiler_per_node():
-                self._computer.warm_up()
+            warm_up_once(self._computer, experiment, compile, notice)
 
     def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
         results = [self._computer.run(theta, job) for job in jobs]
@@ -104,17 +108,16 @@ def on_driver(experiment: Experiment) -> Experiment:
     return experiment.changed(compute={"device": "cpu"})
 
 
-@contextlib.contextmanager
-def one_compiler_per_node() -> Iterator[None]:
-    """Let one process of a node compile at a time; the others find its work in the cache.
-
-    The lock is the operating system's: it ends with the process that holds it. It only saves time:
-    who has waited for ten minutes (the holder may be suspended) compiles all the same.
-    """
-    lock = FileLock(os.path.join(tempfile.gettempdir(), f"maml-compile-{os.getuid()}.lock"))
-    with contextlib.suppress(Timeout):
-        lock.acquire(timeout=600)
-    try:
-        yield
-    finally:
-        lock.release()
+def warm_up_once(
+    computer: ChunkComputer, experiment: Experiment, compile: bool, notice: Notice
+) -> None:
+    """Warm a computer up. Where it compiles, one process of this machine does so first; those that
+    come later find its programs in the cache, and need not wait for each other."""
+    if not compile:
+        computer.warm_up()
+        return
+    # Everything that decides what is compiled; the rest says how long, where and for whom.
+    settings = experiment.model_dump_json(include={"task", "model", "inner", "outer", "compute"})
+    threads = str(torch.get_num_threads())
+    with first_to_compile(program_key(settings, torch.__version__, threads), notice):
+        computer.warm_up()

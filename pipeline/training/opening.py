@@ -135,7 +135,7 @@ def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
         watcher.notice(f"workers: {number} ({placement.reason})")
     if placement.workers == 0:
         if experiment.pretraining is None:
-            return InProcess(experiment, session.compile)
+            return InProcess(experiment, session.compile, notice=watcher.notice)
         return InProcess(on_driver(experiment), compile=False, warm_up=False)
     if placement.workers > session.num_chunks:
         watcher.notice(
