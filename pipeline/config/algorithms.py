@@ -2,7 +2,7 @@
 
 `algorithm: maml++` gives the settings of its paper to every setting that the experiment leaves
 open; `maml config show` prints the result. To add an algorithm, add its settings here; the code
-that they control is in `pipeline.maml.adaptation`, `update_rules` and `meta_gradient`.
+that they control is in `pipeline.maml.adaptation`, `inner_optimizers` and `meta_gradient`.
 
 Equation numbers alone are those of the project's reference (as everywhere in the code); those with
 a paper are the paper's.

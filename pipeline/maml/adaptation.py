@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.update_rules import SGD, Point, Rule
+from pipeline.maml.inner_optimizers import SGD, Point, Rule
 
 Rates = Literal["fixed", "per-layer-and-step", "per-parameter"]
 RATE = "inner_lr."

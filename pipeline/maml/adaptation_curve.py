@@ -18,8 +18,8 @@ from torch.func import vmap
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.inner_loop import InnerStep, Stages
+from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_loss import Batch, Support, TaskLoss, num_tasks
-from pipeline.maml.update_rules import Point
 
 
 class Adapted(NamedTuple):

@@ -20,8 +20,8 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.compilation import Compiler
 from pipeline.maml.flat_vector import Params
+from pipeline.maml.inner_optimizers import Point, Rule
 from pipeline.maml.meta_loss import Loss, TaskLoss
-from pipeline.maml.update_rules import Point, Rule
 
 Order = Literal["second", "first"]
 

@@ -39,8 +39,8 @@ from pipeline.maml.inner_loop import (
     has_forward_derivatives,
     hessian_vector_product,
 )
+from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_loss import Batch, TaskLoss, num_tasks
-from pipeline.maml.update_rules import Point
 
 GradientEstimator = Literal["gradient", "reptile"]
 """The meta-gradient of eq. 4, or θ − θ'_S in its place (Nichol et al. 2018)."""

@@ -28,9 +28,9 @@ from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.adaptation_curve import Adapted, query_metrics
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.inner_loop import Stages
+from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_gradient import Cotangent, ForwardPass, backpropagate, forward_pass
 from pipeline.maml.meta_loss import num_tasks
-from pipeline.maml.update_rules import Point
 from pipeline.rl.policy_loss import Experience, PolicyObjective
 from pipeline.rl.rollouts import CollectedBatch
 

@@ -16,8 +16,8 @@ from pipeline.config.experiment import Experiment
 from pipeline.config.phases import Phase, query_weights_at
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.flat_vector import FlatVector, Layout, Params
+from pipeline.maml.inner_optimizers import build_rule
 from pipeline.maml.meta_gradient import Knobs
-from pipeline.maml.update_rules import build_rule
 
 
 @dataclass(frozen=True, eq=False)

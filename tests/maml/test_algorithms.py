@@ -16,10 +16,10 @@ from pipeline.config.experiment import Algorithm
 from pipeline.maml.adaptation import RATE, Adaptation
 from pipeline.maml.adaptation_curve import adapt
 from pipeline.maml.flat_vector import Layout, Params
+from pipeline.maml.inner_optimizers import build_rule
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4, mlp
-from pipeline.maml.update_rules import build_rule
 from tasks.base import Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid

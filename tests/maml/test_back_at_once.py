@@ -14,10 +14,10 @@ from pipeline.maml.adaptation import Adaptation, Rates
 from pipeline.maml.compilation import trace
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.inner_loop import Stages
+from pipeline.maml.inner_optimizers import RuleName, build_rule
 from pipeline.maml.meta_gradient import Knobs, goes_back_at_once, meta_gradient
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import mlp
-from pipeline.maml.update_rules import RuleName, build_rule
 from tasks.base import Examples, TaskBatch
 from tests.helpers import Squares
 from tests.maml.test_algorithms import (

@@ -10,10 +10,10 @@ from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.adaptation_curve import adaptation_curve
 from pipeline.maml.flat_vector import Layout
 from pipeline.maml.inner_loop import Stages
+from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4, linear, mlp
-from pipeline.maml.update_rules import Point
 from tasks.base import Classification, Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid

@@ -16,7 +16,7 @@ from pipeline.config.settings import Reinforcement
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.adaptation_curve import adapt
 from pipeline.maml.flat_vector import Layout, Params, flat_vector
-from pipeline.maml.update_rules import RuleName, build_rule
+from pipeline.maml.inner_optimizers import RuleName, build_rule
 from pipeline.rl.fisher import evaluate_candidate, fisher_product, proximal_gradient
 from pipeline.rl.policies import GAUSSIAN, gaussian_policy
 from pipeline.rl.policy_loss import PolicyObjective
