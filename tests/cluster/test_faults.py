@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.cluster import ray_group as ray_workers
+from pipeline.cluster import dispatch
 from pipeline.cluster.dispatch import RayWorkers
 from pipeline.maml.flat_vector import Layout
 from pipeline.runs.checkpoint import CheckpointStore
@@ -132,7 +132,7 @@ def test_workers_that_fit_nowhere_are_refused(
 def test_starting_is_told_from_waiting(
     quick: dict[str, Any], ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ray_workers, "_QUIET", 0.0)
+    monkeypatch.setattr(dispatch, "_QUIET", 0.0)
     said: list[str] = []
     RayWorkers(experiment_of(quick), False, 1, said.append).close()
     assert re.fullmatch(r"the worker is starting, for \d+ s now: processes import torch", said[0])

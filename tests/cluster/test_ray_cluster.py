@@ -20,9 +20,9 @@ DRIVER = """
 import os, signal, sys, threading
 from pathlib import Path
 from ray.cluster_utils import Cluster
-from pipeline.experiments import load
-from pipeline.session import Watcher
-from pipeline.training import train
+from pipeline.config.loading import load
+from pipeline.training.session import Watcher
+from pipeline.training.loop import train
 
 def main():
     cluster = Cluster(initialize_head=True, head_node_args={

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.newcomer import SHORT
 from tests.places import ROOT
-from tests.readme import SHORT
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 

@@ -157,7 +157,7 @@ def test_processes_that_create_the_store_at_once(tmp_path: Path) -> None:
     script = """if True:
         import sys
         from pathlib import Path
-        from pipeline.tracking import Tracker
+        from pipeline.runs.tracker import Tracker
         tracker = Tracker.open(uri=None, experiment="e", run_name=sys.argv[2],
             run_dir=Path(sys.argv[1]) / sys.argv[2], params={"a": 1}, tags={"b": "c"})
         for step in range(50):
