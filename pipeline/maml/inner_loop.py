@@ -197,8 +197,10 @@ def has_forward_derivatives(computation: Callable[[], object]) -> bool:
     pass through.
     """
     with warnings.catch_warnings():
-        # torch's forward derivatives are its own last users of the deprecated torch.jit.script.
+        # torch's forward derivatives are its own last users of the deprecated torch.jit.script;
+        # which of the two warnings it gives differs between its versions.
         warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
         import torch._decomp.decompositions_for_jvp  # noqa: F401
     try:
         computation()

@@ -325,7 +325,7 @@ def chunk_function(
     return _ChunkProgram(objective, adaptation, layout, order, estimator, remat, compile)
 
 
-@dataclass
+@dataclass(eq=False)  # a program is the same as itself alone
 class _ChunkProgram:
     """A `ChunkFunction` that decides at its first call, on its first chunk, how it computes."""
 
