@@ -33,8 +33,13 @@ and the mathematics alone, for a training loop of your own:
 `tasks.base` has the interface for task distributions of your own. Everything else may change.
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# Threads of torch that wait for each other spin, unless this is set before torch is imported. With
+# other busy processes beside them, most of the time would go there.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from pipeline.config.experiment import Experiment

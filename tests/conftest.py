@@ -17,6 +17,8 @@ from tests.places import REAL_DATA
 # Before Ray and torch are asked: two processes that each start all threads are slower than one.
 os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
 os.environ["RAY_ADDRESS"] = "local"
+# As the pipeline does where it starts Ray: or workers get nothing beside three processes of tests.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import from_dict

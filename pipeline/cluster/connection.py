@@ -101,6 +101,8 @@ def _start_or_join(
         ray.init(address=address, **quiet)
         return
     needed = int(np.ceil(size * experiment.cluster.cpus_per_worker))
+    # Workers are what this Ray is for; at Ray's 15 whatever else runs would come before them.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     try:
         ray.init(
             address="local",
