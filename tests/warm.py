@@ -11,6 +11,7 @@ import atexit
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -50,11 +51,29 @@ class Warm:
             text=True,
             env=environment,
         )
+        self._child: int | None = None
+        """Process id of the command under way."""
 
     def run(
         self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float
     ) -> subprocess.CompletedProcess[str]:
-        """Run `maml` with these arguments; raises subprocess.TimeoutExpired."""
+        """Run `maml` with these arguments; raises subprocess.TimeoutExpired.
+
+        Whoever interrupts it, such as a test's own time-out, ends the process too: a later command
+        would take the answers to this one for its own.
+        """
+        try:
+            return self._ran(arguments, cwd, env, timeout)
+        except subprocess.TimeoutExpired:
+            raise
+        except BaseException:
+            self.close()
+            _warm.remove(self)
+            raise
+
+    def _ran(
+        self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float
+    ) -> subprocess.CompletedProcess[str]:
         assert self._process.stdin is not None
         with tempfile.TemporaryDirectory() as folder:
             request = {
@@ -66,21 +85,25 @@ class Warm:
             }
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
-            child = self._answer()
-            killer = threading.Timer(timeout, os.kill, (child, 9))
+            self._child = self._answer()
+            killer = threading.Timer(timeout, os.kill, (self._child, signal.SIGKILL))
             killer.start()
-            code = self._answer()
-            killer.cancel()
+            try:
+                code = self._answer()
+            finally:
+                killer.cancel()
+            self._child = None
             out, err = (Path(request[name]).read_text() for name in ("out", "err"))
-        if code == -9:
+        if code == -signal.SIGKILL:
             raise subprocess.TimeoutExpired(["maml", *arguments], timeout, out, err)
         return subprocess.CompletedProcess(["maml", *arguments], code, out, err)
 
     def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        """End the process, and the command that it runs."""
+        if self._child is not None:
+            os.kill(self._child, signal.SIGKILL)
+        self._process.kill()
+        self._process.communicate()
 
     def _answer(self) -> int:
         assert self._process.stdout is not None
@@ -97,8 +120,13 @@ def warm() -> Warm:
     """The one of this test process."""
     if not _warm:
         _warm.append(Warm())
-        atexit.register(_warm[0].close)
     return _warm[0]
+
+
+@atexit.register
+def _close() -> None:
+    for process in _warm:
+        process.close()
 
 
 def _child(request: dict[str, Any]) -> int:
