@@ -27,7 +27,6 @@ from pipeline.evaluation.comparison import compare_runs
 from pipeline.evaluation.health import PREFIX, by_step
 from pipeline.maml.flat_vector import Layout
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import GradientJob
 from pipeline.worker.learner import initial_parameters
 
 FOLDER = Path("runs/algorithms")
@@ -171,7 +170,7 @@ def _timed(algorithms: tuple[str, ...], overrides: list[str]) -> dict[str, list[
         computer = ChunkComputer(experiment, compile=True)
         theta = initial_parameters(experiment)
         flat = Layout.of(theta).join(theta)
-        function, batch, knobs = computer.program(GradientJob(experiment.outer.iterations - 1, 0))
+        function, batch, knobs = computer.program(experiment.outer.iterations - 1)
         began = time.perf_counter()
         function(flat, batch, knobs)
         print(f"{algorithm}: first call {time.perf_counter() - began:.0f} s", flush=True)

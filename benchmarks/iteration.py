@@ -27,7 +27,6 @@ from pipeline.training.opening import open_session
 from pipeline.training.session import Watcher
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.cpus import available_cpus
-from pipeline.worker.jobs import GradientJob
 from pipeline.worker.learner import initial_parameters
 
 TURNS, ITERATIONS_PER_TURN = 8, 12
@@ -84,7 +83,7 @@ def bare_ms(experiment: Experiment, repeats: int) -> float:
     computer = ChunkComputer(experiment, compile=True)
     theta = initial_parameters(experiment)
     flat = Layout.of(theta).join(theta)
-    function, batch, knobs = computer.program(GradientJob(0, 0))
+    function, batch, knobs = computer.program()
     for _ in range(20):
         function(flat, batch, knobs)
     times = []

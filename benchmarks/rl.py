@@ -35,6 +35,7 @@ from pipeline.runs.checkpoint import load_theta
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import GradientJob
 from pipeline.worker.learner import initial_parameters
+from pipeline.worker.tree import Span
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
 
@@ -103,10 +104,10 @@ def _noise(estimator: str, theta: FlatVector, iterations: int) -> tuple[float, f
             [f"reinforcement.estimator={estimator}", f"seed={seed}", "compute.threads=1"],
         )
         computer = ChunkComputer(experiment, compile=False)
-        computer.run(theta, GradientJob(0, 0))
+        computer.run(theta, GradientJob(0, Span(0, 1)))
         for iteration in range(1, iterations + 1):
             began = time.process_time()
-            result = computer.run(theta, GradientJob(iteration, 0))
+            result = computer.run(theta, GradientJob(iteration, Span(0, 1)))
             seconds += time.process_time() - began
             assert result.gradient is not None
             found.append(result.gradient / result.num_tasks)
@@ -129,7 +130,7 @@ def actors(turns: int = 5) -> list[str]:
     ray.init(address="local", num_cpus=3, include_dashboard=False, log_to_driver=False)
     with ready_actors(experiment, 1) as one, ready_actors(experiment, 2) as two:
         for turn in range(turns + 1):
-            jobs = [GradientJob(turn, chunk) for chunk in (0, 1)]
+            jobs = [GradientJob(turn, Span(chunk, chunk + 1)) for chunk in (0, 1)]
             for number, workers in ((1, one), (2, two)):
                 began = time.perf_counter()
                 workers.run(theta, jobs)

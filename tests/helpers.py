@@ -119,6 +119,32 @@ class DyingSinusoid(Sinusoid):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DeadlySinusoid(Sinusoid):
+    """Every process that samples training task `at` ends, as one that runs out of memory."""
+
+    at: int = 0
+
+    def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
+        if split == "train" and self.at in indices:
+            os._exit(9)
+        return super().sample(seed, split, indices)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpoiltOnceSinusoid(Sinusoid):
+    """The first process that samples training task `at` fails at it, and no other one does."""
+
+    at: int = 0
+    once: str = ""
+
+    def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
+        if split == "train" and self.at in indices and not Path(self.once).exists():
+            Path(self.once).touch()
+            raise OSError("this machine's disk is full")
+        return super().sample(seed, split, indices)
+
+
+@dataclass(frozen=True, kw_only=True)
 class FailingSinusoid(Sinusoid):
     """Its examples are broken, but not the first ones."""
 

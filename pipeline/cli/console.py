@@ -117,7 +117,7 @@ class ConsoleWatcher(LiveLine, Watcher):
             how = (
                 f"inner steps: {experiment.inner.steps}, {experiment.inner.order} order; "
                 f"{experiment.outer.tasks_per_batch} tasks per meta-batch, "
-                f"{session.tasks_per_chunk} per chunk; {workers}; "
+                f"{session.cut.per_chunk} per chunk; {workers}; "
                 f"{'compiled' if session.compile else 'not compiled'}"
             )
         else:

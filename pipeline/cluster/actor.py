@@ -1,4 +1,4 @@
-"""The process that Ray starts on a node: it computes chunks for a driver elsewhere."""
+"""The process that computes chunks for a driver elsewhere: what Ray starts on the nodes."""
 
 from __future__ import annotations
 
@@ -9,67 +9,131 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
+import numpy as np
 import torch
 
 from pipeline.cluster.group import threads_per_chunk, warm_up_once
+from pipeline.cluster.shared_vectors import Address, SharedVectors, StaleVector
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import ChunkResult, Job
+from pipeline.worker.jobs import Job, JobResult
 
 _IDLE = 2e-3  # seconds without a job, after which a worker prepares tasks of the next iteration
 
 _T = TypeVar("_T")
 
 
+class Ready(NamedTuple):
+    """A worker has built everything."""
+
+    pid: int
+    attached: bool
+    """Whether it shares memory with the driver, and reads and writes vectors there."""
+    warnings: list[str]
+    """For the driver: what an actor writes to its log nobody reads."""
+
+
+class Reply(NamedTuple):
+    """What comes back for a piece of work."""
+
+    answer: JobResult | None
+    """None: the memory no longer has the vectors of this call; others have answered it."""
+    in_slot: bool
+    """Whether the vector of the answer is in shared memory, not here."""
+
+
+InMemory = tuple[int, int]
+"""A vector by its slot and its number (see `SharedVectors`)."""
+
+
 class ChunkActor:
     """The Ray actor: a `ChunkComputer` in a process of its own.
 
-    One thread of its own computes, one job after the other. Ray's threads only wait for it, so
-    they can meanwhile send the last answer and receive the arguments of the next job.
+    One thread computes, one job after the other; Ray's threads meanwhile carry the answer to the
+    job before and the arguments of the next one.
     """
 
-    def __init__(self, experiment: Experiment, compile: bool, import_paths: list[str]):
-        """`import_paths` are the folders in which the driver finds a user's own tasks and models;
-        they are added to `sys.path`."""
+    def __init__(self, name: str, experiment: Experiment, compile: bool, import_paths: list[str]):
+        """`name`: for people, in Ray's dashboard and logs."""
+        # A task or model of the user's own is imported as the driver would.
         sys.path += [path for path in import_paths if path not in sys.path]
-        # By default torch starts a thread per core in every actor.
+        # Without this, N actors would start N x cores threads.
         torch.set_num_threads(threads_per_chunk(experiment, 1))
+        self._name = name
         self._experiment, self._compile = experiment.without_gpu(), compile
         self._computer: ChunkComputer | None = None
+        self._broadcast: SharedVectors | None = None
+        self._results: SharedVectors | None = None
+        self._read: dict[int, tuple[InMemory, FlatVector]] = {}
+        """What was read from the broadcast last, by kind: θ, and the vector of a question."""
         self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         threading.Thread(target=self._compute, name="compute", daemon=True).start()
 
-    def ready(self) -> tuple[int, list[str]]:
-        """Build and warm up the computer; returns the process id, and warnings for the driver.
+    def __repr__(self) -> str:
+        return self._name
 
-        Raises what `ChunkComputer` and its `warm_up` raise.
-        """
-        return os.getpid(), self._computed(self._build)
+    def ready(self, broadcast: Address | None, results: Address | None) -> Ready:
+        """Build and warm up everything; map the driver's memory where that is this machine's."""
 
-    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
-        """Do a job at θ, a flat vector [D]. Raises what `ChunkComputer.run` raises."""
-
-        def work() -> ChunkResult:
-            self._build()
-            assert self._computer is not None
-            return self._computer.run(theta, job)
+        def work() -> Ready:
+            warnings = self._build()
+            self._broadcast = SharedVectors.attach(broadcast) if broadcast else None
+            self._results = SharedVectors.attach(results) if results else None
+            attached = self._broadcast is not None and self._results is not None
+            return Ready(os.getpid(), attached, warnings)
 
         return self._computed(work)
 
+    def run(
+        self,
+        theta: FlatVector | InMemory,
+        vector: FlatVector | InMemory | None,
+        job: Job,
+        result: InMemory | None,
+    ) -> Reply:
+        """Compute a job at θ, about a vector if it is about one; `result`: where the vector of the
+        answer is to be put, instead of coming back with it."""
+
+        def work() -> Reply:
+            self._build()
+            assert self._computer is not None
+            try:
+                at, about = self._taken(0, theta), self._taken(1, vector)
+            except StaleVector:
+                return Reply(None, False)
+            assert at is not None
+            answer = self._computer.run(at, job, about)
+            if result is None or self._results is None or not self._results.takes(answer.gradient):
+                return Reply(answer, False)
+            assert answer.gradient is not None
+            self._results.write(*result, answer.gradient)
+            return Reply(answer.with_gradient(None), True)
+
+        return self._computed(work)
+
+    def _taken(self, kind: int, given: FlatVector | InMemory | None) -> FlatVector | None:
+        """θ (kind 0) or the vector of a question (1), from wherever it is. Raises StaleVector."""
+        if given is None or isinstance(given, np.ndarray):
+            return given
+        if kind not in self._read or self._read[kind][0] != given:
+            if self._broadcast is None:
+                raise StaleVector("this process has just been restarted")
+            self._read[kind] = (given, self._broadcast.read(*given))
+        return self._read[kind][1]
+
     def _computed(self, work: Callable[[], _T]) -> _T:
-        """Run `work` on the computing thread; returns what it returns, raises what it raises."""
+        """What `work` returns or raises on the computing thread."""
         future: Future[_T] = Future()
         self._work.put((work, future))
         return future.result()
 
     def _compute(self) -> None:
-        """The computing thread: do what is queued; prepare the next iteration when idle."""
         while True:
             try:
-                # Not idle at once: Ray's threads need the processor to send the last answer.
+                # The answer to the last job leaves first.
                 work, future = self._work.get(timeout=_IDLE)
             except Empty:
                 if self._prepared_ahead():
@@ -85,10 +149,9 @@ class ChunkActor:
         try:
             return self._computer is not None and self._computer.prepare_ahead()
         except Exception:
-            return True  # the job that needs these tasks will meet the error, and report it
+            return True  # the job itself will meet the error, and report it
 
     def _build(self) -> list[str]:
-        """Build and warm up the computer unless that is done; returns the warnings given then."""
         if self._computer is not None:
             return []
         warnings = _Warnings()
@@ -103,7 +166,7 @@ class ChunkActor:
 
 
 class _Warnings(logging.Handler):
-    """Collects warnings for the driver to show: nobody reads the log of an actor."""
+    """Collects warnings: what an actor writes to its log nobody reads."""
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)

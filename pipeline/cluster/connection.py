@@ -86,6 +86,31 @@ def refuse_or_wait(experiment: Experiment, missing: str, notice: Callable[[str],
         notice(f"{missing}; waiting for the cluster to grow")
 
 
+def has_room(experiment: Experiment) -> bool:
+    """Whether Ray has room for a worker right now. Only to be asked before the first one starts,
+    because that one takes the room."""
+    import ray
+
+    if cluster_address(experiment) is None:
+        return True  # nobody else is there
+    if ray.util.get_current_placement_group() is not None:
+        return True  # reserved for us, as for a trial
+    free = ray.available_resources()
+    wanted = worker_bundle(experiment)
+    return all(amount <= free.get(kind, 0.0) for kind, amount in wanted.items())
+
+
+def waiting_for_room(workers: str, bundle: Mapping[str, float], seconds: float) -> str:
+    """Why no worker has started after so many seconds, where others use the cluster; in words."""
+    import ray
+
+    free = ray.available_resources()
+    return (
+        f"waiting for room, for {seconds:.0f} s now: {workers} takes {as_text(bundle)}, and others "
+        f"hold what Ray has (free are {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU)"
+    )
+
+
 def as_text(amounts: Mapping[str, float]) -> str:
     """Resources in words: '1 CPU, 0.5 GPU'."""
     return ", ".join(f"{amount:g} {kind}" for kind, amount in amounts.items())

@@ -7,16 +7,18 @@ local and distributed runs share every computation; only the transport differs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 from pipeline.cluster.compile_lock import first_to_compile, program_key
+from pipeline.cluster.rounds import Total, total_of
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.cpus import available_cpus
-from pipeline.worker.jobs import ChunkResult, Job
+from pipeline.worker.jobs import ChunkJob, Job, JobResult
+from pipeline.worker.tree import Span
 from tasks.errors import ReportedError
 
 Notice = Callable[[str], None]
@@ -29,25 +31,37 @@ class WorkersLost(ReportedError):
     exit_code = 1
 
 
-class Round(NamedTuple):
-    """The answers to the jobs of one `run`, in the order of the jobs."""
-
-    results: list[ChunkResult]
-    busiest_seconds: float
-    """Seconds of sampling and computing of the worker that had most to do: the least time that the
-    driver had to wait."""
-
-
 class WorkerGroup(Protocol):
     """Does jobs, in this process or elsewhere."""
 
-    size: int
-    """Number of actors; 0 in process."""
+    @property
+    def size(self) -> int:
+        """Number of actors that were asked for; 0 in process."""
+        ...
 
-    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
-        """Do every job at θ, a flat vector [D], and wait for all answers.
+    @property
+    def ready(self) -> int:
+        """Number of actors that are there now; 0 in process."""
+        ...
+
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> list[JobResult]:
+        """Do separate jobs at θ, a flat vector [D]; wait for all, and return them in order.
 
         Raises what `ChunkComputer.run` raises, and WorkersLost.
+        """
+        ...
+
+    def total(
+        self,
+        theta: FlatVector,
+        ask: Callable[[Span], ChunkJob],
+        num_chunks: int,
+        vector: FlatVector | None = None,
+    ) -> Total:
+        """Ask the same of all chunks of a meta-batch, and add up: the same bits whoever computes
+        what. `ask` gives the job for a block of chunks; `vector` [D] is what it is about.
+
+        Raises what `run` raises.
         """
         ...
 
@@ -59,7 +73,7 @@ class WorkerGroup(Protocol):
 class InProcess:
     """The group without actors: jobs are done here, one after the other."""
 
-    size = 0
+    size = ready = 0
 
     def __init__(
         self,
@@ -78,9 +92,20 @@ class InProcess:
         if warm_up:
             warm_up_once(self._computer, experiment, compile, notice)
 
-    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> Round:
-        results = [self._computer.run(theta, job) for job in jobs]
-        return Round(results, sum(r.seconds_sampling + r.seconds_computing for r in results))
+    def run(self, theta: FlatVector, jobs: Sequence[Job]) -> list[JobResult]:
+        return [self._computer.run(theta, job) for job in jobs]
+
+    def total(
+        self,
+        theta: FlatVector,
+        ask: Callable[[Span], ChunkJob],
+        num_chunks: int,
+        vector: FlatVector | None = None,
+    ) -> Total:
+        result = self._computer.run(theta, ask(Span(0, num_chunks)), vector)
+        return total_of(
+            [result], result.gradient, result.seconds_sampling + result.seconds_computing
+        )
 
     def close(self) -> None:
         torch.set_num_threads(self._threads_before)

@@ -14,7 +14,7 @@ import torch
 from pipeline.config.experiment import Experiment
 from pipeline.maml.adaptation import RATE
 from pipeline.maml.flat_vector import FlatVector, Layout
-from pipeline.worker.jobs import ChunkResult, DiagnosisJob, in_chunks
+from pipeline.worker.jobs import DiagnosisJob, JobResult, in_chunks
 
 PREFIX = "diagnostics/"
 EXPLODES, VANISHES = 30.0, 1 / 30
@@ -40,7 +40,7 @@ def diagnosis_jobs(experiment: Experiment, iteration: int, num_parameters: int) 
 
 
 def health(
-    experiment: Experiment, layout: Layout, theta: FlatVector, results: Sequence[ChunkResult]
+    experiment: Experiment, layout: Layout, theta: FlatVector, results: Sequence[JobResult]
 ) -> dict[str, float]:
     """The metrics of a diagnosis by their names in MLflow: means over its tasks."""
     metrics: dict[str, float] = {}

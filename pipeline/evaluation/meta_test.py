@@ -116,7 +116,7 @@ def task_by_task(
         EvaluationJob(spec.split, first, count, spec.steps, spec.changes(experiment), evaluated)
         for first, count in in_chunks(experiment, theta.size, spec.num_tasks)
     ]
-    results = workers.run(theta, jobs).results
+    results = workers.run(theta, jobs)
     return {
         name: np.concatenate([result.metrics[name] for result in results], axis=1)
         for name in results[0].metrics

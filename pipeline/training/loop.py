@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.cluster.group import Round
+from pipeline.cluster.rounds import Total
 from pipeline.config.experiment import Experiment
 from pipeline.evaluation.health import diagnosis_jobs, health, theta_ran_away, warnings_of
 from pipeline.evaluation.meta_test import Curve, EvaluationSpec, adaptation_curve_of, meta_test
@@ -98,12 +98,14 @@ def meta_update(session: Session) -> None:
     Raises Diverged.
     """
     began = time.perf_counter()
-    jobs = [GradientJob(session.iteration, chunk) for chunk in range(session.num_chunks)]
-    answers = session.workers.run(session.theta, jobs)  # sample, adapt, differentiate
+    iteration = session.iteration
+    total = session.workers.total(  # sample, adapt, differentiate, add up
+        session.theta, lambda chunks: GradientJob(iteration, chunks), session.cut.num_chunks
+    )
     answered = time.perf_counter()
-    mean = aggregate(answers.results)  # over the tasks
+    mean = aggregate(total, session.cut)  # over the tasks
     aggregated = time.perf_counter()
-    batch = MetaBatch(session.iteration, session.num_chunks, session.workers)
+    batch = MetaBatch(iteration, session.cut.num_chunks, session.workers)
     moved = session.outer_step.move(session.update, mean, batch)  # θ_t -> θ_{t+1}
     updated = time.perf_counter()
     session.iteration += 1
@@ -112,7 +114,7 @@ def meta_update(session: Session) -> None:
         {
             **{f"train/{name}": value for name, value in mean.metrics.items()},
             **moved,
-            **_seconds(answers, answered - began),
+            **_seconds(total, answered - began),
             "seconds/aggregating": aggregated - answered,
             "seconds/updating": updated - aggregated,
         },
@@ -136,21 +138,21 @@ def validate(session: Session) -> None:
 def diagnose(session: Session) -> None:
     """Examine the meta-gradient of some validation tasks; record findings and warnings."""
     jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
-    results = session.workers.run(session.theta, jobs).results
+    results = session.workers.run(session.theta, jobs)
     metrics = health(session.experiment, session.update.layout, session.theta, results)
     session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))
 
 
-def _seconds(answers: Round, elapsed: float) -> dict[str, float]:
+def _seconds(total: Total, elapsed: float) -> dict[str, float]:
     """Where the time of a round went, in seconds.
 
     Sampling and computing are sums over the chunks. Waiting is the elapsed time beyond the work of
     the busiest worker: transfers, scheduling, and chunks that do not divide evenly.
     """
     return {
-        "seconds/sampling": sum(result.seconds_sampling for result in answers.results),
-        "seconds/computing": sum(result.seconds_computing for result in answers.results),
-        "seconds/waiting": elapsed - answers.busiest_seconds,
+        "seconds/sampling": total.seconds_sampling,
+        "seconds/computing": total.seconds_computing,
+        "seconds/waiting": elapsed - total.busiest_seconds,
     }
 
 

@@ -137,12 +137,15 @@ def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
         if experiment.pretraining is None:
             return InProcess(experiment, session.compile, notice=watcher.notice)
         return InProcess(on_driver(experiment), compile=False, warm_up=False)
-    if placement.workers > session.num_chunks:
+    chunks = session.cut.num_chunks
+    if placement.workers > chunks:
         watcher.notice(
-            f"{placement.workers} workers share {session.num_chunks} chunks per meta-batch: some "
+            f"{placement.workers} workers share {chunks} chunks per meta-batch: some "
             "will be idle; a smaller outer.tasks_per_chunk makes more chunks"
         )
-    return RayWorkers(experiment, session.compile, placement.workers, watcher.notice)
+    return RayWorkers(
+        experiment, session.compile, placement.workers, watcher.notice, session.theta.size
+    )
 
 
 def _start_tracking(

@@ -6,10 +6,11 @@ PolicyStep      TRPO, ProMP or one gradient step, see `trust_region`     reinfor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 from pipeline.cluster.group import WorkerGroup
+from pipeline.cluster.rounds import Total
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Reinforcement
 from pipeline.evaluation.health import why_not_finite
@@ -17,7 +18,8 @@ from pipeline.maml.flat_vector import FlatVector
 from pipeline.training.aggregation import Aggregate
 from pipeline.training.outer_optimizer import OuterUpdate
 from pipeline.training.trust_region import Questions, policy_update, usual_questions
-from pipeline.worker.jobs import ChunkResult, Job
+from pipeline.worker.jobs import ChunkJob
+from pipeline.worker.tree import Span
 
 
 class MetaBatch(NamedTuple):
@@ -38,8 +40,8 @@ class OuterStep(Protocol):
         """
         ...
 
-    def usual_questions(self, iteration: int, theta: FlatVector) -> list[tuple[Job, int]]:
-        """The jobs of `move` for the first chunk, each with how often it is asked: to time them."""
+    def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
+        """The jobs that `move` asks of the first chunk, and how often; for measuring them."""
         ...
 
     def advice(
@@ -60,7 +62,7 @@ class OptimizerStep:
         lr = update.lr
         return {"meta_gradient_norm": update.step(mean.gradient), "outer_lr": lr}
 
-    def usual_questions(self, iteration: int, theta: FlatVector) -> list[tuple[Job, int]]:
+    def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
         return []
 
     def advice(
@@ -78,14 +80,14 @@ class PolicyStep:
     def move(self, update: OuterUpdate, mean: Aggregate, batch: MetaBatch) -> dict[str, float]:
         collected_by = update.flat.numpy().copy()  # a copy: `update` changes θ in place meanwhile
 
-        def ask(jobs: Sequence[Job]) -> Sequence[ChunkResult]:
-            return batch.workers.run(collected_by, jobs).results
+        def ask(question: Callable[[Span], ChunkJob], vector: FlatVector) -> Total:
+            return batch.workers.total(collected_by, question, batch.num_chunks, vector)
 
-        questions = Questions(batch.iteration, batch.num_chunks, ask)
+        questions = Questions(batch.iteration, ask)
         return policy_update(self._settings, update, mean, questions)
 
-    def usual_questions(self, iteration: int, theta: FlatVector) -> list[tuple[Job, int]]:
-        return usual_questions(self._settings, iteration, theta)
+    def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
+        return usual_questions(self._settings, iteration)
 
     def advice(
         self, experiment: Experiment, metrics: Mapping[str, float], first_loss: float | None

@@ -19,8 +19,9 @@ from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.cpus import available_cpus
-from pipeline.worker.jobs import GradientJob, Job
+from pipeline.worker.jobs import ChunkJob, GradientJob
 from pipeline.worker.learner import initial_parameters
+from pipeline.worker.tree import Span
 
 _RAY_START_SECONDS = 8.0
 _ROUND_TRIP_SECONDS = 0.004
@@ -104,9 +105,9 @@ def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads:
         found = []
         began = time.perf_counter()
         for iteration in range(_MEASURED):  # the first one warms up
-            # A new iteration each time: a worker answers repeated jobs from what it has kept.
-            asked: list[tuple[Job, int]] = [(GradientJob(iteration, 0), 1)]
-            asked += step.usual_questions(iteration, theta)
+            # Each of other tasks: what is asked again is answered from what was kept.
+            asked: list[tuple[ChunkJob, int]] = [(GradientJob(iteration, Span(0, 1)), 1)]
+            asked += step.usual_questions(iteration)
             seconds = sum(count * _seconds(computer, theta, job) for job, count in asked)
             found.append(_Measured(seconds, sum(count for _, count in asked)))
             if time.perf_counter() - began > _LONG_ENOUGH:
@@ -116,10 +117,9 @@ def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads:
         torch.set_num_threads(before)
 
 
-def _seconds(computer: ChunkComputer, theta: FlatVector, job: Job) -> float:
-    """Seconds that one job takes."""
+def _seconds(computer: ChunkComputer, theta: FlatVector, job: ChunkJob) -> float:
     started = time.perf_counter()
-    computer.run(theta, job)
+    computer.run(theta, job, theta)  # any vector takes as long
     return time.perf_counter() - started
 
 

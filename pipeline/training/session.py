@@ -26,6 +26,7 @@ from pipeline.runs.tracker import NullTracker, RunTracker
 from pipeline.training.outer_optimizer import OuterUpdate
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.jobs import Cut, tasks_per_chunk
+from pipeline.worker.tree import ORDER
 
 _PRETRAINING = "pretraining."  # prefix of the names of pretraining's tensors in a checkpoint
 
@@ -87,8 +88,8 @@ class Session:
         self.best: dict[str, Any] | None = None
         """The best validation so far: its iteration, value and metric."""
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
-        self.tasks_per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
-        self.num_chunks = Cut(experiment.outer.tasks_per_batch, self.tasks_per_chunk).num_chunks
+        per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
+        self.cut = Cut(experiment.outer.tasks_per_batch, per_chunk)
         self.compile = compile
         self.workers: WorkerGroup
         """Set by `opening`: how they start depends on the number of chunks."""
@@ -185,6 +186,7 @@ class Session:
                     "threads": self.experiment.compute.threads,
                     "tracking_token": self.tracking_token,
                     "ancestor": self.ancestor,
+                    "order_of_sums": ORDER,
                 },
             ),
             best=self._improved,
@@ -215,6 +217,12 @@ class Session:
 
     def _restore(self, state: TrainingState) -> None:
         """Continue from the state of a checkpoint; forget records of later iterations."""
+        if state.extra.get("order_of_sums") != ORDER:
+            raise RunFolderError(
+                f"{self._store.folder}: this run added its gradients in another order, which the "
+                "present version no longer does: continued, it would not be the run that it was; "
+                "start a new one, or continue with the version that it began with"
+            )
         own, wide = {}, {}
         for name, value in state.tensors.items():
             if name.startswith(_PRETRAINING):

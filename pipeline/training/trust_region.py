@@ -15,22 +15,24 @@ chunks. So the step does not depend on the number of workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from pipeline.cluster.rounds import Total
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.training.aggregation import Aggregate, all_finite
 from pipeline.training.outer_optimizer import OuterUpdate
-from pipeline.worker.jobs import CandidateJob, ChunkResult, FisherJob, Job
+from pipeline.worker.jobs import CandidateJob, ChunkJob, FisherJob
+from pipeline.worker.tree import Span
 
 Vector = npt.NDArray[np.float64]
-Ask = Callable[[Sequence[Job]], Sequence[ChunkResult]]
-"""Runs jobs at the θ that collected the trajectories; returns answers in the order of the jobs."""
+Ask = Callable[[Callable[[Span], ChunkJob], FlatVector], Total]
+"""Asks all chunks, at the θ that collected their trajectories, about a vector [D]."""
 
 
 class Solution(NamedTuple):
@@ -70,38 +72,28 @@ class Questions(NamedTuple):
     """Asks the workers about the trajectories of an iteration, one job per chunk."""
 
     iteration: int
-    num_chunks: int
     ask: Ask
 
     def fisher(self, direction: FlatVector) -> Vector:
-        """The Fisher matrix at θ times a direction [D]: the mean over the tasks, [D]."""
-        chunks = range(self.num_chunks)
-        return _mean_gradient(self.ask([FisherJob(self.iteration, c, direction) for c in chunks]))
+        """The Fisher matrix times a direction [D], mean over the tasks."""
+        return _mean_gradient(self.ask(lambda chunks: FisherJob(self.iteration, chunks), direction))
 
-    def candidate(
-        self, theta: FlatVector, inner_kl_weight: float | None = None
-    ) -> Sequence[ChunkResult]:
-        """The surrogate loss and KL of another θ [D], chunk by chunk; with a weight, its gradient
-        too, the inner KL weighted so."""
-        chunks = range(self.num_chunks)
-        jobs = [CandidateJob(self.iteration, c, theta, inner_kl_weight) for c in chunks]
-        return self.ask(jobs)
+    def candidate(self, theta: FlatVector, inner_kl_weight: float | None = None) -> Total:
+        """What another θ [D] is worth; with a weight, its gradient too."""
+        return self.ask(lambda chunks: CandidateJob(self.iteration, chunks, inner_kl_weight), theta)
 
 
-def usual_questions(
-    settings: Reinforcement, iteration: int, theta: FlatVector
-) -> list[tuple[Job, int]]:
-    """The jobs of an update for one chunk, each with how often it is asked: for measurements.
-
-    The line search is assumed to accept its first step.
-    """
-    evaluated = CandidateJob(iteration, 0, theta)
+def usual_questions(settings: Reinforcement, iteration: int) -> list[tuple[ChunkJob, int]]:
+    """What `policy_update` asks of the first chunk and how often, for those who measure; a line
+    search that is content with its first step. All are about some vector [D]."""
+    first = Span(0, 1)
+    judged = CandidateJob(iteration, first)
     if settings.update == "trpo":
-        return [(FisherJob(iteration, 0, theta), settings.cg_iterations), (evaluated, 1)]
+        return [(FisherJob(iteration, first), settings.cg_iterations), (judged, 1)]
     if settings.update == "promp":
-        moved = CandidateJob(iteration, 0, theta, settings.inner_kl)
-        return [(moved, settings.outer_steps - 1), (evaluated, 1)]
-    return [(evaluated, 1)]
+        moved = CandidateJob(iteration, first, settings.inner_kl)
+        return [(moved, settings.outer_steps - 1), (judged, 1)]
+    return [(judged, 1)]
 
 
 def policy_update(
@@ -203,21 +195,9 @@ def _now(update: OuterUpdate) -> FlatVector:
     return now
 
 
-def _mean_gradient(answers: Sequence[ChunkResult]) -> Vector:
-    """The mean over the tasks, [D].
-
-    `aggregation.aggregate` sums in the precision of θ, this function in float64, because conjugate
-    gradients lose orthogonality by rounding. One function for both would change the last bits of
-    results.
-    """
-    sums = [answer.gradient for answer in answers if answer.gradient is not None]
-    total = sums[0].astype(np.float64)
-    for part in sums[1:]:
-        total += part
-    return np.asarray(total / sum(answer.num_tasks for answer in answers))
+def _mean_gradient(total: Total) -> Vector:
+    return np.asarray(total.gradient, np.float64) / total.num_tasks
 
 
-def _mean_metric(answers: Sequence[ChunkResult], name: str) -> float:
-    """The mean of a metric over the tasks of all chunks."""
-    values = np.concatenate([answer.metrics[name] for answer in answers])
-    return float(values.mean(dtype=np.float64))
+def _mean_metric(total: Total, name: str) -> float:
+    return float(total.metrics[name].mean(dtype=np.float64))

@@ -7,7 +7,9 @@ Both worker groups, in process and Ray, call `ChunkComputer.run` and nothing els
 
 from __future__ import annotations
 
+import math
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,11 +24,12 @@ from pipeline.maml.meta_gradient import ChunkFunction, Knobs
 from pipeline.maml.meta_loss import Batch, num_tasks
 from pipeline.rl.rollouts import Collected
 from pipeline.worker.jobs import (
-    ChunkResult,
+    ChunkJob,
     Cut,
     EvaluationJob,
     GradientJob,
     Job,
+    JobResult,
     tasks_per_chunk,
 )
 from pipeline.worker.learner import Learner
@@ -34,6 +37,7 @@ from pipeline.worker.program_cache import program_of
 from pipeline.worker.reinforcement import ReinforcementTasks
 from pipeline.worker.supervised import SupervisedTasks
 from pipeline.worker.task_source import TaskSource, TrainingChunk
+from pipeline.worker.tree import NO_VECTOR, Span, TreeSum
 from tasks.base import supervised
 from tasks.control.mdp import MDPs
 
@@ -59,24 +63,20 @@ class ChunkComputer:
         self._source = task_source_of(self._learner, self._cut, compile)
         self._functions: dict[Phase, ChunkFunction] = {}
 
-    def run(self, theta: FlatVector, job: Job) -> ChunkResult:
-        """Do a job at θ, a flat vector [D] that is only read.
+    def run(self, theta: FlatVector, job: Job, vector: FlatVector | None = None) -> JobResult:
+        """Do a job at θ, a flat vector [D] that is only read; so is `vector`, what the job is
+        about, if it is about one.
 
         Raises ValueError for a job that the experiment's tasks do not have.
         """
         flat = self._learner.on_device(theta)
-        if isinstance(job, GradientJob):
-            return self._meta_gradient(flat, job)
+        if isinstance(job, ChunkJob):
+            return self._over_chunks(flat, job, vector)
         started = time.perf_counter()
         answer = self._source.answer(self._params(flat), job)
-        return ChunkResult(
-            job,
-            answer.num_tasks,
-            None if answer.gradient is None else answer.gradient.cpu().numpy(),
-            _on_host(answer.metrics),
-            0.0,
-            time.perf_counter() - started,
-        )
+        gradient = None if answer.gradient is None else answer.gradient.cpu().numpy()
+        seconds = time.perf_counter() - started
+        return JobResult(job, answer.num_tasks, gradient, _on_host(answer.metrics), 0.0, seconds)
 
     @property
     def num_chunks(self) -> int:
@@ -89,9 +89,9 @@ class ChunkComputer:
         Raises what missing data or a model that does not fit its tasks raises.
         """
         for phase in phases(self._experiment):
-            self._compute(phase, GradientJob(0, 0))
+            self._compute(phase, 0)
             if not self._cut.even:
-                self._compute(phase, GradientJob(0, self.num_chunks - 1))
+                self._compute(phase, self.num_chunks - 1)
         self._source.warm_up(self._params(self._learner.initial_theta))
 
     def metric_names(self) -> list[str]:
@@ -103,18 +103,19 @@ class ChunkComputer:
         """Whether computing so many chunks repays compilation; decided from the computation alone,
         so that the answer is the same on every machine."""
         self.warm_up()  # what happens only once must not be counted
-        function, batch, knobs = self.program(GradientJob(0, 0))
+        function, batch, knobs = self.program()
         theta = self._learner.initial_theta
         works = [Work(function, (theta, batch, knobs), chunks)]
         return worth_compiling(works + self._source.works(self._params(theta), chunks))
 
-    def program(self, job: GradientJob) -> tuple[ChunkFunction, Batch, Knobs]:
-        """The function that computes a chunk, and its arguments beside θ; for measuring it."""
-        phase = phase_at(self._experiment, job.iteration)
+    def program(self, iteration: int = 0) -> tuple[ChunkFunction, Batch, Knobs]:
+        """The function that computes the first chunk of an iteration, and its arguments beside θ;
+        for measuring it."""
+        phase = phase_at(self._experiment, iteration)
         return (
             self._function(phase),
-            self._training_chunk(self._learner.initial_theta, job).batch,
-            self._learner.knobs(phase, job.iteration),
+            self._training_chunk(self._learner.initial_theta, iteration, 0).batch,
+            self._learner.knobs(phase, iteration),
         )
 
     def acted_out(self, theta: FlatVector, split: str, count: int, steps: int) -> Collected:
@@ -129,27 +130,63 @@ class ChunkComputer:
         """Use idle time for the next iteration; False if there is nothing to do."""
         return self._source.prepare_ahead()
 
-    def _meta_gradient(self, theta: Tensor, job: GradientJob) -> ChunkResult:
+    def _over_chunks(self, theta: Tensor, job: ChunkJob, vector: FlatVector | None) -> JobResult:
+        """One chunk after the other, added up as the tree has it."""
+        tree, parts = TreeSum(self.num_chunks), []
+        about = None if vector is None else self._params(self._learner.on_device(vector))
+        for chunk in range(*job.chunks):
+            if isinstance(job, GradientJob):
+                part = self._meta_gradient(theta, job.iteration, chunk)
+            else:
+                part = self._about_trajectories(theta, job, chunk, about)
+            gradient = NO_VECTOR if part.gradient is None else part.gradient
+            tree.add(Span(chunk, chunk + 1), gradient)
+            finite = math.isfinite(gradient.sum()) or bool(np.isfinite(gradient).all())
+            parts.append(replace(part, gradient=None, finite=(finite,)))
+        ((_, total),) = tree.nodes.items()
+        return JobResult(
+            job,
+            sum(part.num_tasks for part in parts),
+            None if total is NO_VECTOR or not total.size else total,
+            {n: np.concatenate([part.metrics[n] for part in parts]) for n in parts[0].metrics},
+            sum(part.seconds_sampling for part in parts),
+            sum(part.seconds_computing for part in parts),
+            tuple(flag for part in parts for flag in part.finite),
+        )
+
+    def _meta_gradient(self, theta: Tensor, iteration: int, chunk: int) -> JobResult:
         began = time.perf_counter()
-        batch, measured = self._training_chunk(theta, job)
+        batch, measured = self._training_chunk(theta, iteration, chunk)
         started = time.perf_counter()
-        phase = phase_at(self._experiment, job.iteration)
-        knobs = self._learner.knobs(phase, job.iteration)
+        phase = phase_at(self._experiment, iteration)
+        knobs = self._learner.knobs(phase, iteration)
         gradient, metrics = self._function(phase)(theta, batch, knobs)
         host_gradient = gradient.cpu().numpy()
         host_metrics = _on_host({**metrics, **measured})
         ended = time.perf_counter()
-        return ChunkResult(
+        job = GradientJob(iteration, Span(chunk, chunk + 1))
+        return JobResult(
             job, num_tasks(batch), host_gradient, host_metrics, started - began, ended - started
         )
 
-    def _training_chunk(self, theta: Tensor, job: GradientJob) -> TrainingChunk:
-        return self._source.training_chunk(self._params(theta), job.iteration, job.chunk)
+    def _about_trajectories(
+        self, theta: Tensor, job: ChunkJob, chunk: int, vector: Params | None
+    ) -> JobResult:
+        if vector is None:
+            raise ValueError(f"{type(job).__name__}: is about a vector, and was given none")
+        started = time.perf_counter()
+        answer = self._source.answer_chunk(self._params(theta), job, chunk, vector)
+        gradient = None if answer.gradient is None else answer.gradient.cpu().numpy()
+        seconds = time.perf_counter() - started
+        return JobResult(job, answer.num_tasks, gradient, _on_host(answer.metrics), 0.0, seconds)
 
-    def _compute(self, phase: Phase, job: GradientJob) -> None:
+    def _training_chunk(self, theta: Tensor, iteration: int, chunk: int) -> TrainingChunk:
+        return self._source.training_chunk(self._params(theta), iteration, chunk)
+
+    def _compute(self, phase: Phase, chunk: int) -> None:
         """Compute a chunk at the initial θ, in any phase of the run."""
-        theta, knobs = self._learner.initial_theta, self._learner.knobs(phase, job.iteration)
-        self._function(phase)(theta, self._training_chunk(theta, job).batch, knobs)
+        theta, knobs = self._learner.initial_theta, self._learner.knobs(phase, 0)
+        self._function(phase)(theta, self._training_chunk(theta, 0, chunk).batch, knobs)
 
     def _function(self, phase: Phase) -> ChunkFunction:
         if phase not in self._functions:

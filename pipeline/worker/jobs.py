@@ -5,7 +5,7 @@ Shapes: B tasks of a job, D meta-parameters.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -13,16 +13,17 @@ import numpy.typing as npt
 
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
+from pipeline.worker.tree import Span
 
 Evaluated = Literal["model", "oracle", "nearest centroid"]
 
 
 @dataclass(frozen=True)
 class GradientJob:
-    """Compute the meta-gradient of chunk `chunk` of the meta-batch of `iteration`."""
+    """Compute the meta-gradient of chunks of the meta-batch of `iteration`."""
 
     iteration: int
-    chunk: int
+    chunks: Span
 
 
 @dataclass(frozen=True)
@@ -53,46 +54,68 @@ class EvaluationJob:
 
 @dataclass(frozen=True)
 class FisherJob:
-    """Multiply a direction [D] by the Fisher matrix at θ, on the trajectories of a chunk. Tasks to
-    act in have this job."""
+    """Multiply the job's vector, a direction [D], by the Fisher matrix at θ, on the trajectories of
+    chunks. Tasks to act in have this job."""
 
     iteration: int
-    chunk: int
-    direction: FlatVector
+    chunks: Span
 
 
 @dataclass(frozen=True)
 class CandidateJob:
-    """Measure the surrogate loss and the KL of another θ [D] on the trajectories that θ collected
-    for a chunk; with a weight for the inner KL, compute its gradient too. Tasks to act in have this
-    job."""
+    """Measure the surrogate loss and the KL of the job's vector, another θ [D], on the trajectories
+    that θ collected for chunks; with a weight for the inner KL, compute its gradient too. Tasks to
+    act in have this job."""
 
     iteration: int
-    chunk: int
-    candidate: FlatVector
+    chunks: Span
     inner_kl_weight: float | None = None
 
 
-Job = GradientJob | EvaluationJob | DiagnosisJob | FisherJob | CandidateJob
-FOLLOW_UPS = (FisherJob, CandidateJob)
-"""Jobs about trajectories that a gradient job collected: the worker that did it has them."""
+ChunkJob = GradientJob | FisherJob | CandidateJob
+"""Jobs about chunks of a training meta-batch, whose results are added up. The chunks of a job are a
+node of the tree (`worker.tree`). Fisher and candidate jobs are about trajectories that a gradient
+job collected: the worker that did it has them. The vector that they are about travels beside them,
+as θ does."""
+Job = ChunkJob | EvaluationJob | DiagnosisJob
+
+
+def units(job: Job) -> int:
+    """How many chunks a job takes the time of."""
+    return job.chunks.size if isinstance(job, ChunkJob) else 1
+
+
+def described(job: Job) -> str:
+    """A job as people know it."""
+    if isinstance(job, EvaluationJob | DiagnosisJob):
+        split = job.split if isinstance(job, EvaluationJob) else "validation"
+        return f"{split} tasks {job.first} to {job.first + job.count - 1}"
+    first, last = job.chunks.first, job.chunks.end - 1
+    return f"iteration {job.iteration}, chunk {first}{f' to {last}' if last > first else ''}"
 
 
 @dataclass(frozen=True)
-class ChunkResult:
+class JobResult:
     """What a worker returns for a job; arrays are on the host."""
 
     job: Job
     num_tasks: int
     gradient: FlatVector | None
-    """Sum over the tasks of their meta-gradients or Fisher products, [D]; for a diagnosis the sums
-    of second and of first order, [2, D]; None where the job has no gradient."""
+    """Sum over the tasks of their meta-gradients or Fisher products, [D], chunks added as the tree
+    has it; for a diagnosis the sums of second and of first order, [2, D]; None where the job has no
+    gradient."""
     metrics: dict[str, npt.NDArray[Any]]
     """Per task: [steps, B] for an evaluation or a diagnosis, else [B]."""
     seconds_sampling: float
     """Waiting for the training tasks, or collecting their trajectories; 0 for other jobs."""
     seconds_computing: float
     """The rest of the job."""
+    finite: tuple[bool, ...] = ()
+    """Of every chunk: whether all elements of its gradient are finite."""
+
+    def with_gradient(self, gradient: FlatVector | None) -> JobResult:
+        """The same with another vector."""
+        return replace(self, gradient=gradient)
 
 
 class Cut(NamedTuple):

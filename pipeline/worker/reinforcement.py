@@ -15,13 +15,13 @@ from torch import Tensor
 
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.compilation import Work
-from pipeline.maml.flat_vector import FlatVector, Params
+from pipeline.maml.flat_vector import Params
 from pipeline.maml.inner_loop import has_forward_derivatives
 from pipeline.rl.fisher import ProximalGradient, evaluate_candidate, proximal_gradient
 from pipeline.rl.policies import distribution_of
 from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import Collected, CollectedBatch, collect, expert_returns
-from pipeline.worker.jobs import CandidateJob, Cut, EvaluationJob, FisherJob, Job
+from pipeline.worker.jobs import CandidateJob, ChunkJob, Cut, EvaluationJob, FisherJob
 from pipeline.worker.learner import Learner
 from pipeline.worker.program_cache import fisher_program_of
 from pipeline.worker.task_source import (
@@ -102,14 +102,13 @@ class ReinforcementTasks(TaskSource):
     def act_out(self, theta: Params, split: str, indices: Indices, steps: int) -> Collected:
         return self._collect(self._task, theta, task_keys(EVALUATION_SEED, split, indices), steps)
 
-    def answer(self, theta: Params, job: Job) -> Answer:
+    def answer_chunk(self, theta: Params, job: ChunkJob, chunk: int, vector: Params) -> Answer:
         if isinstance(job, FisherJob):
-            direction = self._params(job.direction)
-            product = self._fisher_product(theta, job.iteration, job.chunk, direction)
-            return Answer(self._num_tasks(job.chunk), {}, self.learner.layout.join(product))
+            product = self._fisher_product(theta, job.iteration, chunk, vector)
+            return Answer(self._num_tasks(chunk), {}, self.learner.layout.join(product))
         if isinstance(job, CandidateJob):
-            return self._candidate(theta, job)
-        return super().answer(theta, job)
+            return self._candidate(theta, job, chunk, vector)
+        return super().answer_chunk(theta, job, chunk, vector)
 
     def evaluate(self, theta: Params, job: EvaluationJob) -> dict[str, Tensor]:
         """Returns (undiscounted) and episode lengths of trajectories that the policy after k steps
@@ -126,11 +125,10 @@ class ReinforcementTasks(TaskSource):
             for name in ("return", "episode_length")
         }
 
-    def _candidate(self, theta: Params, job: CandidateJob) -> Answer:
-        """What `job.candidate` is worth on the trajectories that θ collected."""
-        batch = self._chunk(theta, job.iteration, job.chunk).collected.batch
-        candidate, learner = self._params(job.candidate), self.learner
-        num_tasks = self._num_tasks(job.chunk)
+    def _candidate(self, theta: Params, job: CandidateJob, chunk: int, candidate: Params) -> Answer:
+        """What another θ is worth on the trajectories that θ collected."""
+        batch = self._chunk(theta, job.iteration, chunk).collected.batch
+        learner, num_tasks = self.learner, self._num_tasks(chunk)
         if job.inner_kl_weight is None:
             found = evaluate_candidate(
                 self.objective, learner.adaptation, candidate, batch, learner.alpha
@@ -196,9 +194,6 @@ class ReinforcementTasks(TaskSource):
             keys,
             steps,
         )
-
-    def _params(self, flat: FlatVector) -> Params:
-        return self.learner.layout.split(self.learner.on_device(flat))
 
     def _num_tasks(self, chunk: int) -> int:
         return len(self._cut.members(chunk))

@@ -21,7 +21,7 @@ from pipeline.maml.compilation import Work
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_loss import Batch, TaskLoss
 from pipeline.rl.rollouts import Collected
-from pipeline.worker.jobs import EvaluationJob, Job
+from pipeline.worker.jobs import ChunkJob, EvaluationJob, Job
 from pipeline.worker.learner import Learner
 from tasks.base import TaskDistribution
 
@@ -46,9 +46,9 @@ class Answer(NamedTuple):
 
     num_tasks: int
     metrics: dict[str, Tensor]
-    """Shapes as in `jobs.ChunkResult`."""
+    """Shapes as in `jobs.JobResult`."""
     gradient: Tensor | None = None
-    """Shapes as in `jobs.ChunkResult`."""
+    """Shapes as in `jobs.JobResult`."""
 
 
 class TaskSource(ABC):
@@ -76,14 +76,25 @@ class TaskSource(ABC):
         [len(job.steps), job.count]."""
 
     def answer(self, theta: Params, job: Job) -> Answer:
-        """Do a job other than the meta-gradient, which is the same for every kind of tasks.
+        """Do a job that is not about chunks of a training meta-batch.
 
         A kind with jobs of its own overrides this, and leaves the rest to it. Raises ValueError for
         a job that these tasks do not have.
         """
         if isinstance(job, EvaluationJob):
             return Answer(job.count, self.evaluate(theta, job))
-        raise ValueError(
+        raise self._foreign(job)
+
+    def answer_chunk(self, theta: Params, job: ChunkJob, chunk: int, vector: Params) -> Answer:
+        """Do the part of a job that is about one chunk, other than the meta-gradient, which is the
+        same for every kind of tasks. `vector` is what the job is about.
+
+        Raises ValueError for a job that these tasks do not have.
+        """
+        raise self._foreign(job)
+
+    def _foreign(self, job: Job) -> ValueError:
+        return ValueError(
             f"{self.learner.experiment.task.kind} tasks are {type(self).__name__}, which do not "
             f"have the job {type(job).__name__}"
         )

@@ -18,15 +18,17 @@ import pytest
 import torch
 import yaml
 
-from pipeline.cluster import dispatch
+from pipeline.cluster import roster
 from pipeline.cluster.dispatch import RayWorkers
-from pipeline.maml.flat_vector import Layout
+from pipeline.cluster.group import WorkersLost
+from pipeline.maml.flat_vector import flat_vector
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.endings import Diverged, Interrupted
 from pipeline.training.loop import train
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import GradientJob
 from pipeline.worker.learner import initial_parameters
+from pipeline.worker.tree import Span
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, by_name, final_theta
 
@@ -112,6 +114,33 @@ def test_the_only_worker_may_stall(quick: dict[str, Any], tmp_path: Path, ray_lo
     assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "stalled"))
 
 
+@pytest.mark.timeout(600)
+def test_a_chunk_that_ends_every_worker_ends_the_run(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """Otherwise it would be given out for ever. Ten tasks per batch: task 143 is chunk 1 of 14."""
+    settings = {**quick, "task": {"kind": "tests.helpers:DeadlySinusoid", "at": 143}}
+    recorder = Recorder()
+    experiment = experiment_of(settings, outer={"iterations": 30}, cluster={"workers": 2})
+    with pytest.raises(WorkersLost, match=r"iteration 14, chunk 1 .*ended 3 processes") as failure:
+        train(experiment, tmp_path / "run", watcher=recorder)
+    assert "exit" in str(failure.value)
+    assert any("1 of 2 workers go on" in notice for notice in recorder.notices)
+
+
+def test_an_error_of_one_machine_alone_is_not_believed(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """A full disk, a smaller GPU: another worker does the same, and the run goes on."""
+    train(experiment_of(quick), tmp_path / "calm")
+    spoilt = {"kind": "tests.helpers:SpoiltOnceSinusoid", "at": 25, "once": str(tmp_path / "once")}
+    settings = {**quick, "task": {**quick["task"], **spoilt}}
+    recorder = Recorder()
+    train(experiment_of(settings, cluster={"workers": 2}), tmp_path / "hit", watcher=recorder)
+    assert any("disk is full); another one tries" in notice for notice in recorder.notices)
+    assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "hit"))
+
+
 def test_an_error_in_the_computation_is_not_retried(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
@@ -132,13 +161,13 @@ def test_workers_that_fit_nowhere_are_refused(
 def test_starting_is_told_from_waiting(
     quick: dict[str, Any], ray_local: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dispatch, "_QUIET", 0.0)
+    monkeypatch.setattr(roster, "_QUIET", 0.0)
     said: list[str] = []
-    RayWorkers(experiment_of(quick), False, 1, said.append).close()
+    RayWorkers(experiment_of(quick), False, 1, said.append, 25).close()
     assert re.fullmatch(r"the worker is starting, for \d+ s now: processes import torch", said[0])
     with monkeypatch.context() as busy:
-        busy.setattr(RayWorkers, "_has_room", lambda self: False)
-        RayWorkers(experiment_of(quick), False, 1, said.append).close()
+        busy.setattr(roster, "has_room", lambda experiment: False)
+        RayWorkers(experiment_of(quick), False, 1, said.append, 25).close()
     assert "waiting for room" in said[-1]
     assert "the worker takes 0.5 CPU, and others hold what Ray has" in said[-1]
 
@@ -242,16 +271,15 @@ def test_answers_of_an_earlier_round_are_discarded(quick: dict[str, Any], ray_lo
         {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.06}},
         cluster={"workers": 2, "chunk_timeout": 0.15},
     )
-    workers = RayWorkers(experiment, False, 2, lambda line: None)
+    flat = flat_vector(initial_parameters(experiment))
+    workers = RayWorkers(experiment, False, 2, lambda line: None, flat.size)
     try:
-        theta = initial_parameters(experiment)
-        flat = Layout.of(theta).join(theta).numpy()
         for iteration in range(3):
             scaled = flat * (iteration + 1)
-            (result,) = workers.run(scaled, [GradientJob(iteration, 0)]).results
-            alone = ChunkComputer(experiment, compile=False)
-            expected = alone.run(scaled, GradientJob(iteration, 0))
-            assert result.job == GradientJob(iteration, 0)
+            job = GradientJob(iteration, Span(0, 1))
+            (result,) = workers.run(scaled, [job])
+            expected = ChunkComputer(experiment, compile=False).run(scaled, job)
+            assert result.job == job
             assert np.array_equal(result.gradient, expected.gradient)
     finally:
         workers.close()

@@ -21,6 +21,7 @@ from pipeline.training.loop import train
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import EvaluationJob, GradientJob
 from pipeline.worker.learner import initial_parameters
+from pipeline.worker.tree import Span
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta
 
@@ -78,10 +79,10 @@ def test_annealing_switches_once_and_compiles_no_iteration_anew(
     )
     computer = ChunkComputer(experiment, compile=True)
     theta = Layout.of(initial_parameters(experiment)).join(initial_parameters(experiment)).numpy()
-    computer.run(theta, GradientJob(0, 0))
+    computer.run(theta, GradientJob(0, Span(0, 1)))
     made = []
     for iteration in range(12):
-        computer.run(theta, GradientJob(iteration, 0))
+        computer.run(theta, GradientJob(iteration, Span(0, 1)))
         made.append(len(graphs))
     assert made == [1] * 4 + [2] * 4 + [3] * 4
     first, second = (
@@ -94,11 +95,11 @@ def test_annealing_switches_once_and_compiles_no_iteration_anew(
         for order in ("first", "second")
     )
     for iteration, same in ((7, first), (8, second)):
-        expected = ChunkComputer(same, compile=False).run(theta, GradientJob(0, 0))
-        moved = computer.run(theta, GradientJob(iteration, 0))
+        expected = ChunkComputer(same, compile=False).run(theta, GradientJob(0, Span(0, 1)))
+        moved = computer.run(theta, GradientJob(iteration, Span(0, 1)))
         # Other tasks, so only the computation is compared: on the same tasks.
-        function, _, knobs = computer.program(GradientJob(iteration, 0))
-        batch = ChunkComputer(same, compile=False).program(GradientJob(0, 0))[1]
+        function, _, knobs = computer.program(iteration)
+        batch = ChunkComputer(same, compile=False).program()[1]
         gradient, _ = function(torch.from_numpy(theta), batch, knobs)
         np.testing.assert_allclose(gradient.numpy(), expected.gradient, rtol=1e-9, atol=1e-12)
         assert moved.gradient is not None

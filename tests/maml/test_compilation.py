@@ -22,6 +22,7 @@ from pipeline.training.loop import train
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import FisherJob, GradientJob
 from pipeline.worker.learner import initial_parameters
+from pipeline.worker.tree import Span
 from tasks.base import Examples, TaskBatch
 from tasks.sinusoid import Sinusoid
 from tests.conftest import experiment_of
@@ -165,7 +166,9 @@ def test_fisher_products_are_compiled_once_for_any_rate(
         theta = flat_vector(initial_parameters(experiment))
         direction = np.random.default_rng(0).normal(size=theta.shape).astype(theta.dtype)
         compiled, eager = (
-            ChunkComputer(experiment, compile).run(theta, FisherJob(0, 0, direction)).gradient
+            ChunkComputer(experiment, compile)
+            .run(theta, FisherJob(0, Span(0, 1)), direction)
+            .gradient
             for compile in (True, False)
         )
         np.testing.assert_allclose(compiled, eager, rtol=1e-3, atol=1e-5 * np.abs(eager).max())
@@ -192,12 +195,12 @@ def test_runs_of_a_process_share_programs(quick: dict[str, Any], programs) -> No
     other = ChunkComputer(experiment_of(settings, inner={"lr": 0.02}), compile=True)
     longer = ChunkComputer(experiment_of(settings, inner={"steps": 3}), compile=True)
     eager = ChunkComputer(experiment_of(settings, inner={"lr": 0.02}), compile=False)
-    functions = [computer.program(GradientJob(0, 0))[0] for computer in (one, other, longer)]
+    functions = [computer.program()[0] for computer in (one, other, longer)]
     assert functions[0] is functions[1]
     assert functions[0] is not functions[2]
     theta = initial_parameters(experiment_of(settings))
     flat = Layout.of(theta).join(theta).numpy()
-    job = GradientJob(0, 0)
+    job = GradientJob(0, Span(0, 1))
     first, second = one.run(flat, job).gradient, other.run(flat, job).gradient
     expected = eager.run(flat, job).gradient
     assert first is not None

@@ -135,7 +135,7 @@ def test_quadratics_have_closed_forms() -> None:
 
 def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
     from pipeline.worker.chunk import ChunkComputer
-    from pipeline.worker.jobs import DiagnosisJob, GradientJob
+    from pipeline.worker.jobs import DiagnosisJob
     from pipeline.worker.learner import initial_parameters
 
     gradients = {}
@@ -145,9 +145,9 @@ def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
         theta = initial_parameters(experiment)
         flat = Layout.of(theta).join(theta).numpy()
         # The tasks of a gradient job in place of the validation tasks.
-        batch = computer.program(GradientJob(0, 0))[1]
+        batch = computer.program()[1]
         computer._source.held_out = lambda *a, batch=batch: batch  # type: ignore[method-assign]
-        gradients[order] = computer.program(GradientJob(1, 0))[0](
+        gradients[order] = computer.program(1)[0](
             torch.from_numpy(flat), batch, Knobs(torch.tensor(0.01, dtype=torch.float64))
         )[0]
         result = computer.run(flat, DiagnosisJob(0, 0, 3))

@@ -35,8 +35,9 @@ from pipeline.training.trust_region import usual_questions
 from pipeline.worker import chunk
 from pipeline.worker import reinforcement as control
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import FOLLOW_UPS, CandidateJob, FisherJob, GradientJob
+from pipeline.worker.jobs import CandidateJob, FisherJob, GradientJob
 from pipeline.worker.learner import initial_parameters
+from pipeline.worker.tree import Span
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta
 from tests.maml.test_meta_gradient import Cube
@@ -58,16 +59,17 @@ def test_trajectories_that_are_lost_are_acted_out_again(
 
     def kill_the_holder(iteration: int, recorder: Recorder) -> None:
         workers = recorder.session.workers
-        run = workers.run
+        total = workers.total
 
-        def killing(theta: Any, jobs: Sequence[Any]) -> Any:
-            if isinstance(jobs[0], FOLLOW_UPS) and not killed:
-                killed.append(workers._holders[0].pid)
+        def killing(theta: Any, ask: Any, num_chunks: int, vector: Any = None) -> Any:
+            if vector is not None and not killed:  # a question about trajectories
+                holder = workers._holders[0][1]
+                killed.append(workers._roster.workers[holder].pid)
                 os.kill(killed[0], signal.SIGKILL)
-            return run(theta, jobs)
+            return total(theta, ask, num_chunks, vector)
 
         if iteration == 1:
-            workers.run = killing
+            workers.total = killing
 
     recorder = Recorder(kill_the_holder)
     train(experiment_of(settings, cluster={"workers": 2}), tmp_path / "hit", watcher=recorder)
@@ -78,13 +80,14 @@ def test_trajectories_that_are_lost_are_acted_out_again(
 def test_who_has_not_collected_a_chunk_answers_the_same(moving: dict[str, Any]) -> None:
     experiment = experiment_of(moving)
     theta = flat_vector(initial_parameters(experiment))
-    asked = [FisherJob(0, 1, theta), CandidateJob(0, 1, theta + 0.01)]
+    second = Span(1, 2)
+    asked = [(FisherJob(0, second), theta), (CandidateJob(0, second), theta + 0.01)]
     collector = ChunkComputer(experiment, compile=False)
-    collector.run(theta, GradientJob(0, 1))
-    for job in asked:
+    collector.run(theta, GradientJob(0, second))
+    for job, vector in asked:
         stranger = ChunkComputer(experiment, compile=False)
-        stranger.run(theta + 1, GradientJob(0, 1))  # what another θ collected is no answer
-        one, other = collector.run(theta, job), stranger.run(theta, job)
+        stranger.run(theta + 1, GradientJob(0, second))  # what another θ collected is no answer
+        one, other = collector.run(theta, job, vector), stranger.run(theta, job, vector)
         assert one.num_tasks == other.num_tasks == 2
         for name, value in one.metrics.items():
             np.testing.assert_array_equal(value, other.metrics[name])
@@ -107,9 +110,9 @@ def test_workers_are_decided_on_by_all_that_an_iteration_does(
         collections.append(arguments)
         return experience.collect(*arguments)
 
-    def run(self: ChunkComputer, theta: Any, job: Any) -> Any:
+    def run(self: ChunkComputer, theta: Any, job: Any, vector: Any = None) -> Any:
         jobs.append(job)
-        return compute(self, theta, job)
+        return compute(self, theta, job, vector)
 
     compute = ChunkComputer.run
     monkeypatch.setattr(control, "collect", collect)
@@ -259,9 +262,7 @@ def test_other_estimators_are_other_programs(moving: dict[str, Any]) -> None:
     """Within a process, where compiled programs are shared: of trials of a search, say."""
     chosen = [{"estimator": "lvc"}, {"estimator": "naive"}, {"update": "promp", "clip": 0.1}]
     programs = {
-        ChunkComputer(experiment_of(moving, reinforcement=settings), compile=True).program(
-            GradientJob(0, 0)
-        )[0]
+        ChunkComputer(experiment_of(moving, reinforcement=settings), compile=True).program()[0]
         for settings in chosen
     }
     assert len(programs) == 3
@@ -283,7 +284,7 @@ def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
     moving: dict[str, Any], update: str, inner: dict[str, Any]
 ) -> None:
     """By a Fisher product always, by promp for the second order."""
-    settings = {**moving, "model": {"kind": "tests.training.test_control:backward_only"}}
+    settings = {**moving, "model": {"kind": "tests.test_control:backward_only"}}
     experiment = experiment_of(settings, inner=inner, reinforcement={"update": update})
     computer = ChunkComputer(experiment, compile=False)
     if update == "trpo" or (update == "promp" and not inner):
@@ -292,9 +293,12 @@ def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
         return
     computer.warm_up()
     theta = flat_vector(initial_parameters(experiment))
-    asked = [GradientJob(0, 0), *(job for job, _ in usual_questions(acting(experiment), 0, theta))]
+    asked = [
+        GradientJob(0, Span(0, 1)),
+        *(job for job, _ in usual_questions(acting(experiment), 0)),
+    ]
     for job in asked:
-        found = computer.run(theta, job).gradient
+        found = computer.run(theta, job, theta).gradient
         assert found is None or np.isfinite(found).all()
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.cluster.rounds import total_of
 from pipeline.maml.flat_vector import Layout
 from pipeline.runs.folder import RunFolderError
 from pipeline.training.aggregation import aggregate
 from pipeline.training.loop import train
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import GradientJob
+from pipeline.worker.jobs import Cut, GradientJob
 from pipeline.worker.learner import initial_parameters
+from pipeline.worker.tree import Span
 from tests.conftest import experiment_of
 from tests.helpers import final_theta
 
@@ -65,9 +67,9 @@ def test_chunked_equals_whole(quick: dict[str, Any]) -> None:
         computer = ChunkComputer(experiment, compile=False)
         theta = initial_parameters(experiment)
         flat = Layout.of(theta).join(theta).numpy()
-        jobs = [GradientJob(0, chunk) for chunk in range(computer.num_chunks)]
-        results = [computer.run(flat, job) for job in jobs]
-        gradients.append(aggregate(results))
+        result = computer.run(flat, GradientJob(0, Span(0, computer.num_chunks)))
+        cut = Cut(10, experiment.outer.tasks_per_chunk or 10)
+        gradients.append(aggregate(total_of([result], result.gradient, 0.0), cut))
     assert len(gradients) == 2
     torch.testing.assert_close(gradients[0].gradient, gradients[1].gradient, rtol=1e-12, atol=1e-12)
     for name, value in gradients[0].metrics.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
+from pipeline.cluster.rounds import Total, total_of
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.adaptation_curve import adapt
-from pipeline.maml.flat_vector import Layout, Params, flat_vector
+from pipeline.maml.flat_vector import FlatVector, Layout, Params, flat_vector
 from pipeline.maml.inner_optimizers import RuleName, build_rule
 from pipeline.rl.fisher import evaluate_candidate, fisher_product, proximal_gradient
 from pipeline.rl.policies import GAUSSIAN, gaussian_policy
@@ -23,10 +24,11 @@ from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import CollectedBatch, collect
 from pipeline.training.aggregation import aggregate
 from pipeline.training.outer_optimizer import OuterUpdate
-from pipeline.training.trust_region import Questions, conjugate_gradients, policy_update
+from pipeline.training.trust_region import Ask, Questions, conjugate_gradients, policy_update
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import ChunkResult, FisherJob, GradientJob, Job
+from pipeline.worker.jobs import ChunkJob, Cut, FisherJob, GradientJob
 from pipeline.worker.learner import initial_parameters, model_of
+from pipeline.worker.tree import Span
 from tasks.control.navigation import Navigation
 from tasks.random import task_keys
 from tests.conftest import experiment_of
@@ -125,7 +127,7 @@ def test_fisher_products_may_be_estimated_from_fewer_trajectories(
     experiment = experiment_of(moving, reinforcement={"fisher_trajectories": count})
     computer = ChunkComputer(experiment, compile=False)
     theta = flat_vector(initial_parameters(experiment))
-    found = computer.run(theta, FisherJob(0, 0, theta)).gradient
+    found = computer.run(theta, FisherJob(0, Span(0, 1)), theta).gradient
     batch = computer.acted_out(theta, "train", 4, steps=1).batch
     kept = min(count, 8)
     fewer = batch.fewer(count)
@@ -231,21 +233,24 @@ class Round:
         self.computer = ChunkComputer(experiment, compile=False)
         self.update = OuterUpdate(initial_parameters(experiment), experiment.outer)
         self.before = self.update.flat.numpy().copy()
-        self.asked: list[Job] = []
-        chunks = range(self.computer.num_chunks)
-        self.mean = aggregate(self.ask([GradientJob(0, chunk) for chunk in chunks]))
+        self.asked: list[ChunkJob] = []
+        total = self.ask(lambda chunks: GradientJob(0, chunks))
+        outer = experiment.outer
+        self.mean = aggregate(total, Cut(outer.tasks_per_batch, outer.tasks_per_chunk or 1))
         self.settings = experiment.reinforcement or Reinforcement()
 
-    def ask(self, jobs: Sequence[Job]) -> list[ChunkResult]:
-        self.asked += jobs
-        return [self.computer.run(self.before, job) for job in jobs]
+    def ask(self, question: Callable[[Span], ChunkJob], vector: FlatVector | None = None) -> Total:
+        job = question(Span(0, self.computer.num_chunks))
+        self.asked.append(job)
+        result = self.computer.run(self.before, job, vector)
+        return total_of([result], result.gradient, 0.0)
 
     def step(self) -> dict[str, float]:
         return policy_update(
             self.settings,
             self.update,
             self.mean,
-            Questions(0, self.computer.num_chunks, self.ask),
+            Questions(0, self.ask),
         )
 
 
@@ -253,22 +258,19 @@ class Round:
 def test_trust_region_is_kept(moving: dict[str, Any], max_kl: float) -> None:
     round = Round(experiment_of(moving, reinforcement={"max_kl": max_kl, "cg_iterations": 7}))
     metrics = round.step()
-    assert sum(isinstance(job, FisherJob) and job.chunk == 0 for job in round.asked) == 7
+    assert sum(isinstance(job, FisherJob) for job in round.asked) == 7
     assert 0 < metrics["trpo/kl_after"] <= max_kl
     assert metrics["trpo/improvement"] > 0
     assert abs(metrics["trpo/kl_before"]) < 1e-6
     assert not np.array_equal(round.before, round.update.flat.numpy())
 
 
-def spoilt(
-    honest: Callable[[Sequence[Job]], list[ChunkResult]], name: str, value: float
-) -> Callable[[Sequence[Job]], list[ChunkResult]]:
-    def ask(jobs: Sequence[Job]) -> list[ChunkResult]:
-        answers = honest(jobs)
-        for answer in answers:
-            if name in answer.metrics:
-                answer.metrics[name] = np.full_like(answer.metrics[name], value)
-        return answers
+def spoilt(honest: Ask, name: str, value: float) -> Ask:
+    def ask(question: Callable[[Span], ChunkJob], vector: FlatVector) -> Total:
+        total = honest(question, vector)
+        if name in total.metrics:
+            total.metrics[name] = np.full_like(total.metrics[name], value)
+        return total
 
     return ask
 

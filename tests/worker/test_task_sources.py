@@ -25,6 +25,7 @@ from pipeline.worker.learner import Learner
 from pipeline.worker.reinforcement import ReinforcementTasks
 from pipeline.worker.supervised import SupervisedTasks
 from pipeline.worker.task_source import TaskSource, Variants
+from pipeline.worker.tree import Span
 from tasks.base import TaskDistribution
 from tests.conftest import experiment_of
 
@@ -61,12 +62,12 @@ def test_the_task_distribution_decides_the_source(
 def test_every_kind_has_training_tasks_and_is_evaluated(either: dict[str, Any]) -> None:
     computer = ChunkComputer(experiment_of(either), compile=False)
     theta = initial(source_of(either))
-    gradient = computer.run(theta, GradientJob(0, 0))
+    gradient = computer.run(theta, GradientJob(0, Span(0, 1)))
     assert gradient.gradient is not None
     assert gradient.gradient.shape == theta.shape
     assert all(values.shape == (gradient.num_tasks,) for values in gradient.metrics.values())
     job = EvaluationJob("validation", 1, 3, (0, 2))
-    found = computer.run(theta, job)
+    found = computer.run(theta, job, theta)
     assert (found.job, found.num_tasks, found.gradient) == (job, 3, None)
     assert list(found.metrics) == computer.metric_names()
     assert all(values.shape == (2, 3) for values in found.metrics.values())
@@ -96,15 +97,17 @@ def test_tasks_to_act_in_are_asked_about_trajectories(moving: dict[str, Any], ch
     source = source_of(moving)
     theta, flat = source.learner.layout.split(source.learner.initial_theta), initial(source)
     members = len(CUT.members(chunk))
-    product = source.answer(theta, FisherJob(0, chunk, flat))
+    chunks = Span(chunk, chunk + 1)
+    product = source.answer_chunk(theta, FisherJob(0, chunks), chunk, theta)
     assert product.gradient is not None
     assert (product.num_tasks, product.gradient.shape) == (members, flat.shape)
     assert float(product.gradient @ source.learner.initial_theta) >= 0  # positive semi-definite
-    worth = source.answer(theta, CandidateJob(0, chunk, flat))
+    worth = source.answer_chunk(theta, CandidateJob(0, chunks), chunk, theta)
     assert (worth.num_tasks, worth.gradient) == (members, None)
     assert set(worth.metrics) == {"surrogate", "kl"}
     assert worth.metrics["kl"].abs().max() < 1e-6  # the candidate is θ itself
-    step = source.answer(theta, CandidateJob(0, chunk, flat, inner_kl_weight=0.1))
+    weighted = CandidateJob(0, chunks, inner_kl_weight=0.1)
+    step = source.answer_chunk(theta, weighted, chunk, theta)
     assert step.gradient is not None
     assert step.gradient.shape == flat.shape
     assert set(step.metrics) == {"surrogate", "kl", "inner_kl"}
@@ -113,8 +116,8 @@ def test_tasks_to_act_in_are_asked_about_trajectories(moving: dict[str, Any], ch
 @pytest.mark.parametrize(
     ("kind", "job", "what"),
     [
-        ("quick", FisherJob(0, 0, np.zeros(25)), "SupervisedTasks, .* the job FisherJob"),
-        ("quick", CandidateJob(0, 0, np.zeros(25)), "SupervisedTasks, .* the job CandidateJob"),
+        ("quick", FisherJob(0, Span(0, 1)), "SupervisedTasks, .* the job FisherJob"),
+        ("quick", CandidateJob(0, Span(0, 1)), "SupervisedTasks, .* the job CandidateJob"),
         ("moving", DiagnosisJob(0, 0, 2), "ReinforcementTasks, .* the job DiagnosisJob"),
     ],
     ids=["fisher", "candidate", "diagnosis"],
@@ -125,7 +128,7 @@ def test_a_foreign_job_is_refused_in_one_sentence(
     experiment = experiment_of(request.getfixturevalue(kind))
     theta = Learner.of(experiment).initial_theta.numpy()
     with pytest.raises(ValueError, match=what) as refused:
-        ChunkComputer(experiment, compile=False).run(theta, job)
+        ChunkComputer(experiment, compile=False).run(theta, job, theta)
     said = str(refused.value)
     assert said.startswith(f"{experiment.task.kind} tasks are ")
     assert "\n" not in said
