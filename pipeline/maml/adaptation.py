@@ -1,4 +1,4 @@
-"""What adaptation changes, at which rates, by which rule: the choices that make an algorithm.
+"""What adaptation changes, at which rates, by which optimiser: the choices that make an algorithm.
 
     MAML       adapts every parameter, at one fixed rate
     ANIL       adapts the head alone; BOIL adapts the body alone
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.inner_optimizers import SGD, Point, Rule
+from pipeline.maml.inner_optimizers import SGD, InnerOptimizer, Point
 
 Rates = Literal["fixed", "per-layer-and-step", "per-parameter"]
 RATE = "inner_lr."
@@ -54,7 +54,7 @@ class Adaptation:
     per_step: frozenset[str] = frozenset()
     """Names of the meta-parameters that have one value per step."""
     rates: Rates = "fixed"
-    rule: Rule = SGD
+    optimizer: InnerOptimizer = SGD
     batch_size: int | None = None
     """How many support examples a step uses, in turns. None: every step uses all."""
     later_factor: float = 1.0
@@ -70,7 +70,7 @@ class Adaptation:
         not_adapted: Sequence[str] = (),
         per_step: Sequence[str] = (),
         rates: Rates = "fixed",
-        rule: Rule | None = None,
+        optimizer: InnerOptimizer | None = None,
         batch_size: int | None = None,
         later_factor: float = 1.0,
     ) -> Adaptation:
@@ -93,7 +93,7 @@ class Adaptation:
             )
         if rates == "per-layer-and-step":
             stepwise |= {RATE + name for name in fast}
-        return cls(steps, fast, stepwise, rates, rule or SGD, batch_size, later_factor)
+        return cls(steps, fast, stepwise, rates, optimizer or SGD, batch_size, later_factor)
 
     @property
     def learns_rates(self) -> bool:
@@ -130,7 +130,7 @@ class Adaptation:
         fast = self.start(meta)
         if num_tasks is not None:
             fast = {name: value.expand(num_tasks, *value.shape) for name, value in fast.items()}
-        return self.rule.start(fast)
+        return self.optimizer.start(fast)
 
     def at(self, meta: Params, alpha: Tensor, step: int) -> StepInputs:
         """What step `step` (0, 1, ...) takes from the meta-parameters.

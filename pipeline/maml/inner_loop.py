@@ -20,7 +20,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.compilation import Compiler
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.inner_optimizers import Point, Rule
+from pipeline.maml.inner_optimizers import InnerOptimizer, Point
 from pipeline.maml.meta_loss import Loss, TaskLoss
 
 Order = Literal["second", "first"]
@@ -49,19 +49,21 @@ class Adjoint(NamedTuple):
     """With respect to the inner gradient; empty where `slow_back_at_once` does not need it."""
 
 
-def inner_step(loss: Loss, rule: Rule, point: Point, inputs: StepInputs, support: Any) -> InnerStep:
+def inner_step(
+    loss: Loss, optimizer: InnerOptimizer, point: Point, inputs: StepInputs, support: Any
+) -> InnerStep:
     """Take one step; with plain gradient descent θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2)."""
 
     def of_fast(fast: Params) -> Tensor:
         return loss({**inputs.slow, **fast}, support)
 
     gradient, value = grad_and_value(of_fast)(point.fast)
-    return InnerStep(rule.update(point, gradient, inputs.rates, inputs.t), gradient, value)
+    return InnerStep(optimizer.update(point, gradient, inputs.rates, inputs.t), gradient, value)
 
 
 def inner_step_back(
     loss: Loss,
-    rule: Rule,
+    optimizer: InnerOptimizer,
     point: Point,
     gradient: Params,
     inputs: StepInputs,
@@ -86,10 +88,10 @@ def inner_step_back(
     """
     slow, rates, t = inputs
     if learns_rates:
-        pull = vjp(lambda p, g, r: rule.update(p, g, r, t), point, gradient, rates)[1]
+        pull = vjp(lambda p, g, r: optimizer.update(p, g, r, t), point, gradient, rates)[1]
         before, gradient_bar, rates_bar = pull(v)
     else:
-        pull = vjp(lambda p, g: rule.update(p, g, rates, t), point, gradient)[1]
+        pull = vjp(lambda p, g: optimizer.update(p, g, rates, t), point, gradient)[1]
         (before, gradient_bar), rates_bar = pull(v), {}
     if not second_order:
         return Adjoint(before, {}, rates_bar, {})
@@ -246,14 +248,14 @@ class Stages(NamedTuple):
         step_back = partial(
             inner_step_back,
             objective.loss,
-            adaptation.rule,
+            adaptation.optimizer,
             second_order=order == "second",
             learns_rates=adaptation.learns_rates,
             with_slow=not at_once,
             forward=forward,
         )
         return cls(
-            _step_of_tasks(partial(inner_step, objective.loss, adaptation.rule)),
+            _step_of_tasks(partial(inner_step, objective.loss, adaptation.optimizer)),
             _query_of_tasks(objective),
             _step_back_of_tasks(step_back),
             _slow_back_of_tasks(objective.loss) if at_once else None,

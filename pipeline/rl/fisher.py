@@ -126,7 +126,7 @@ def _step_tangent(
             return objective.loss({**slow, **fast}, support)
 
         gradient = grad(loss)(point.fast) if second_order else inner_gradient
-        return adaptation.rule.update(point, gradient, rates, inputs.t)
+        return adaptation.optimizer.update(point, gradient, rates, inputs.t)
 
     slow_and_rates, tangents = inputs[:2], inputs_tangent[:2]
     moved: Point = jvp(step, (before, *slow_and_rates), (tangent, *tangents))[1]

@@ -160,7 +160,7 @@ def _start_tracking(
         experiment=experiment.tracking.experiment,
         run_name=session.run_dir.name,
         run_dir=session.run_dir,
-        params={"num_parameters": session.update.layout.size, **experiment.flat()},
+        params={"num_parameters": session.optimizer.layout.size, **experiment.flat()},
         tags={
             **environment_tags(),
             "algorithm": name_of(experiment),
@@ -169,7 +169,7 @@ def _start_tracking(
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
             # MLflow's pages show these as the run's description and its source.
-            "mlflow.note.content": summary(experiment, session.update.layout.size),
+            "mlflow.note.content": summary(experiment, session.optimizer.layout.size),
             "mlflow.source.name": experiment.name,
             "mlflow.source.type": "LOCAL",
             **experiment.tracking.tags,

@@ -88,7 +88,7 @@ def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) 
         if name.startswith("theta.")
     }
     theta = narrowed(experiment, wide)
-    session.update.replace(Layout.of(session.update.theta).join(theta))
+    session.optimizer.replace(Layout.of(session.optimizer.theta).join(theta))
 
 
 def number_of_workers(experiment: Experiment) -> int:

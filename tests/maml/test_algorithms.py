@@ -16,7 +16,7 @@ from pipeline.config.experiment import Algorithm
 from pipeline.maml.adaptation import RATE, Adaptation
 from pipeline.maml.adaptation_curve import adapt
 from pipeline.maml.flat_vector import Layout, Params
-from pipeline.maml.inner_optimizers import build_rule
+from pipeline.maml.inner_optimizers import build_inner_optimizer
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4, mlp
@@ -142,8 +142,8 @@ BY_HAND: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
     "maml with momentum": lambda model: momentum,
 }
 OWN = {
-    "maml with adam": {"rule": build_rule("adam")},
-    "maml with momentum": {"rule": build_rule("momentum", momentum=0.8)},
+    "maml with adam": {"optimizer": build_inner_optimizer("adam")},
+    "maml with momentum": {"optimizer": build_inner_optimizer("momentum", momentum=0.8)},
 }
 
 
@@ -280,7 +280,7 @@ def test_anil_leaves_the_body_alone_but_learns_it() -> None:
 def test_inner_adam_is_torchs(beta1: float) -> None:
     model = mlp((1,), 1, hidden=(5,), init_std=0.5).double()
     batch = Sinusoid(shots=6, queries=5).sample(0, "train", np.arange(1)).to("cpu", torch.float64)
-    adaptation = Adaptation.of(model, steps=6, rule=build_rule("adam", beta1=beta1))
+    adaptation = Adaptation.of(model, steps=6, optimizer=build_inner_optimizer("adam", beta1=beta1))
     params = {n: p.detach().clone() for n, p in model.named_parameters()}
     objective = Objective(model, Sinusoid())
     alpha = torch.tensor(0.01, dtype=torch.float64)
@@ -300,7 +300,7 @@ def test_inner_adam_survives_units_without_gradient() -> None:
     with torch.no_grad():
         model[0].bias.fill_(-100.0)
     batch = Sinusoid(shots=6, queries=5).sample(0, "train", np.arange(2)).to("cpu", torch.float64)
-    adaptation = Adaptation.of(model, steps=2, rule=build_rule("adam"))
+    adaptation = Adaptation.of(model, steps=2, optimizer=build_inner_optimizer("adam"))
     layout = Layout.of(dict(model.named_parameters()))
     flat = layout.join({n: p.detach() for n, p in model.named_parameters()})
     chunk = chunk_function(Objective(model, Sinusoid()), adaptation, layout)

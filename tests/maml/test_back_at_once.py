@@ -14,7 +14,7 @@ from pipeline.maml.adaptation import Adaptation, Rates
 from pipeline.maml.compilation import trace
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.inner_loop import Stages
-from pipeline.maml.inner_optimizers import RuleName, build_rule
+from pipeline.maml.inner_optimizers import InnerOptimizerName, build_inner_optimizer
 from pipeline.maml.meta_gradient import Knobs, goes_back_at_once, meta_gradient
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import mlp
@@ -90,17 +90,21 @@ def test_layers_are_shared_where_steps_differ_in_the_last_ones_alone(
 
 
 @pytest.mark.parametrize("rates", get_args(Rates))
-@pytest.mark.parametrize("rule", get_args(RuleName))
+@pytest.mark.parametrize("optimizer", get_args(InnerOptimizerName))
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_steps_at_once_equal_steps_one_by_one(
-    rates: Rates, rule: RuleName, weights: tuple[float, ...] | None
+    rates: Rates, optimizer: InnerOptimizerName, weights: tuple[float, ...] | None
 ) -> None:
     torch.manual_seed(0)
     model, criterion, batch = classification()
     batch = batch.to("cpu", torch.float64)
     objective = Objective(model.double(), criterion)
     adaptation = Adaptation.of(
-        model, steps=STEPS, adapted=["head", "5.*"], rates=rates, rule=build_rule(rule)
+        model,
+        steps=STEPS,
+        adapted=["head", "5.*"],
+        rates=rates,
+        optimizer=build_inner_optimizer(optimizer),
     )
     meta = perturbed(adaptation.meta_parameters(dict(model.named_parameters()), ALPHA))
     weighted = None if weights is None else torch.tensor(weights, dtype=torch.float64)
