@@ -84,9 +84,8 @@ class PolicyStep:
     def move(
         self, optimizer: OuterOptimizer, mean: Aggregate, batch: MetaBatch
     ) -> dict[str, float]:
-        collected_by = (
-            optimizer.flat.numpy().copy()
-        )  # a copy: `optimizer` changes θ in place meanwhile
+        # A copy, because the steps below change θ in place.
+        collected_by = optimizer.flat.numpy().copy()
 
         def ask(question: Callable[[Span], ChunkJob], vector: FlatVector) -> Total:
             return batch.workers.total(collected_by, question, batch.num_chunks, vector)

@@ -16,7 +16,7 @@ from torch import Tensor
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.compilation import Work
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.inner_loop import has_forward_derivatives
+from pipeline.maml.inner_loop import forward_mode_succeeds
 from pipeline.rl.fisher import ProximalGradient, evaluate_candidate, proximal_gradient
 from pipeline.rl.policies import distribution_of
 from pipeline.rl.policy_loss import PolicyObjective
@@ -70,7 +70,7 @@ class ReinforcementTasks(TaskSource):
 
     def warm_up(self, theta: Params) -> None:
         update = self._settings.update
-        if not has_forward_derivatives(lambda: self._differentiate_forward(theta)):
+        if not forward_mode_succeeds(lambda: self._differentiate_forward(theta)):
             raise ValueError(
                 "model: an operation of the policy has no forward derivative in torch, which "
                 f"reinforcement.update={update} needs; gradient does without"
