@@ -130,7 +130,7 @@ def test_fisher_products_may_be_estimated_from_fewer_trajectories(
     computer = ChunkComputer(experiment, compile=False)
     theta = flat_vector(initial_parameters(experiment))
     found = computer.run(theta, FisherJob(0, Span(0, 1)), theta).gradient
-    batch = computer.acted_out(theta, "train", 4, steps=1).batch
+    batch = computer.collect(theta, "train", 4, steps=1).batch
     kept = min(count, 8)
     fewer = batch.fewer(count)
     wholes, parts = ((*of.support.steps, of.query) for of in (batch, fewer))
