@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     # Nichol et al. 2018: θ ← θ + ε (θ'_S − θ), mean over the tasks of a batch. θ'_S comes of Adam
     # with β1 = 0 on mini-batches of 10; ε falls linearly from 1 to 0.
     "reptile": {
-        "outer.estimator": "reptile",
+        "outer.direction": "reptile",
         "inner.order": "first",
         "inner.optimizer": "adam",
         "inner.beta1": 0.0,
@@ -80,7 +80,7 @@ FAMILY = (
     "inner.momentum",
     "inner.beta1",
     "inner.batch_size",
-    "outer.estimator",
+    "outer.direction",
     "outer.query_losses",
 )
 

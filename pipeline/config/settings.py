@@ -80,8 +80,10 @@ class Inner(Section):
         description="iteration at which annealed order goes from first to second; null: after a "
         "third of outer.iterations, as in MAML++",
     )
-    checkpoint: bool = Field(
-        False, description="recompute inner steps in the backward pass: memory flat in the steps"
+    recompute: bool = Field(
+        False,
+        description="activation checkpointing: inner steps are computed again on the way back, so "
+        "that memory does not grow with their number",
     )
     adapted: Names = Field(("all",), description="parameters that adapt")
     not_adapted: Names = Field((), description="of these, parameters that do not")
@@ -135,8 +137,9 @@ class Outer(Section):
     )
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the meta-gradient")
     clip_value: float | None = Field(None, gt=0, description="largest size of each of its elements")
-    estimator: Literal["gradient", "reptile"] = Field(
-        "gradient", description="reptile: θ minus the adapted θ, instead of a meta-gradient"
+    direction: Literal["gradient", "reptile"] = Field(
+        "gradient",
+        description="what θ descends along: the meta-gradient, or (reptile) θ minus the adapted θ",
     )
     query_losses: Literal["last", "all", "annealed"] | tuple[float, ...] = Field(
         "last", description="query losses that count: after the last step, all, or own weights"

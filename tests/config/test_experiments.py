@@ -265,7 +265,7 @@ def test_flat_settings_have_the_paths_of_overrides(quick: dict[str, Any]) -> Non
 
 
 def test_every_broken_rule_is_an_error_of_its_own() -> None:
-    changes = ["algorithm=meta-sgd", "outer.estimator=reptile", "outer.weight_decay=0.1"]
+    changes = ["algorithm=meta-sgd", "outer.direction=reptile", "outer.weight_decay=0.1"]
     with pytest.raises(ConfigError) as caught:
         load("sinusoid", [*changes, "outer.query_losses=all"])
     assert caught.value.errors == [

@@ -117,7 +117,7 @@ def test_presets_say_what_the_papers_say() -> None:
     assert expanded["meta-sgd"].inner.rates == "per-parameter"
     reptile = expanded["reptile"]
     assert (reptile.inner.optimizer, reptile.inner.beta1) == ("adam", 0.0)
-    assert (reptile.outer.estimator, reptile.outer.optimizer) == ("reptile", "sgd")
+    assert (reptile.outer.direction, reptile.outer.optimizer) == ("reptile", "sgd")
     assert (reptile.inner.lr, reptile.outer.lr, reptile.outer.scheduler) == (0.001, 1, "LinearLR")
     plus = expanded["maml++"]
     assert (plus.inner.rates, plus.inner.order) == ("per-layer-and-step", "annealed")
@@ -161,7 +161,7 @@ def test_another_algorithm_leaves_nothing_of_the_first(tmp_path: Path) -> None:
             "outer.weight_decay: would pull the learned inner.rates to zero",
         ),
         (
-            {"outer": {"estimator": "reptile"}},
+            {"outer": {"direction": "reptile"}},
             "inner.order: reptile has no second order",
         ),
         (

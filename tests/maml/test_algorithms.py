@@ -230,7 +230,7 @@ def reptile(theta: Tensor, batch: TaskBatch, steps: int, rate: float) -> Tensor:
         adaptation,
         layout,
         order="first",
-        estimator="reptile",
+        direction="reptile",
     )
     return chunk(theta, batch, Knobs(torch.tensor(rate, dtype=torch.float64)))[0]
 

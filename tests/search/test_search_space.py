@@ -129,24 +129,24 @@ def test_criterion(quick: dict[str, Any]) -> None:
 def test_values_of_every_kind(quick: dict[str, Any]) -> None:
     """Numbers, words, truth values and lists, written flat or nested."""
     space = {
-        "inner": {"lr": {"loguniform": [0.01, 1]}, "checkpoint": {"choice": [True, False]}},
+        "inner": {"lr": {"loguniform": [0.01, 1]}, "recompute": {"choice": [True, False]}},
         "inner.steps": {"integer": [1, 3]},
         "model.hidden": {"grid": [[8], [8, 8]]},
     }
     experiment = searching(quick, space)
     assert len(corners(experiment.search)) == 3 * 2 * 2 * 2
-    draw = {"inner.lr": 0.5, "inner.checkpoint": 1, "inner.steps": 2, "model.hidden": 1}
+    draw = {"inner.lr": 0.5, "inner.recompute": 1, "inner.steps": 2, "model.hidden": 1}
     assert settings_of(experiment.search, draw) == {
         "inner.lr": 0.5,
-        "inner.checkpoint": False,
+        "inner.recompute": False,
         "inner.steps": 2,
         "model.hidden": [8, 8],
     }
-    far = {"inner.lr": 1.2, "inner.steps": 0.8, "inner.checkpoint": 0}
+    far = {"inner.lr": 1.2, "inner.steps": 0.8, "inner.recompute": 0}
     assert within(experiment.search, far) == {
         "inner.lr": 1.0,
         "inner.steps": 1,
-        "inner.checkpoint": 0,
+        "inner.recompute": 0,
     }
 
 
