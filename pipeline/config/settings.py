@@ -28,16 +28,20 @@ class Rule(NamedTuple):
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot be changed afterwards.
 
-    Every rule of `rules` that a section breaks is a line of one ValueError.
+    Once every field is right by itself, each of the section's `faults` is a line of one ValueError.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     rules: ClassVar[tuple[Rule, ...]] = ()
 
+    def faults(self) -> list[str]:
+        """What is wrong with the fields together, as 'path: why': a line for each broken rule."""
+        return [rule.message(self) for rule in self.rules if rule.when(self)]
+
     @model_validator(mode="after")
-    def _keeps_its_rules(self) -> Self:
-        if broken := [rule.message(self) for rule in self.rules if rule.when(self)]:
-            raise ValueError("\n".join(broken))
+    def _has_no_faults(self) -> Self:
+        if faults := self.faults():
+            raise ValueError("\n".join(faults))
         return self
 
 

@@ -66,9 +66,22 @@ def test_every_error_at_once(quick: dict[str, Any]) -> None:
         assert f"search.space.{path}:" in message
 
 
+def test_every_fault_of_the_section_is_a_line(quick: dict[str, Any]) -> None:
+    space = {"inner.lr": {"uniform": [2, 1]}, "inner.steps": {"choice": []}}
+    with pytest.raises(ConfigError) as caught:
+        searching(quick, space, algorithm="tpe", scheduler="pbt", max_concurrent=2)
+    assert [line.partition(":")[0] for line in caught.value.errors] == [
+        "search.space.inner.lr",
+        "search.space.inner.steps",
+        "search.algorithm",
+        "search.max_concurrent",
+    ]
+
+
 def test_what_cannot_be_combined(quick: dict[str, Any]) -> None:
     lr = {"inner.lr": {"loguniform": [0.01, 0.1]}}
-    assert "algorithm grid needs values" in refusal(quick, lr, algorithm="grid")
+    grid = refusal(quick, lr, algorithm="grid")
+    assert "search.algorithm: grid needs values, such as grid: [0.01, 0.1], of inner.lr" in grid
     assert "tpe cannot be combined" in refusal(quick, lr, algorithm="tpe", scheduler="pbt")
     for scheduler in ("pbt", "hyperband"):
         assert "they take turns" in refusal(quick, lr, scheduler=scheduler, max_concurrent=2)
