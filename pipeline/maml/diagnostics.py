@@ -29,8 +29,8 @@ from pipeline.maml.adaptation_curve import query_metrics
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.inner_loop import Order, Stages, hessian_vector_product
 from pipeline.maml.meta_gradient import (
+    Direction,
     ForwardPass,
-    GradientEstimator,
     Knobs,
     forward_pass,
     inner_loss_has_forward_derivatives,
@@ -43,7 +43,7 @@ class Diagnosis(NamedTuple):
     """The numbers of a chunk of B tasks and S inner steps."""
 
     second: Params | None
-    """Sum of the second-order meta-gradients over the tasks; None where the estimator is Reptile,
+    """Sum of the second-order meta-gradients over the tasks; None with Reptile's direction,
     which has no order."""
     first: Params | None
     """The same of first order."""
@@ -60,7 +60,7 @@ def diagnose(
     knobs: Knobs,
     *,
     order: Order,
-    estimator: GradientEstimator = "gradient",
+    direction: Direction = "gradient",
 ) -> Diagnosis:
     """Diagnose a chunk. `order` is the one that training uses; gradient_norm is of that order.
 
@@ -79,7 +79,7 @@ def diagnose(
         ),
         "hurt": _hurt(objective, passed),
     }
-    if estimator == "reptile":
+    if direction == "reptile":
         return Diagnosis(None, None, metrics)
     second, second_norms = _gradient_and_norms(by_order["second"], passed, knobs)
     first, first_norms = _gradient_and_norms(by_order["first"], passed, knobs)

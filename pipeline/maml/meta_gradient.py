@@ -42,7 +42,7 @@ from pipeline.maml.inner_loop import (
 from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_loss import Batch, TaskLoss, num_tasks
 
-GradientEstimator = Literal["gradient", "reptile"]
+Direction = Literal["gradient", "reptile"]
 """The meta-gradient of eq. 4, or θ − θ'_S in its place (Nichol et al. 2018)."""
 
 
@@ -305,22 +305,23 @@ def chunk_function(
     layout: Layout,
     *,
     order: Order = "second",
-    estimator: GradientEstimator = "gradient",
-    remat: bool = False,
+    direction: Direction = "gradient",
+    recompute: bool = False,
     compile: bool = False,
 ) -> ChunkFunction:
     """The function that computes the gradient sum of a chunk, from and to flat vectors.
 
     `objective` is the loss of a task (eq. 3), `adaptation` how θ becomes θ'_S (eq. 2), `layout`
     that of the meta-parameters. `order` says whether inner gradients are differentiated ("second")
-    or constants ("first"); `estimator` is the meta-gradient ("gradient") or Reptile's difference.
+    or constants ("first"); `direction` is the meta-gradient ("gradient") or Reptile's difference.
 
     With `compile`, all of it becomes one program, which keeps the activations of the forward pass
-    for the backward pass. With `remat` (rematerialisation), every stage becomes a program of its
-    own instead: activations live within a stage, each step back computes its gradient again, and
-    memory does not grow with the steps. A function of more than 4,000 operators is compiled stage
-    by stage even without `remat`, because one program would take minutes. `remat` changes nothing
-    without `compile`: the eager function keeps only the θ_s and the inner gradients.
+    for the backward pass. With `recompute` (activation checkpointing), every stage becomes a
+    program of its own instead: activations live within a stage, each step back computes its
+    gradient again, and memory does not grow with the steps. A function of more than 4,000 operators
+    is compiled stage by stage even without `recompute`, because one program would take minutes.
+    `recompute` changes nothing without `compile`: the eager function keeps only the θ_s and the
+    inner gradients.
 
     The tensors of a call must be on one device and in one precision. The first call tries how torch
     can differentiate the objective, traces and compiles; another value of a knob needs no new
@@ -328,7 +329,7 @@ def chunk_function(
     raises, such as RuntimeError for a vector of the wrong length. If compilation fails, the
     function logs one warning and runs eagerly.
     """
-    return _ChunkProgram(objective, adaptation, layout, order, estimator, remat, compile)
+    return _ChunkProgram(objective, adaptation, layout, order, direction, recompute, compile)
 
 
 @dataclass(eq=False)  # a program is the same as itself alone
@@ -339,8 +340,8 @@ class _ChunkProgram:
     adaptation: Adaptation
     layout: Layout
     order: Order
-    estimator: GradientEstimator
-    remat: bool
+    direction: Direction
+    recompute: bool
     compile: bool
     program: ChunkFunction | None = field(default=None, init=False)
 
@@ -355,7 +356,7 @@ class _ChunkProgram:
     def build(self, flat: Tensor, batch: Batch, knobs: Knobs) -> ChunkFunction:
         """The function for chunks such as this one, compiled where that was asked for."""
         to_try = (self.objective, self.adaptation, self.layout.split(flat), batch)
-        second = self.order == "second" and self.estimator != "reptile"
+        second = self.order == "second" and self.direction != "reptile"
         eager = Stages.of(
             self.objective,
             self.adaptation,
@@ -366,7 +367,7 @@ class _ChunkProgram:
         if not self.compile:
             return self.on_flat_vectors(eager)
         whole, compiler = self.on_flat_vectors(eager), Compiler()
-        if self.remat or operator_calls(whole, flat, batch, knobs) > _LARGEST_PROGRAM:
+        if self.recompute or operator_calls(whole, flat, batch, knobs) > _LARGEST_PROGRAM:
             return self.on_flat_vectors(eager.compiled(compiler))
         return compiler.compiled(whole)
 
@@ -375,7 +376,7 @@ class _ChunkProgram:
 
         def chunk(flat: Tensor, batch: Batch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
             meta = self.layout.split(flat)
-            if self.estimator == "reptile":
+            if self.direction == "reptile":
                 result = reptile_gradient(
                     stages, self.adaptation, self.objective, meta, batch, knobs
                 )

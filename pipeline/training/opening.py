@@ -14,7 +14,6 @@ from typing import Literal
 from pipeline.cluster.connection import cluster_address
 from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.group import InProcess, WorkerGroup, on_driver, threads_per_chunk
-from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.evaluation.run_report import summary
@@ -163,7 +162,7 @@ def _start_tracking(
         params={"num_parameters": session.optimizer.layout.size, **experiment.flat()},
         tags={
             **environment_tags(),
-            "algorithm": name_of(experiment),
+            "algorithm": experiment.algorithm_name,
             **({} if experiment.pretraining else {"order": experiment.inner.order}),
             "workers": str(placement.workers),
             "compiled": str(session.compile),

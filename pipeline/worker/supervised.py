@@ -86,7 +86,7 @@ class SupervisedTasks(TaskSource):
             self.held_out("validation", np.arange(job.first, job.first + job.count)),
             learner.knobs(phase, job.iteration),
             order="second" if phase.second_order else "first",
-            estimator=learner.experiment.outer.estimator,
+            direction=learner.experiment.outer.direction,
         )
         if found.second is None or found.first is None:
             return Answer(job.count, found.metrics)
