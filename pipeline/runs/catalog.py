@@ -22,6 +22,7 @@ from pipeline.config.loading import runs_folder
 from pipeline.maml.confidence import Estimate
 from pipeline.runs.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
 from pipeline.runs.tracker import resolve_uri
+from tasks.errors import first_line
 
 STATUSES = ("running", "scheduled", "finished", "failed", "killed")
 _PAGE = 500  # runs per request
@@ -357,8 +358,7 @@ def _reading(uri: str, must_exist: bool = False) -> Iterator[Any]:
 
         if not isinstance(error, MlflowException):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrackingError(f"cannot read the runs of {uri}: {reason[:300]}") from error
+        raise TrackingError(f"cannot read the runs of {uri}: {first_line(error)}") from error
 
 
 def _has_runs(database: Path) -> bool:

@@ -28,6 +28,7 @@ from pipeline.search.trial import (
     trial_experiment,
 )
 from pipeline.search.trial_records import TrialRuns
+from tasks.errors import first_line
 
 _RESTARTS = 3  # of a trial whose process died
 _STARVING = 120.0  # seconds without a running trial until the watcher is told
@@ -241,7 +242,7 @@ def result_of(plan: Plan, trial: Any, over: bool) -> TrialResult:
     result = plan.result(trial.trial_id, trial.config, trial.last_result or {})
     if trial.status == "ERROR":
         error = trial.get_pickled_error()
-        reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "it died"
+        reason = first_line(error) if error else "it died"
         return replace(result, outcome=FAILED, failure=result.failure or reason)
     if result.outcome == UNFINISHED and (over or trial.status == "TERMINATED"):
         return replace(result, outcome=STOPPED)
