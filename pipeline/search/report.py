@@ -18,6 +18,7 @@ from typing import Any
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import with_settings
 from pipeline.runs.files import write_atomically
+from pipeline.runs.folder import History
 from pipeline.search.plots import plot_learning_curves, plot_points
 from pipeline.search.trial import (
     COMPLETE,
@@ -79,17 +80,9 @@ def best_of(results: Sequence[TrialResult], criterion: Criterion) -> TrialResult
 
 def learning_curve(plan: Plan, result: TrialResult) -> dict[int, float]:
     """A trial's validations by iteration, from its folder."""
-    path = plan.trial_dir(result.trial_id) / "metrics.jsonl"
     key = f"validation/{plan.criterion.metric}_step{result.step}"
-    curve = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a crash cut this line short
-        if key in record:
-            curve[int(record["iteration"])] = float(record[key])
-    return curve
+    records = History(plan.trial_dir(result.trial_id)).records()
+    return {int(record["iteration"]): record[key] for record in records if key in record}
 
 
 def compare_orders(
