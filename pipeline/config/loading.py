@@ -32,6 +32,7 @@ from pipeline.config.errors import readable
 from pipeline.config.experiment import Experiment
 from pipeline.config.lr_schedulers import build_scheduler
 from pipeline.config.settings import Outer
+from pipeline.config.wording import counted
 from tasks.control.mdp import MDPs
 from tasks.data_root import default_root
 from tasks.errors import ReportedError
@@ -47,8 +48,7 @@ class ConfigError(ReportedError):
     def __init__(self, source: str, errors: Sequence[str]):
         """`source` names what the errors are in; '' for an error whose message names it."""
         self.errors = list(errors)
-        plural = "error" if len(self.errors) == 1 else "errors"
-        title = f"{len(self.errors)} {plural} in {source}:\n  " if source else ""
+        title = f"{counted(len(self.errors), 'error')} in {source}:\n  " if source else ""
         super().__init__(title + "\n  ".join(self.errors))
 
 

@@ -15,6 +15,7 @@ from torch.func import vmap
 from pipeline.cluster.group import on_driver
 from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import counted
 from pipeline.evaluation.comparison import PairedComparison
 from pipeline.evaluation.curve_plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
 from pipeline.evaluation.health import PREFIX
@@ -135,7 +136,7 @@ def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
     steps = curves[0].steps
     lines = [
         f"| {label}{' in %' if percent else ''} after | "
-        + " | ".join(f"{step} step{'' if step == 1 else 's'}" for step in steps)
+        + " | ".join(counted(step, "step") for step in steps)
         + " |",
         "|---|" + "---:|" * len(steps),
     ]

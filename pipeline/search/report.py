@@ -17,6 +17,7 @@ from typing import Any
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import with_settings
+from pipeline.config.wording import counted
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import History
 from pipeline.search.plots import plot_learning_curves, plot_points
@@ -130,8 +131,9 @@ def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
     if best is None:
         return ["No trial has a result."]
     label = metric_label(plan.experiment, criterion)
+    steps = counted(criterion.step_of(best_experiment(plan, best)), "adaptation step")
     lines = [
-        f"Best: {settings_text(best.settings)}. Validation {label} after {_steps(best.step)} is "
+        f"Best: {settings_text(best.settings)}. Validation {label} after {steps} is "
         f"{value_text(criterion, best.value, best.ci95)} (trial {best.trial_id}, {best.outcome}, "
         f"{best.iteration:,} iterations in {best.seconds:.1f} s)."
     ]
@@ -160,7 +162,7 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
             f"First order against second order: nothing to compare, none of {found.left_out} pairs "
             "at equal settings has validations of both."
         ]
-    pairs = f"{found.pairs} pair{'' if found.pairs == 1 else 's'} at equal settings"
+    pairs = f"{counted(found.pairs, 'pair')} at equal settings"
     pairs += f", {found.to_the_end} of them trained to the end"
     if found.left_out:
         pairs += f"; {found.left_out} more without a validation"
@@ -314,7 +316,11 @@ def _caption(plan: Plan, results: Sequence[TrialResult]) -> str:
     """What the numbers in the figures mean."""
     tasks = plan.experiment.evaluation.validation_tasks
     steps = {r.step for r in results if r.step is not None}
-    chosen = _steps(steps.pop()) if len(steps) == 1 else "the adaptation steps trained"
+    chosen = (
+        counted(steps.pop(), "adaptation step")
+        if len(steps) == 1
+        else "the adaptation steps trained"
+    )
     return (
         f"{len(results)} trials: {outcomes(results)}; {tasks} validation tasks, after {chosen}; "
         "± CI95 over tasks; hollow: not trained to the end"
@@ -331,10 +337,6 @@ def _is_axis(values: Sequence[Any]) -> bool:
 def _cell(value: Any) -> Any:
     """A value for a column of the table; lists and sections become JSON."""
     return value if isinstance(value, int | float | str) else json.dumps(value)
-
-
-def _steps(steps: int | None) -> str:
-    return f"{steps} adaptation step{'' if steps == 1 else 's'}"
 
 
 def _interval(values: Sequence[float]) -> Interval:
