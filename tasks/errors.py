@@ -1,5 +1,18 @@
 """The base of the errors whose message is written for a person, and the exit code of each."""
 
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C ended, as shells have it: 128 + SIGINT."""
+
+_LONGEST_LINE = 300  # characters of somebody else's message
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class where there is no message.
+
+    For messages of other libraries, which may run over pages; at most 300 characters.
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:_LONGEST_LINE]
+
 
 class ReportedError(Exception):
     """An error that says in words what is wrong and what to do: `str()` is the whole message.

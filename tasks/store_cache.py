@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.data_root import is_uri
+from tasks.errors import first_line
 from tasks.image_store import IMAGES, MANIFEST, ImageStore, StoreError, only_builder
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ class _Source:
             self._fs, path = pyarrow.fs.FileSystem.from_uri(root)
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"data.root: {root} cannot be read: {_line(error)}\n"
+                f"data.root: {root} cannot be read: {first_line(error)}\n"
                 "use a folder, or a URI such as file:///..., s3://BUCKET/..., gs://BUCKET/..."
             ) from error
         self._folder = f"{path.rstrip('/')}/{name}"
@@ -99,7 +100,8 @@ class _Source:
     def damaged(self, error: StoreError) -> StoreError:
         """The error for a copy that is damaged although it was just made."""
         return StoreError(
-            f"the image store {self.name} at {self.root} is damaged: {_line(error)}\n{self._build}"
+            f"the image store {self.name} at {self.root} is damaged: {first_line(error)}\n"
+            f"{self._build}"
         )
 
     @contextlib.contextmanager
@@ -113,7 +115,7 @@ class _Source:
             ) from error
         except (OSError, ValueError) as error:
             raise StoreError(
-                f"the image store {self.name} at {self.root} cannot be read: {_line(error)}"
+                f"the image store {self.name} at {self.root} cannot be read: {first_line(error)}"
             ) from error
 
 
@@ -154,8 +156,3 @@ def _fetch(source: _Source, manifest: bytes, folder: Path, name: str) -> None:
         new.replace(folder / name)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _line(error: Exception) -> str:
-    """The first line of an error's message."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -14,7 +14,7 @@ from typing import Any
 import typer
 from rich.markup import escape
 
-from tasks.errors import ReportedError
+from tasks.errors import INTERRUPTED, ReportedError
 
 DEBUG = "MAML_DEBUG"
 """Environment variable that `--debug` sets."""
@@ -35,7 +35,7 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
         except KeyboardInterrupt:
-            _fail("interrupted", 130)
+            _fail("interrupted", INTERRUPTED)
         except BrokenPipeError:
             # The reader of our output has gone (`maml ... | head`): nothing is wrong.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -60,8 +60,7 @@ def _fail(message: str, code: int) -> None:
     """Print the message, yellow for an interruption, and end the command with the exit code."""
     from pipeline.cli.console import err
 
-    said = (
-        f"[yellow]{escape(message)}[/]" if code == 130 else f"[bold red]error:[/] {escape(message)}"
-    )
+    text = escape(message)
+    said = f"[yellow]{text}[/]" if code == INTERRUPTED else f"[bold red]error:[/] {text}"
     err.print(said, soft_wrap=True)
     raise typer.Exit(code)

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.exit_codes import reporting_errors
+from tasks.errors import INTERRUPTED
 
 if TYPE_CHECKING:
-    from pipeline.cluster.submission import Head, Job
+    from pipeline.cluster.submission import ClusterJob, Head
 
 jobs_app = typer.Typer(
     invoke_without_command=True, help="List the jobs of a Ray cluster; their logs; stop one."
@@ -149,12 +150,12 @@ def _follow(head: Head, job: str, address: str | None) -> None:
             markup=False,
             soft_wrap=True,
         )
-        raise typer.Exit(130) from None
+        raise typer.Exit(INTERRUPTED) from None
     err.print(_ending(ended), markup=False, soft_wrap=True)
     raise typer.Exit(ended.exit_code or 0)
 
 
-def _ending(job: Job) -> str:
+def _ending(job: ClusterJob) -> str:
     """Say how a job ended; with Ray's message only if the job has no output that says why."""
     if job.status == "STOPPED":
         return f"{job.id} was stopped"

@@ -106,12 +106,13 @@ def _print_runs(runs: list[Any], text: str) -> None:
 
 def _rows(runs: list[Any], text: str) -> Iterator[list[str]]:
     """The rows of runs and searches, with the best trials below a search."""
+    from pipeline.config.wording import counted
+
     for run in runs:
         if not run.is_search:
             yield _row(run, _plain(run.name), _validation(run))
             continue
-        count = len(run.trials)
-        trials = f"{count} trial{'' if count == 1 else 's, best first' if count else 's'}"
+        trials = counted(len(run.trials), "trial") + (", best first" if len(run.trials) > 1 else "")
         yield _row(run, f"[bold]{_plain(run.name)}[/]", trials)
         # Where trials were asked for, all of them are shown.
         shown = run.trials if text else run.trials[:_TRIALS_SHOWN]

@@ -12,8 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from pipeline.cli.console import LiveLine, duration, out
-from pipeline.search.report import best_of, metric_label, setting_text, settings_text, value_text
-from pipeline.search.trial import COMPLETE, UNFINISHED, Plan, TrialResult, base_experiment, bundles
+from pipeline.search.report import best_of, ranking_label, setting_text, settings_text, value_text
+from pipeline.search.trial import COMPLETE, UNFINISHED, Plan, TrialResult, bundles, sized_as_trial
 from pipeline.search.tune import SearchWatcher
 
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class SearchConsole(LiveLine, SearchWatcher):
         space = ", ".join(
             f"{path} {domain.kind} {list(domain.values)}" for path, domain in search.space.items()
         )
-        wanted = bundles(base_experiment(plan.experiment))
+        wanted = bundles(sized_as_trial(plan.experiment))
         each = sum(bundle.get("CPU", 0.0) for bundle in wanted)
         self.say(f"searching {space}")
         self.say(
             f"{trials} trials of {plan.experiment.outer.iterations:,} iterations, {each:g} CPU "
             f"each; scheduler {search.scheduler}, algorithm {search.algorithm}; ranked by "
-            f"validation {metric_label(plan.experiment, plan.criterion)}"
+            f"validation {ranking_label(plan.experiment, plan.ranking)}"
         )
         self._plan, self._total = plan, trials
         self.begin()
@@ -64,10 +64,10 @@ class SearchConsole(LiveLine, SearchWatcher):
         eta = self._eta(done)
         if not self.is_due():
             return
-        best = best_of(results, self._plan.criterion)
+        best = best_of(results, self._plan.ranking)
         so_far = ""
         if best is not None:
-            value = value_text(self._plan.criterion, best.value)
+            value = value_text(self._plan.ranking, best.value)
             so_far = f"  best so far {value} ({settings_text(best.settings)})"
         line = f"{len(over)}/{self._total} trials done, {running} running{so_far}{eta}"
         self.show(done / max(1, self._total), line)
@@ -93,7 +93,7 @@ class SearchConsole(LiveLine, SearchWatcher):
         assert self._plan is not None
         self._ended += 1
         known = not math.isnan(result.value)
-        value = value_text(self._plan.criterion, result.value, result.ci95) if known else ""
+        value = value_text(self._plan.ranking, result.value, result.ci95) if known else ""
         where = "" if result.outcome == COMPLETE else f" at {result.iteration:,}"
         reason = f": {result.failure}" if result.failure else ""
         self.say(
@@ -105,8 +105,8 @@ class SearchConsole(LiveLine, SearchWatcher):
 def search_table(result: SearchResult) -> Table:
     """A table of trials: a row per trial, the best first."""
     plan = result.plan
-    label = metric_label(plan.experiment, plan.criterion)
-    percent = plan.criterion.metric == "accuracy"
+    label = ranking_label(plan.experiment, plan.ranking)
+    percent = plan.ranking.metric == "accuracy"
     table = Table(
         title=f"{len(result.trials)} trials by validation {label}{' in %' if percent else ''}, "
         "± CI95, after n adaptation steps",

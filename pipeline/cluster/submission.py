@@ -32,14 +32,12 @@ from typing import Any
 from pipeline.cluster.job_package import JobError
 from pipeline.config.loading import RUNS
 from tasks.data_root import DATA_ROOT, absolute_root
-from tasks.errors import ReportedError
+from tasks.errors import INTERRUPTED, ReportedError, first_line
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 JOB_RUNS = "~/maml-runs"
 """The folder on the head for a job's runs. Not the job's working directory: Ray deletes that when
 the job ends."""
-INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C ended."""
 
 _ANSWER = 10.0  # seconds within which a head answers
 _STOP = 60  # seconds that a job has to write a checkpoint before it is killed
@@ -54,7 +52,7 @@ class HeadLost(ReportedError):
 
 
 @dataclass(frozen=True)
-class Job:
+class ClusterJob:
     """A job, as the head knows it."""
 
     id: str
@@ -136,7 +134,7 @@ class Head:
 
     def submit(
         self, arguments: Sequence[str], package: Path, name: str, environment: Mapping[str, str]
-    ) -> Job:
+    ) -> ClusterJob:
         """Run `maml ARGUMENTS` as the job `name` in the packed folder. Raises JobError."""
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
             raise JobError(f"--name: use letters, digits, '.', '-' and '_', got {name!r}")
@@ -150,12 +148,12 @@ class Head:
         )
         return self.job(name)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[ClusterJob]:
         """The jobs that were submitted to this cluster, newest first."""
         found = [_job(each) for each in self._ask(self._client.list_jobs) if each.submission_id]
         return sorted(found, key=lambda job: job.started or 0.0, reverse=True)
 
-    def job(self, name: str) -> Job:
+    def job(self, name: str) -> ClusterJob:
         """The job of this name. Raises JobError if there is none."""
         return _job(self._ask(self._client.get_job_info, name))
 
@@ -163,7 +161,7 @@ class Head:
         """All that a job has written so far. Raises JobError."""
         return str(self._ask(self._client.get_job_logs, name))
 
-    def follow(self, name: str, write: Callable[[str], None]) -> Job:
+    def follow(self, name: str, write: Callable[[str], None]) -> ClusterJob:
         """Hand a job's output to `write` as it comes, from its beginning; returns the job once it
         has ended.
 
@@ -206,7 +204,7 @@ class Head:
                     return job
             time.sleep(1.0)
 
-    def stop(self, name: str) -> Job:
+    def stop(self, name: str) -> ClusterJob:
         """Ask a job to end, as Ctrl-C does, and wait until it has. Raises JobError."""
         self._ask(self._client.stop_job, name)
         deadline = time.monotonic() + _STOP + 15
@@ -221,7 +219,7 @@ class Head:
         try:
             return request(*arguments, **options)
         except _failures() as error:
-            text = (str(error).strip() or type(error).__name__).splitlines()[0]
+            text = first_line(error)
             if "status code 404" in text and arguments:
                 raise JobError(
                     f"there is no job {arguments[0]} on {self.address}; `maml jobs` lists them"
@@ -259,8 +257,8 @@ def job_environment(chosen: Mapping[str, str]) -> dict[str, str]:
 def what_to_know(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
 ) -> list[str]:
-    """Where the data, the record and the results of a training will be once it runs elsewhere, as
-    far as that may surprise; in sentences."""
+    """Hints to print before a training is submitted: where its data, its MLflow record and its
+    results will be. Empty where nothing of that is unusual."""
     if arguments[0] not in ("train", "search"):
         return []
     given = {argument.partition("=")[0] for argument in arguments if "=" in argument}
@@ -367,8 +365,8 @@ def _failures() -> tuple[type[Exception], ...]:
     )
 
 
-def _job(details: Any) -> Job:
-    return Job(
+def _job(details: Any) -> ClusterJob:
+    return ClusterJob(
         id=details.submission_id,
         status=details.status.value,
         command=details.entrypoint,

@@ -21,6 +21,7 @@ from pipeline.config.algorithms import choose
 from pipeline.config.components import component_schema, kinds
 from pipeline.config.errors import readable
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import counted
 from pipeline.config.yaml_text import read
 from tasks.errors import ReportedError
 
@@ -35,8 +36,7 @@ class ConfigError(ReportedError):
     def __init__(self, source: str, errors: Sequence[str]):
         """`source` names what the errors are in; '' for an error whose message names it."""
         self.errors = list(errors)
-        plural = "error" if len(self.errors) == 1 else "errors"
-        title = f"{len(self.errors)} {plural} in {source}:\n  " if source else ""
+        title = f"{counted(len(self.errors), 'error')} in {source}:\n  " if source else ""
         super().__init__(title + "\n  ".join(self.errors))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+from pipeline.config.wording import counted
 from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, LayerChange
 from pipeline.maml.confidence import Estimate
 
@@ -20,7 +21,7 @@ def finding(analysis: Analysis) -> str:
 
     abilities, kept = analysis.abilities, _kept(analysis)
     sentences = [
-        f"Adaptation in {analysis.steps} step{'' if analysis.steps == 1 else 's'} takes the "
+        f"Adaptation in {counted(analysis.steps, 'step')} takes the "
         f"{analysis.metric} from {shown(abilities[NONE])} to {shown(abilities[ALL])}."
     ]
     for name, verb in ((HEAD, "keeps"), (BODY, "keeps"), (CENTROID, "reaches")):

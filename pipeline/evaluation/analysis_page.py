@@ -17,6 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import counted
 from pipeline.evaluation.analysis import FRACTIONS, Analysis
 from pipeline.evaluation.analysis_finding import finding
 from pipeline.evaluation.plot_style import (
@@ -68,7 +69,7 @@ def write_analysis(experiment: Experiment, analysis: Analysis, folder: Path) -> 
 def protocol_text(analysis: Analysis) -> str:
     """The protocol of the numbers: tasks, split, steps, changed settings."""
     changes = "".join(f", {key} {value}" for key, value in analysis.changes.items())
-    steps = f"{analysis.steps} adaptation step{'' if analysis.steps == 1 else 's'}"
+    steps = counted(analysis.steps, "adaptation step")
     return f"{analysis.num_tasks} {analysis.split} tasks, {steps}{changes}; ± CI95 over tasks"
 
 

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import counted
 from pipeline.maml.adaptation import RATE
 from pipeline.maml.flat_vector import FlatVector, Layout
 from pipeline.worker.jobs import DiagnosisJob, JobResult, in_chunks
@@ -100,13 +101,13 @@ def warnings_of(experiment: Experiment, metrics: Mapping[str, float]) -> dict[st
     if len(norms):
         growth = _ratio(norms[0], norms[-1])
         way = (
-            f"on its way back through {steps} inner step{'s' if steps > 1 else ''} "
+            f"on its way back through {counted(steps, 'inner step')} "
             f"(its norm is {norms[-1]:.3g} after the last, {norms[0]:.3g} before the first)"
         )
         if not np.isfinite(norms).all():
             found["explodes"] = (
-                f"the meta-gradient is not finite on its way back through {steps} inner "
-                f"step{'s' if steps > 1 else ''}: try a smaller inner.lr"
+                "the meta-gradient is not finite on its way back through "
+                f"{counted(steps, 'inner step')}: try a smaller inner.lr"
                 + "".join(f", {way}" for way in _calmer(experiment))
             )
         elif growth > EXPLODES:
@@ -135,7 +136,7 @@ def warnings_of(experiment: Experiment, metrics: Mapping[str, float]) -> dict[st
 def verdict(experiment: Experiment, diagnoses: Sequence[Mapping[str, float]]) -> str:
     """The diagnoses of a whole run in a few words."""
     found = [warnings_of(experiment, metrics) for metrics in diagnoses]
-    number = f"{len(found)} diagnos{'is' if len(found) == 1 else 'es'}"
+    number = counted(len(found), "diagnosis", "diagnoses")
     kinds = sorted({kind for warnings in found for kind in warnings})
     if not kinds:
         return f"no warning in {number}"

@@ -23,6 +23,8 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
+from pipeline.config.wording import counted
+
 # The palette of Okabe & Ito, which readers with any kind of colour vision can tell apart.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
@@ -37,7 +39,7 @@ def after_steps(steps: int) -> str:
     """The number of gradient steps taken, for a legend."""
     if steps == 0:
         return "before adaptation"
-    return f"after {steps} step{'' if steps == 1 else 's'}"
+    return f"after {counted(steps, 'step')}"
 
 
 def color_of(number: int) -> str:

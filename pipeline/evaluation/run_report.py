@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from functools import singledispatch
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch.func import vmap
 
 from pipeline.cluster.group import on_driver
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import counted
 from pipeline.evaluation.comparison import PairedComparison
 from pipeline.evaluation.curve_plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
 from pipeline.evaluation.health import PREFIX
@@ -25,6 +25,7 @@ from pipeline.evaluation.policy_plots import Courses, Paths, animate_paths, plot
 from pipeline.maml.adaptation_curve import adapt
 from pipeline.maml.flat_vector import Params, flat_vector
 from pipeline.maml.meta_loss import Objective
+from pipeline.runs.folder import History
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.learner import adaptation_of, model_of
 from pipeline.worker.task_source import EVALUATION_SEED
@@ -134,7 +135,7 @@ def _results(experiment: Experiment, curves: Sequence[Curve]) -> str:
     steps = curves[0].steps
     lines = [
         f"| {label}{' in %' if percent else ''} after | "
-        + " | ".join(f"{step} step{'' if step == 1 else 's'}" for step in steps)
+        + " | ".join(counted(step, "step") for step in steps)
         + " |",
         "|---|" + "---:|" * len(steps),
     ]
@@ -168,7 +169,7 @@ def read_history(run_dir: Path, steps: int = 1) -> TrainingHistory:
         "support, before adaptation": "train/support_loss",
         "query, after adaptation": "train/query_loss",
     }
-    records = _records(run_dir)
+    records = History(run_dir).records()
     for metric, series in (
         ("return", returns if steps else of_one_policy),
         ("loss", losses),
@@ -184,14 +185,7 @@ def read_history(run_dir: Path, steps: int = 1) -> TrainingHistory:
 
 def read_diagnoses(run_dir: Path) -> list[dict[str, float]]:
     """The records of metrics.jsonl that hold a diagnosis."""
-    return [record for record in _records(run_dir) if f"{PREFIX}hurt_share" in record]
-
-
-def _records(run_dir: Path) -> list[dict[str, float]]:
-    """All records of metrics.jsonl; none if there is no such file."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return [json.loads(line) for line in lines]
+    return [record for record in History(run_dir).records() if f"{PREFIX}hurt_share" in record]
 
 
 @torch.no_grad()

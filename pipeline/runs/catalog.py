@@ -1,7 +1,6 @@
 """Runs and searches as MLflow has them: listed, found by what people call them, compared.
 
-Only reads, but for `log_to_run`. A search is a run with nested runs, its trials: they carry its id
-in the tag `mlflow.parentRunId`.
+Only reads, but for `log_to_run`. The trials of a search have its id in the tag mlflow.parentRunId.
 """
 
 from __future__ import annotations
@@ -21,13 +20,15 @@ import yaml
 from pipeline.config.loading import runs_folder
 from pipeline.maml.confidence import Estimate
 from pipeline.runs.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
-from pipeline.runs.tracker import resolve_uri
+from pipeline.runs.tracker import RANKED_BY, RANKED_MODE, SELECTED_BY, resolve_uri
+from tasks.errors import first_line
 
 STATUSES = ("running", "scheduled", "finished", "failed", "killed")
 _PAGE = 500  # runs per request
 _SHORT_ID = 8  # characters by which people name a run
 _NAMED = 8  # candidates in an error message
 _FINAL = ("validation/", "test/")
+_BEFORE_TAGS = ("accuracy", "return", "loss")  # records of earlier versions do not say which
 _CI95 = "_ci95"
 
 
@@ -61,8 +62,8 @@ class Run:
     tags: dict[str, str]
     trials: tuple[Run, ...] = ()
     """The trials of a search: the best first, those without a validation last."""
-    ranked_by: str = ""
-    """The metric that the search of a trial names; '': none."""
+    ranked_by: str = "None"
+    """The metric by which its search ranks a trial, METRIC or METRIC_stepK; 'None': unknown."""
 
     @property
     def short_id(self) -> str:
@@ -102,14 +103,15 @@ class Run:
 
     @property
     def validation(self) -> Validation | None:
-        """The last validation, by the metric of its search, else by accuracy, return or loss.
+        """The last validation, by the metric that ranks a trial or chooses a run's checkpoint.
 
         None for a run that is not validated yet, or that is no training run of ours.
         """
         steps = [self.settings.get(key) for key in ("evaluation.selection_step", "inner.steps")]
         step = next((step for step in steps if step is not None and step.isdecimal()), "")
         wanted, _, chosen = self.ranked_by.partition("_step")
-        for metric in filter(None, (wanted, "accuracy", "return", "loss")):
+        own = self.tags.get(SELECTED_BY)
+        for metric in (wanted, *([own] if own else _BEFORE_TAGS)):
             at = chosen if metric == wanted and chosen else step
             value = estimate(self.metrics, f"validation/{metric}_step{at}")
             if value is not None:
@@ -137,8 +139,8 @@ class Run:
         }
 
 
-class Comparison(NamedTuple):
-    """Runs side by side; every list has one entry per run, None where a run has nothing."""
+class SideBySide(NamedTuple):
+    """Runs compared; every list has one entry per run, None where a run has nothing."""
 
     runs: list[Run]
     settings: dict[str, list[str | None]]
@@ -221,7 +223,7 @@ def find_run(reference: str, uri: str | None) -> Run:
     )
 
 
-def compare(runs: Sequence[Run]) -> Comparison:
+def compare(runs: Sequence[Run]) -> SideBySide:
     """Compare runs: the settings that differ, the last validation and the meta-test."""
     paths = list(dict.fromkeys(p for run in runs for p in run.settings if p != "description"))
     sections = list(dict.fromkeys(path.split(".")[0] for path in paths))
@@ -237,7 +239,7 @@ def compare(runs: Sequence[Run]) -> Comparison:
     ordered = sorted(
         names, key=lambda n: (_FINAL.index(f"{n.split('/')[0]}/"), re.sub(r"\d+", _padded, n))
     )
-    return Comparison(
+    return SideBySide(
         list(runs),
         {path: values for path, values in settings.items() if len(set(values)) > 1},
         {name: [estimate(run.metrics, name) for run in runs] for name in ordered},
@@ -265,14 +267,17 @@ def estimate(metrics: dict[str, float], name: str) -> Estimate | None:
 
 
 def _with_trials(run: Run, trials: Sequence[Run]) -> Run:
-    wanted, mode = (run.settings.get(f"search.{key}", "None") for key in ("metric", "mode"))
-    trials = [replace(t, ranked_by="" if wanted == "None" else wanted) for t in trials]
+    """A search with its trials, the best first."""
+    # Records of earlier versions have the settings alone: "None" where the tasks decide.
+    ranked_by = run.tags.get(RANKED_BY, run.settings.get("search.metric", "None"))
+    mode = run.tags.get(RANKED_MODE, run.settings.get("search.mode", "None"))
+    trials = [replace(trial, ranked_by=ranked_by) for trial in trials]
 
     def rank(trial: Run) -> tuple[bool, float]:
         validation = trial.validation
         if validation is None or not math.isfinite(validation.value.mean):
             return True, 0.0
-        largest = validation.metric == "accuracy" if mode == "None" else mode == "max"
+        largest = mode == "max" if mode != "None" else validation.metric != "loss"
         return False, -validation.value.mean if largest else validation.value.mean
 
     return replace(run, trials=tuple(sorted(trials, key=rank)))
@@ -357,8 +362,7 @@ def _reading(uri: str, must_exist: bool = False) -> Iterator[Any]:
 
         if not isinstance(error, MlflowException):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrackingError(f"cannot read the runs of {uri}: {reason[:300]}") from error
+        raise TrackingError(f"cannot read the runs of {uri}: {first_line(error)}") from error
 
 
 def _has_runs(database: Path) -> bool:

@@ -53,11 +53,12 @@ class TrainingState:
     iteration: int
     """Completed meta-updates."""
     tensors: dict[str, Tensor]
-    """θ as `theta.NAME`, the optimiser's moments as `optimizer.NAME.MOMENT`; loaded on the CPU."""
+    """θ as `theta.NAME` (see `theta_of`), the optimiser's state as `optimizer.KEY.NAME` for what it
+    keeps per parameter, `optimizer.KEY` otherwise; loaded on the CPU."""
     scheduler: dict[str, Any] = field(default_factory=dict)
     """State of the learning rate schedule; plain JSON values, as all that follows."""
     best: dict[str, Any] | None = None
-    """{'iteration', 'value'} of the best validation so far."""
+    """{'iteration', 'value', 'metric'} of the best validation so far."""
     bad_updates: int = 0
     """Non-finite meta-gradients in a row, up to this iteration."""
     config: dict[str, Any] = field(default_factory=dict)
@@ -293,6 +294,16 @@ def load_theta(path: str | Path) -> Params:
             f"{path}: no meta-parameters can be read here ({error}); "
             "it must be a theta.safetensors that a training run wrote"
         ) from error
+
+
+def theta_of(tensors: Mapping[str, Tensor]) -> Params:
+    """The meta-parameters by name among the tensors of a `TrainingState`, there `theta.NAME`."""
+    prefix = "theta."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in tensors.items()
+        if name.startswith(prefix)
+    }
 
 
 def _to_bytes(tensors: Mapping[str, Tensor]) -> bytes:

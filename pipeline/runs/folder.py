@@ -11,6 +11,7 @@ RUN_DIR/analysis/            what `maml analyze` found
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -19,7 +20,13 @@ from typing import Literal
 
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import Layout, Params
-from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState, load_theta
+from pipeline.runs.checkpoint import (
+    CheckpointError,
+    CheckpointStore,
+    TrainingState,
+    load_theta,
+    theta_of,
+)
 from pipeline.runs.files import write_atomically
 from pipeline.worker.learner import initial_parameters
 from tasks.errors import ReportedError
@@ -76,11 +83,7 @@ def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "fi
             raise CheckpointError(
                 f"{store.folder} holds no checkpoint that was the best on validation"
             )
-        theta = {
-            name.removeprefix("theta."): value
-            for name, value in state.tensors.items()
-            if name.startswith("theta.")
-        }
+        theta = theta_of(state.tensors)
     layout = Layout.of(initial_parameters(experiment))
     if Layout.of(theta).shapes_by_name != layout.shapes_by_name:
         raise CheckpointError(f"the parameters in {run_dir} do not fit the model of config.yaml")
@@ -88,7 +91,7 @@ def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "fi
 
 
 class History:
-    """The records in RUN_DIR/metrics.jsonl, one line each."""
+    """The records in RUN_DIR/metrics.jsonl: one line each, its iteration and metrics by name."""
 
     def __init__(self, run_dir: Path):
         self._path = run_dir / "metrics.jsonl"
@@ -98,23 +101,23 @@ class History:
         with self._path.open("a") as file:
             file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
 
+    def records(self) -> list[dict[str, float]]:
+        """All records, oldest first; none where there is no file. The half of a line that a crash
+        left, or that is being written, is left out."""
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        found = []
+        for line in lines:
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+        return found
+
     def first(self, name: str) -> float | None:
         """The first finite value of a metric; None if there is none."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        values = (json.loads(line).get(name, math.nan) for line in lines)
+        values = (record.get(name, math.nan) for record in self.records())
         return next(filter(math.isfinite, values), None)
 
     def forget_after(self, iteration: int) -> None:
         """Drop the records after a checkpoint: they will be made again."""
         if self._path.exists():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _iteration_of(line) <= iteration]
-            write_atomically(self._path, "".join(line + "\n" for line in kept))
-
-
-def _iteration_of(line: str) -> int:
-    """The iteration of a record; a very large number for a line that cannot be read."""
-    try:
-        return int(json.loads(line)["iteration"])
-    except (ValueError, KeyError):
-        return 2**62  # the half of a line that a crash left
+            kept = [record for record in self.records() if record["iteration"] <= iteration]
+            write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))

@@ -24,7 +24,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.runs.files import write_atomically
-from tasks.errors import ReportedError
+from tasks.errors import ReportedError, first_line
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +164,7 @@ class Sender:
                         "MLflow at %s cannot be reached; training goes on, and its records are "
                         "sent when MLflow is back (%s)",
                         self.destination.uri,
-                        _first_line(error),
+                        first_line(error),
                     )
                 away = min(2 * away or _INTERVAL, _LONGEST_BACKOFF)
                 if finishing:
@@ -294,7 +294,7 @@ class Sender:
 
                 self._log("tags", [RunTag(f"changed.{entries[0].key}", entries[0].value)])
             else:
-                self._complain(f"MLflow refuses {entries[0].key}: {_first_line(error)}")
+                self._complain(f"MLflow refuses {entries[0].key}: {first_line(error)}")
 
     def _complain(self, message: str) -> None:
         """Log a warning, each message only once."""
@@ -358,10 +358,6 @@ def _name(name: str) -> str:
 def _short(value: str, longest: int) -> str:
     value = str(value)
     return value if len(value) <= longest else f"{value[: longest - 1]}…"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
 def now() -> int:

@@ -44,10 +44,14 @@ from pipeline.worker.cpus import available_cpus
 log = logging.getLogger(__name__)
 
 UNSENT = "unsent-tracking.jsonl"
+SELECTED_BY = "selected_by"
+"""Tag of a run: the metric of a validation that chooses its best checkpoint."""
+RANKED_BY, RANKED_MODE = "search.ranked_by", "search.ranked_mode"
+"""Tags of a search: the metric that ranks its trials, METRIC or METRIC_stepK; 'min' or 'max'."""
 _STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
-class RunTracker(Protocol):
+class Tracker(Protocol):
     """What training needs of a tracker. Only `wait_for_run_id`, `flush` and `close` ever wait."""
 
     @property
@@ -95,8 +99,8 @@ class NullTracker:
     def close(self, status: Literal["FINISHED", "FAILED", "KILLED"]) -> None: ...
 
 
-class Tracker:
-    """Records one run in MLflow. `RunTracker` says what its methods promise."""
+class MlflowTracker:
+    """Records one run in MLflow. `Tracker` says what its methods promise."""
 
     def __init__(self, destination: Destination, unsent_path: Path, records: Sequence[Record]):
         """Start to send `records` and those logged later; `open` is for experiments."""
@@ -119,7 +123,7 @@ class Tracker:
         run_id: str | None = None,
         token: str | None = None,
         parent_run_id: str | None = None,
-    ) -> Tracker:
+    ) -> MlflowTracker:
         """The tracker of the run in `run_dir`; with a `run_id`, of that run's continuation.
 
         `token` is a name of the caller's choice for a run whose id it may not live to see: the run
@@ -209,7 +213,7 @@ def resend(path: str | Path, timeout: float = 30.0) -> bool:
     """
     path = Path(path)
     destination, records = read_unsent(path)
-    return Tracker(destination, path, records)._finish(timeout) is None
+    return MlflowTracker(destination, path, records)._finish(timeout) is None
 
 
 def resolve_uri(uri: str | None, run_dir: Path) -> str:
@@ -243,7 +247,7 @@ def environment_tags() -> dict[str, str]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": _cpu_model(),
-        "cpu.cores": str(available_cpus()),
+        "cpu.usable": str(available_cpus()),
     }
     for package in ("torch", "ray", "mlflow"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):

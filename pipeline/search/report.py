@@ -17,15 +17,18 @@ from typing import Any
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import with_settings
+from pipeline.config.wording import counted
+from pipeline.evaluation.meta_test import metric_label
 from pipeline.runs.files import write_atomically
+from pipeline.runs.folder import History
 from pipeline.search.plots import plot_learning_curves, plot_points
 from pipeline.search.trial import (
     COMPLETE,
     FAILED,
     STOPPED,
     UNFINISHED,
-    Criterion,
     Plan,
+    Ranking,
     TrialResult,
 )
 
@@ -42,7 +45,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class OrderComparison:
     """First order against second order, in pairs of trials with all other settings equal."""
 
     pairs: int
@@ -58,9 +61,9 @@ class Comparison:
     """Pairs that could not be compared: one of the two failed, or has no common validation."""
 
 
-def ranked(results: Sequence[TrialResult], criterion: Criterion) -> list[TrialResult]:
+def ranked(results: Sequence[TrialResult], ranking: Ranking) -> list[TrialResult]:
     """The trials sorted, best value first; those without a value are last."""
-    sign = 1 if criterion.mode == "min" else -1
+    sign = 1 if ranking.mode == "min" else -1
     return sorted(
         results,
         key=lambda r: (
@@ -71,32 +74,24 @@ def ranked(results: Sequence[TrialResult], criterion: Criterion) -> list[TrialRe
     )
 
 
-def best_of(results: Sequence[TrialResult], criterion: Criterion) -> TrialResult | None:
+def best_of(results: Sequence[TrialResult], ranking: Ranking) -> TrialResult | None:
     """The trial with the best value, if any has one."""
-    first = ranked(results, criterion)[:1]
+    first = ranked(results, ranking)[:1]
     return first[0] if first and not math.isnan(first[0].value) else None
 
 
 def learning_curve(plan: Plan, result: TrialResult) -> dict[int, float]:
     """A trial's validations by iteration, from its folder."""
-    path = plan.trial_dir(result.trial_id) / "metrics.jsonl"
-    key = f"validation/{plan.criterion.metric}_step{result.step}"
-    curve = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a crash cut this line short
-        if key in record:
-            curve[int(record["iteration"])] = float(record[key])
-    return curve
+    key = f"validation/{plan.ranking.metric}_step{result.step}"
+    records = History(plan.trial_dir(result.trial_id)).records()
+    return {int(record["iteration"]): record[key] for record in records if key in record}
 
 
 def compare_orders(
     results: Sequence[TrialResult],
     curves: Mapping[str, Mapping[int, float]],
-    criterion: Criterion,
-) -> Comparison | None:
+    ranking: Ranking,
+) -> OrderComparison | None:
     """Compare pairs of trials that differ in inner.order alone; None where there is no such pair.
 
     `curves` are validations by iteration, by trial (`learning_curve`).
@@ -121,25 +116,26 @@ def compare_orders(
         to_the_end += first.outcome == second.outcome == COMPLETE
     if not pairs:
         return None
-    if criterion.metric == "loss":
+    if ranking.metric == "loss":
         metric = _ratio([one / other for one, other in values if one > 0 and other > 0])
     else:
         metric = _interval([one - other for one, other in values])
-    return Comparison(
+    return OrderComparison(
         len(values), to_the_end, metric, _ratio(costs), left_out=len(pairs) - len(values)
     )
 
 
 def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
     """The answer for a person, one or two sentences per line."""
-    criterion, search = plan.criterion, plan.search
-    best = best_of(results, criterion)
+    ranking, search = plan.ranking, plan.search
+    best = best_of(results, ranking)
     if best is None:
         return ["No trial has a result."]
-    label = metric_label(plan.experiment, criterion)
+    label = ranking_label(plan.experiment, ranking)
+    steps = counted(ranking.step_of(best_experiment(plan, best)), "adaptation step")
     lines = [
-        f"Best: {settings_text(best.settings)}. Validation {label} after {_steps(best.step)} is "
-        f"{value_text(criterion, best.value, best.ci95)} (trial {best.trial_id}, {best.outcome}, "
+        f"Best: {settings_text(best.settings)}. Validation {label} after {steps} is "
+        f"{value_text(ranking, best.value, best.ci95)} (trial {best.trial_id}, {best.outcome}, "
         f"{best.iteration:,} iterations in {best.seconds:.1f} s)."
     ]
     # By the interval of the best: the interval of a trial that diverged would hold every value.
@@ -151,11 +147,11 @@ def in_words(plan: Plan, results: Sequence[TrialResult]) -> list[str]:
         lines.append("Settings changed in flight; those named are the last ones.")
     if _ORDER in search.space:
         curves = {r.trial_id: learning_curve(plan, r) for r in results}
-        lines += _compared_in_words(compare_orders(results, curves, criterion), criterion, label)
+        lines += _compared_in_words(compare_orders(results, curves, ranking), ranking, label)
     return lines
 
 
-def _compared_in_words(found: Comparison | None, criterion: Criterion, label: str) -> list[str]:
+def _compared_in_words(found: OrderComparison | None, ranking: Ranking, label: str) -> list[str]:
     """First order against second order, in sentences."""
     if found is None:
         return [
@@ -167,13 +163,13 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
             f"First order against second order: nothing to compare, none of {found.left_out} pairs "
             "at equal settings has validations of both."
         ]
-    pairs = f"{found.pairs} pair{'' if found.pairs == 1 else 's'} at equal settings"
+    pairs = f"{counted(found.pairs, 'pair')} at equal settings"
     pairs += f", {found.to_the_end} of them trained to the end"
     if found.left_out:
         pairs += f"; {found.left_out} more without a validation"
-    ratio = criterion.metric == "loss"
+    ratio = ranking.metric == "loss"
     metric, equal = found.metric, 1.0 if ratio else 0.0
-    scale = 100 if criterion.metric == "accuracy" else 1
+    scale = 100 if ranking.metric == "accuracy" else 1
     unit = " points of" if scale == 100 else ""
     difference = f"{scale * metric.mean:+.3g}{unit} {label}"
     amount = f"{metric.mean:.3g} times the {label}" if ratio else difference
@@ -185,7 +181,7 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
     if metric.low <= equal <= metric.high:
         verdict = "no difference that these pairs can show"
     else:
-        worse = (metric.mean > equal) == (criterion.mode == "min")
+        worse = (metric.mean > equal) == (ranking.mode == "min")
         verdict = "first order is worse" if worse else "first order is better"
     return [
         f"First order against second order ({pairs}): {amount} "
@@ -195,9 +191,9 @@ def _compared_in_words(found: Comparison | None, criterion: Criterion, label: st
     ]
 
 
-def metric_label(experiment: Experiment, criterion: Criterion) -> str:
-    """The criterion's name for people."""
-    return experiment.build_task().loss_name if criterion.metric == "loss" else criterion.metric
+def ranking_label(experiment: Experiment, ranking: Ranking) -> str:
+    """The name for people of the metric that trials are ranked by."""
+    return metric_label(experiment.build_task(), ranking.metric)[0]
 
 
 def settings_text(settings: Mapping[str, Any]) -> str:
@@ -205,9 +201,9 @@ def settings_text(settings: Mapping[str, Any]) -> str:
     return ", ".join(f"{path}={setting_text(value)}" for path, value in settings.items())
 
 
-def value_text(criterion: Criterion, value: float, ci95: float | None = None) -> str:
-    """A value of the criterion for people, as in `0.5676 ± 0.12`; an accuracy is in percent."""
-    scale, unit = (100, " %") if criterion.metric == "accuracy" else (1, "")
+def value_text(ranking: Ranking, value: float, ci95: float | None = None) -> str:
+    """A value that trials are ranked by for people: `0.5676 ± 0.12`; an accuracy is in percent."""
+    scale, unit = (100, " %") if ranking.metric == "accuracy" else (1, "")
     half = "" if ci95 is None else f" ± {scale * ci95:.2g}"
     return f"{scale * value:.4g}{half}{unit}"
 
@@ -234,7 +230,7 @@ def write_report(
             "trial": r.trial_id,
             "outcome": r.outcome,
             **{path: _cell(value) for path, value in r.settings.items()},
-            f"validation_{plan.criterion.metric}": r.value,
+            f"validation_{plan.ranking.metric}": r.value,
             "ci95": r.ci95,
             "adaptation_steps": r.step,
             "iteration": r.iteration,
@@ -243,13 +239,13 @@ def write_report(
             "mlflow_run_id": run_ids.get(r.trial_id, ""),
             "failure": r.failure,
         }
-        for r in ranked(results, plan.criterion)
+        for r in ranked(results, plan.ranking)
     ]
     table = pandas.DataFrame(rows)
     table.to_csv(plan.folder / "results.csv", index=False)
     table.to_parquet(plan.folder / "results.parquet", index=False)
     written = [plan.folder / "results.csv", plan.folder / "results.parquet"]
-    best = best_of(results, plan.criterion)
+    best = best_of(results, plan.ranking)
     if best is not None:
         path = plan.folder / "best.yaml"
         write_atomically(path, best_experiment(plan, best).to_yaml())
@@ -260,7 +256,7 @@ def write_report(
 def write_plots(plan: Plan, results: Sequence[TrialResult]) -> list[Path]:
     """Draw the metric over the inner rate (or the first searched range), learning curves, cost."""
     space, folder = plan.search.space, plan.folder / "plots"
-    metric = f"validation {metric_label(plan.experiment, plan.criterion)}"
+    metric = f"validation {ranking_label(plan.experiment, plan.ranking)}"
     name, caption = plan.experiment.name, _caption(plan, results)
     shown = [r for r in results if not math.isnan(r.value)]
     ranges = [path for path, domain in space.items() if _is_axis(domain.values)]
@@ -268,7 +264,7 @@ def write_plots(plan: Plan, results: Sequence[TrialResult]) -> list[Path]:
     written = []
     if ranges:
         path = "inner.lr" if "inner.lr" in ranges else ranges[0]
-        written.append(folder / f"{plan.criterion.metric}_by_{path}.png")
+        written.append(folder / f"{plan.ranking.metric}_by_{path}.png")
         others = [g for g in groups if g != path]
         plot_points(
             [{"x": float(r.settings[path]), **_point(r, others)} for r in shown],
@@ -279,7 +275,7 @@ def write_plots(plan: Plan, results: Sequence[TrialResult]) -> list[Path]:
             title=f"{name}: what {path} does",
             caption=caption,
         )
-    best = best_of(results, plan.criterion)
+    best = best_of(results, plan.ranking)
     written += [folder / "learning_curves.png", folder / "cost.png"]
     plot_learning_curves(
         [{"curve": learning_curve(plan, r), "best": r is best, **_point(r, groups)} for r in shown],
@@ -321,7 +317,11 @@ def _caption(plan: Plan, results: Sequence[TrialResult]) -> str:
     """What the numbers in the figures mean."""
     tasks = plan.experiment.evaluation.validation_tasks
     steps = {r.step for r in results if r.step is not None}
-    chosen = _steps(steps.pop()) if len(steps) == 1 else "the adaptation steps trained"
+    chosen = (
+        counted(steps.pop(), "adaptation step")
+        if len(steps) == 1
+        else "the adaptation steps trained"
+    )
     return (
         f"{len(results)} trials: {outcomes(results)}; {tasks} validation tasks, after {chosen}; "
         "± CI95 over tasks; hollow: not trained to the end"
@@ -338,10 +338,6 @@ def _is_axis(values: Sequence[Any]) -> bool:
 def _cell(value: Any) -> Any:
     """A value for a column of the table; lists and sections become JSON."""
     return value if isinstance(value, int | float | str) else json.dumps(value)
-
-
-def _steps(steps: int | None) -> str:
-    return f"{steps} adaptation step{'' if steps == 1 else 's'}"
 
 
 def _interval(values: Sequence[float]) -> Interval:

@@ -29,16 +29,24 @@ from pipeline.evaluation.meta_test import check_tasks
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import RunFolderError, check_writable
 from pipeline.runs.mlflow_sender import TrackingError
-from pipeline.runs.tracker import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
+from pipeline.runs.tracker import (
+    RANKED_BY,
+    RANKED_MODE,
+    MlflowTracker,
+    NullTracker,
+    Tracker,
+    environment_tags,
+    resolve_uri,
+)
 from pipeline.search.report import best_of, in_words, outcomes, ranked, write_report
-from pipeline.search.space import possible_experiments
+from pipeline.search.space import possible_experiments, search_of
 from pipeline.search.trial import (
     UNFINISHED,
-    Criterion,
     Plan,
+    Ranking,
     TrialResult,
-    base_experiment,
-    criterion,
+    ranking_of,
+    sized_as_trial,
 )
 from pipeline.search.trial_records import TrialRuns
 from pipeline.search.tune import (
@@ -70,7 +78,7 @@ class SearchResult:
     @property
     def best(self) -> TrialResult | None:
         """The trial with the best value; None if none has a value."""
-        return best_of(self.trials, self.plan.criterion)
+        return best_of(self.trials, self.plan.ranking)
 
 
 def run_search(
@@ -97,15 +105,14 @@ def run_search(
     """
     watcher = watcher or SearchWatcher()
     experiment = with_absolute_data(experiment)
-    possible = possible_experiments(experiment)
-    assert experiment.search is not None
+    search, possible = search_of(experiment), possible_experiments(experiment)
     _check_tasks(possible)
-    judged = _criterion(experiment.search, possible)
-    scheduler = scheduler_of(experiment.search, possible)
-    algorithm = algorithm_of(experiment.search, experiment.seed)
+    ranking = _ranking(search, possible)
+    scheduler = scheduler_of(search, possible)
+    algorithm = algorithm_of(search, experiment.seed)
     token = _open_folder(experiment, folder, resume)
     watcher.starting(experiment, folder)
-    plan = Plan(experiment, folder, token, judged, (os.getcwd(),))
+    plan = Plan(experiment, folder, token, ranking, (os.getcwd(),))
     with _ray(experiment, possible, watcher.notice), _recorded(plan, watcher) as (tracker, plan):
         runs = TrialRuns(plan)
         conductor = conductor_of(plan, watcher, runs, should_stop)
@@ -114,7 +121,7 @@ def run_search(
             run_trials(plan, scheduler, algorithm, conductor)
             stopped = should_stop()
         finally:
-            results = ranked(conductor.results(over=not stopped), judged)
+            results = ranked(conductor.results(over=not stopped), ranking)
             for result in results:
                 runs.end(result)
             runs.close()
@@ -149,10 +156,10 @@ def _check_tasks(experiments: Sequence[Experiment]) -> None:
         check_tasks(experiment)
 
 
-def _criterion(search: Search, possible: Sequence[Experiment]) -> Criterion:
+def _ranking(search: Search, possible: Sequence[Experiment]) -> Ranking:
     """What trials are ranked by. Raises ValueError if a validation does not report it."""
     computer = ChunkComputer(possible[0].changed(compute={"device": "cpu"}), compile=False)
-    found = criterion(search, possible[0], computer.metric_names())
+    found = ranking_of(search, possible[0], computer.metric_names())
     for experiment in possible:
         steps = {*experiment.report_steps, experiment.selection_step}
         if found.step_of(experiment) not in steps:
@@ -194,7 +201,7 @@ def _ray(
         os.environ.setdefault(name, value)
     started = connect(experiment, 0)
     try:
-        missing = max((trial_lacks(base_experiment(e)) for e in possible), key=len)
+        missing = max((trial_lacks(sized_as_trial(e)) for e in possible), key=len)
         refuse_or_wait(experiment, missing, notice)
         yield
     finally:
@@ -203,7 +210,7 @@ def _ray(
 
 
 @contextlib.contextmanager
-def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, Plan]]:
+def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[Tracker, Plan]]:
     """Open the MLflow run in which trials are nested, close it at the end; the plan knows it.
 
     Raises TrackingError if MLflow does not answer.
@@ -213,7 +220,7 @@ def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, 
         yield NullTracker(), plan
         return
     uri = resolve_uri(experiment.tracking.uri, plan.folder)
-    tracker = Tracker.open(
+    tracker = MlflowTracker.open(
         uri=uri,
         experiment=experiment.tracking.experiment,
         run_name=plan.folder.name,
@@ -223,6 +230,8 @@ def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, 
             **environment_tags(),
             "kind": "search",
             "search": plan.folder.name,
+            RANKED_BY: plan.ranking.name,
+            RANKED_MODE: plan.ranking.mode,
             "run_dir": str(plan.folder),
             **experiment.tracking.tags,
         },
@@ -249,7 +258,7 @@ def _recorded(plan: Plan, watcher: SearchWatcher) -> Iterator[tuple[RunTracker, 
 
 
 def _record(
-    tracker: RunTracker,
+    tracker: Tracker,
     plan: Plan,
     results: Sequence[TrialResult],
     words: Sequence[str],
@@ -263,7 +272,7 @@ def _record(
     ended = sum(r.outcome != UNFINISHED for r in results)
     counts = {o: sum(r.outcome == o for r in results) for o in {r.outcome for r in results}}
     tracker.log_metrics({f"trials/{outcome}": count for outcome, count in counts.items()}, ended)
-    best = best_of(results, plan.criterion)
+    best = best_of(results, plan.ranking)
     if best is not None:
         tracker.log_metrics({"best": best.value, "best_ci95": best.ci95}, ended)
         tags = {"best_trial": best.trial_id, "best_run_id": run_ids.get(best.trial_id, "")}

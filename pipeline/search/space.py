@@ -95,20 +95,20 @@ def corners(search: Search) -> list[dict[str, Any]]:
     return [{**first, path: value} for path, values in probes.items() for value in values]
 
 
+def search_of(experiment: Experiment) -> Search:
+    """The search section of an experiment. Raises ConfigError if it has none."""
+    if experiment.search is None:
+        missing = "missing; it says what to try (maml config show sinusoid-search has an example)"
+        raise ConfigError(experiment.name, [f"search: {missing}"])
+    return experiment.search
+
+
 def possible_experiments(experiment: Experiment) -> list[Experiment]:
     """The experiments at the corners of the space.
 
     Raises ConfigError naming every setting that cannot be searched so, or if there is no space.
     """
-    search = experiment.search
-    if search is None:
-        raise ConfigError(
-            experiment.name,
-            [
-                "search: missing; it says what to try "
-                "(maml config show sinusoid-search has an example)"
-            ],
-        )
+    search = search_of(experiment)
     errors = {
         f"search.space.{path}: says where things go, so it cannot be searched": None
         for path in search.space

@@ -17,15 +17,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pipeline.cluster.connection import worker_bundle
+from pipeline.cluster.group import threads_per_chunk
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import with_settings
 from pipeline.config.search import Search
 from pipeline.evaluation.meta_test import Curve
 from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState
-from pipeline.search.space import in_flight, settings_of
+from pipeline.search.space import in_flight, search_of, settings_of
 from pipeline.training.endings import Interrupted
 from pipeline.training.loop import meta_train, validate
 from pipeline.training.opening import open_session, origin
@@ -37,29 +38,27 @@ _DELIVERY = 20.0  # seconds that a validation waits until MLflow has its record
 
 
 @dataclass(frozen=True)
-class Criterion:
+class Ranking:
     """How trials are ranked: by a metric of their last validation."""
 
     metric: str
     step: int | None
     """Adaptation steps; None: the experiment's `selection_step`."""
-    mode: str
-    """'min' or 'max'."""
+    mode: Literal["min", "max"]
+
+    @property
+    def name(self) -> str:
+        """The metric as `search.metric` names it: METRIC, or METRIC_stepK."""
+        return self.metric if self.step is None else f"{self.metric}_step{self.step}"
 
     def step_of(self, experiment: Experiment) -> int:
-        """The adaptation steps after which an experiment is judged."""
+        """The adaptation steps after which an experiment is validated."""
         return experiment.selection_step if self.step is None else self.step
 
     def of(self, curve: Curve, experiment: Experiment) -> tuple[float, float]:
         """The value of a validation and half the width of its confidence interval."""
         position = curve.steps.index(self.step_of(experiment))
         return curve.mean[self.metric][position], curve.ci95[self.metric][position]
-
-    def better(self, one: float, other: float) -> bool:
-        """Whether `one` is better than `other`; NaN is worse than every number."""
-        if math.isnan(one) or math.isnan(other):
-            return not math.isnan(one)
-        return one < other if self.mode == "min" else one > other
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ class TrialResult:
     """One of COMPLETE, STOPPED, FAILED, UNFINISHED."""
     iteration: int
     value: float
-    """The last validation by the search's criterion; NaN: there is none."""
+    """The last validation, by the metric of the search's ranking; NaN: there is none."""
     ci95: float
     """Half the width of the confidence interval of `value`."""
     step: int | None
@@ -97,7 +96,7 @@ class Plan:
     folder: Path
     token: str
     """Names the search in MLflow."""
-    criterion: Criterion
+    ranking: Ranking
     import_paths: tuple[str, ...]
     """Folders from which the driver imports a user's modules."""
     parent_run_id: str | None = None
@@ -108,8 +107,7 @@ class Plan:
     @property
     def search(self) -> Search:
         """The experiment's search section."""
-        assert self.experiment.search is not None
-        return self.experiment.search
+        return search_of(self.experiment)
 
     def result(
         self, trial_id: str, draw: Mapping[str, Any], last: Mapping[str, Any]
@@ -141,18 +139,17 @@ class Plan:
         return f"{self.token}-{trial_id}"
 
 
-def base_experiment(experiment: Experiment) -> Experiment:
-    """The experiment of all trials but for the searched settings; its size is fixed.
+def sized_as_trial(experiment: Experiment) -> Experiment:
+    """The experiment with the workers and threads that it has as a trial, and without its search.
 
     Trials run in parallel, so `auto` workers means none: a trial computes in its own process, with
     the threads of one worker.
     """
     cluster = experiment.cluster
     workers = 0 if cluster.workers == "auto" else cluster.workers
-    threads = experiment.compute.threads or max(1, int(cluster.cpus_per_worker))
     return experiment.without_gpu().changed(
         search=None,
-        compute={"threads": threads},
+        compute={"threads": threads_per_chunk(experiment, 1)},
         checkpoint={"uri": None},  # one folder cannot hold the checkpoints of several runs
         cluster={"workers": workers},
     )
@@ -171,7 +168,7 @@ def bundles(experiment: Experiment) -> list[dict[str, float]]:
 def trial_experiment(plan: Plan, trial_id: str, settings: Mapping[str, Any]) -> Experiment:
     """The experiment that a trial runs. Raises ConfigError."""
     base = plan.experiment.changed(search=None)
-    experiment = base_experiment(with_settings(base, settings))
+    experiment = sized_as_trial(with_settings(base, settings))
     tags = {**experiment.tracking.tags, "search": plan.folder.name, "search.trial": trial_id}
     if plan.parent_run_id is not None:
         tags["mlflow.parentRunId"] = plan.parent_run_id
@@ -243,18 +240,20 @@ def _states(
 class _Reporter(Watcher):
     """Reports validations to Ray Tune, and keeps notices in the trial's folder."""
 
+    _session: Session
+    """Set by `started`, which comes before `iteration` and `validated`."""
+
     def __init__(self, plan: Plan, folder: Path):
         self._plan, self._folder = plan, folder
-        self._session: Session | None = None
+        self._started = False
         self._seconds = 0.0
         self._updates = 0
         self._pending: dict[str, Any] | None = None
 
     def started(self, session: Session) -> None:
-        self._session = session
+        self._session, self._started = session, True
 
     def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
-        assert self._session is not None
         per_batch = self._session.experiment.outer.tasks_per_batch
         self._seconds += per_batch / metrics["tasks_per_second"]
         self._updates += 1
@@ -266,21 +265,19 @@ class _Reporter(Watcher):
     def validated(self, iteration: int, curve: Curve, best: bool) -> None:
         """Prepare the report of a validation, and send it unless it is the last one."""
         session, search = self._session, self._plan.search
-        assert session is not None
         experiment = session.experiment
         if search.scheduler == "pbt":
             flat = experiment.flat()
             rates = {p: flat[p] for p in in_flight(search) if isinstance(flat[p], int | float)}
             session.tracker.log_metrics(rates, iteration)
-        value, ci95 = self._plan.criterion.of(curve, experiment)
+        value, ci95 = self._plan.ranking.of(curve, experiment)
         # From this process's updates: the duration of those before a restart is not known.
         per_update = self._seconds / max(1, self._updates)
         self._pending = {
             "value": value if math.isfinite(value) else self._worst(),
             "ci95": ci95,
-            "step": self._plan.criterion.step_of(experiment),
-            "iteration": iteration,
-            "validations": -(-iteration // experiment.validate_every),
+            "step": self._plan.ranking.step_of(experiment),
+            **_times(iteration, experiment.validate_every),
             "seconds": iteration * per_update,
             "tasks_per_second": experiment.outer.tasks_per_batch / per_update
             if per_update
@@ -310,13 +307,14 @@ class _Reporter(Watcher):
         """Tell Tune that the trial is over without a result."""
         from ray import tune
 
-        iteration = self._session.iteration if self._session else 0
+        iteration, every = 0, 1  # it may have failed before it started
+        if self._started:
+            iteration, every = self._session.iteration, self._session.experiment.validate_every
         tune.report(
             {
                 "value": self._worst(),
                 "ci95": math.nan,
-                "iteration": iteration,
-                "validations": iteration,
+                **_times(iteration, every),
                 "seconds": self._seconds,
                 "tasks_per_second": 0.0,
                 "failure": message,
@@ -325,10 +323,16 @@ class _Reporter(Watcher):
 
     def _worst(self) -> float:
         """A value that ranks behind all others."""
-        return WORST if self._plan.criterion.mode == "min" else -WORST
+        return WORST if self._plan.ranking.mode == "min" else -WORST
 
 
-def criterion(search: Search, experiment: Experiment, metrics: Sequence[str]) -> Criterion:
+def _times(iteration: int, every: int) -> dict[str, int]:
+    """How far a trial is, in the two units that schedulers count; `every`: iterations between
+    validations."""
+    return {"iteration": iteration, "validations": -(-iteration // every)}
+
+
+def ranking_of(search: Search, experiment: Experiment, metrics: Sequence[str]) -> Ranking:
     """How the search ranks trials; `metrics` are those that a validation reports.
 
     Raises ValueError naming the setting for a metric that is not among them.
@@ -344,6 +348,7 @@ def criterion(search: Search, experiment: Experiment, metrics: Sequence[str]) ->
             f"has ({', '.join(metrics)}, or one of them after K adaptation steps as "
             f"{metrics[0]}_step1)"
         )
+    mode: Literal["min", "max"]
     if name == "loss":
         mode = "min"
     elif name == task.primary_metric:
@@ -354,4 +359,4 @@ def criterion(search: Search, experiment: Experiment, metrics: Sequence[str]) ->
         raise ValueError(f"search.mode: say whether {name} is to be small (min) or large (max)")
     else:
         mode = search.mode
-    return Criterion(name, int(text) if found else None, search.mode or mode)
+    return Ranking(name, int(text) if found else None, search.mode or mode)

@@ -22,12 +22,13 @@ from pipeline.search.trial import (
     UNFINISHED,
     Plan,
     TrialResult,
-    base_experiment,
     bundles,
     run_trial,
+    sized_as_trial,
     trial_experiment,
 )
 from pipeline.search.trial_records import TrialRuns
+from tasks.errors import first_line
 
 _RESTARTS = 3  # of a trial whose process died
 _STARVING = 120.0  # seconds without a running trial until the watcher is told
@@ -143,7 +144,7 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> No
         run_trial(plan, draw)
 
     def resources(draw: dict[str, Any]) -> Any:
-        experiment = base_experiment(plan.experiment)
+        experiment = sized_as_trial(plan.experiment)
         if any(path.startswith("cluster.") for path in search.space):
             experiment = trial_experiment(plan, "", settings_of(search, draw))
         return tune.PlacementGroupFactory(bundles(experiment))
@@ -158,7 +159,7 @@ def run_trials(plan: Plan, scheduler: Any, algorithm: Any, conductor: Any) -> No
         config=draws(search),
         num_samples=search.samples if is_random(search) else 1,
         metric="value",
-        mode=plan.criterion.mode,
+        mode=plan.ranking.mode,
         scheduler=scheduler,
         search_alg=algorithm,
         time_budget_s=search.time_budget,
@@ -222,7 +223,7 @@ def conductor_of(
                 self._fed = now
             elif now - self._fed > _STARVING:
                 self._fed = now
-                short = trial_lacks(base_experiment(plan.experiment))
+                short = trial_lacks(sized_as_trial(plan.experiment))
                 watcher.notice(short or f"no trial has run for {_STARVING:.0f} s: waiting for room")
 
     return Conductor()
@@ -241,7 +242,7 @@ def result_of(plan: Plan, trial: Any, over: bool) -> TrialResult:
     result = plan.result(trial.trial_id, trial.config, trial.last_result or {})
     if trial.status == "ERROR":
         error = trial.get_pickled_error()
-        reason = str(error).strip().splitlines()[0] if error and str(error).strip() else "it died"
+        reason = first_line(error) if error else "it died"
         return replace(result, outcome=FAILED, failure=result.failure or reason)
     if result.outcome == UNFINISHED and (over or trial.status == "TERMINATED"):
         return replace(result, outcome=STOPPED)

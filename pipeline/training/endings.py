@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tasks.errors import ReportedError
+from tasks.errors import INTERRUPTED, ReportedError
 
 
 class TrainingFailed(ReportedError):
@@ -18,7 +18,7 @@ class Diverged(TrainingFailed):
 class Interrupted(ReportedError):
     """The run was asked to stop and has stopped. Its state is in a checkpoint."""
 
-    exit_code = 130
+    exit_code = INTERRUPTED
 
 
 Interruption = (Interrupted, KeyboardInterrupt)

@@ -21,7 +21,14 @@ from pipeline.maml.flat_vector import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import check_writable, refuse_to_overwrite, state_to_resume
-from pipeline.runs.tracker import NullTracker, RunTracker, Tracker, environment_tags, resolve_uri
+from pipeline.runs.tracker import (
+    SELECTED_BY,
+    MlflowTracker,
+    NullTracker,
+    Tracker,
+    environment_tags,
+    resolve_uri,
+)
 from pipeline.training.endings import Interruption
 from pipeline.training.placement import Placement, decide_compile, decide_workers
 from pipeline.training.session import Session, Watcher
@@ -147,14 +154,12 @@ def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
     )
 
 
-def _start_tracking(
-    session: Session, state: TrainingState | None, placement: Placement
-) -> RunTracker:
+def _start_tracking(session: Session, state: TrainingState | None, placement: Placement) -> Tracker:
     """Open the run's record in MLflow; a resumed run continues its own."""
     experiment = session.experiment
     if not experiment.tracking.enabled:
         return NullTracker()
-    tracker = Tracker.open(
+    tracker = MlflowTracker.open(
         uri=experiment.tracking.uri,
         experiment=experiment.tracking.experiment,
         run_name=session.run_dir.name,
@@ -167,6 +172,7 @@ def _start_tracking(
             "workers": str(placement.workers),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
+            SELECTED_BY: session.metric,
             # MLflow's pages show these as the run's description and its source.
             "mlflow.note.content": summary(experiment, session.optimizer.layout.size),
             "mlflow.source.name": experiment.name,

@@ -30,6 +30,7 @@ from torch import Tensor
 from pipeline.cluster.connection import connect, lacking, refuse_or_wait, worker_bundle
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import Layout
+from pipeline.runs.checkpoint import theta_of
 from pipeline.training.endings import Diverged, Interrupted, TrainingFailed
 from pipeline.training.placement import room_for_workers
 from pipeline.training.pretraining import Pretrainer, narrowed
@@ -82,12 +83,7 @@ def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) 
         if session.iteration < experiment.outer.iterations:
             session.save_checkpoint()
             raise Interrupted(f"stopped after iteration {session.iteration}")
-    wide = {
-        name.removeprefix("theta."): value
-        for name, value in session.pretraining.items()
-        if name.startswith("theta.")
-    }
-    theta = narrowed(experiment, wide)
+    theta = narrowed(experiment, theta_of(session.pretraining))
     session.optimizer.replace(Layout.of(session.optimizer.theta).join(theta))
 
 

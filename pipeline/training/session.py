@@ -22,7 +22,7 @@ from pipeline.evaluation.run_report import summary, write_plots
 from pipeline.maml.flat_vector import FlatVector, Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState, save_theta
 from pipeline.runs.folder import History, RunFolderError
-from pipeline.runs.tracker import NullTracker, RunTracker
+from pipeline.runs.tracker import NullTracker, Tracker
 from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.jobs import Cut, tasks_per_chunk
@@ -93,7 +93,7 @@ class Session:
         self.compile = compile
         self.workers: WorkerGroup
         """Set by `opening`: how they start depends on the number of chunks."""
-        self.tracker: RunTracker = NullTracker()
+        self.tracker: Tracker = NullTracker()
         self._store = store
         self._improved = False
         self._saved_at = -1

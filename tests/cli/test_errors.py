@@ -8,7 +8,7 @@ import importlib
 import pytest
 
 from pipeline.cli.exit_codes import _described
-from tasks.errors import ReportedError
+from tasks.errors import ReportedError, first_line
 from tests.places import ROOT
 
 EXIT_CODES = {
@@ -61,3 +61,15 @@ def test_every_error_says_its_exit_code() -> None:
 )
 def test_other_errors(error: Exception, expected: tuple[str, int]) -> None:
     assert _described(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ValueError("\n  no such table: runs\n  at line 3"), "no such table: runs"),
+        (TimeoutError(), "TimeoutError"),
+        (OSError("x" * 1000), "x" * 300),
+    ],
+)
+def test_the_first_line_of_a_message(error: Exception, expected: str) -> None:
+    assert first_line(error) == expected

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 from pipeline.cli.main import app
 from pipeline.runs.catalog import Run, compare, find_run, list_runs
 from pipeline.runs.mlflow_sender import TrackingError, client_class
-from pipeline.runs.tracker import Tracker
+from pipeline.runs.tracker import MlflowTracker
 from pipeline.training.loop import train
 from tests.commands import maml
 from tests.conftest import experiment_of
@@ -45,7 +45,7 @@ def record(run_dir: Path, uri: str, status: Any = "FINISHED", **given: Any) -> s
     """A run made by hand; returns its id."""
     metrics = given.pop("metrics", {})
     settings: dict[str, Any] = {"params": {}, "tags": {}, **given}
-    tracker = Tracker.open(
+    tracker = MlflowTracker.open(
         uri=uri, experiment="maml", run_name=run_dir.name, run_dir=run_dir, **settings
     )
     tracker.log_metrics(metrics, 3)
@@ -64,7 +64,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train(experiment_of(SETTINGS, inner={"lr": 0.1, "order": "first"}), runs / "fast")
     longer = experiment_of(SETTINGS, inner={"lr": 0.1, "order": "first"}, outer={"iterations": 6})
     train(longer, runs / "fast", resume=True)
-    search = Tracker.open(
+    search = MlflowTracker.open(
         uri=uri,
         experiment="searches",
         run_name="sweep",
@@ -146,6 +146,49 @@ def test_trials_are_ranked_by_what_their_search_asks_for(tmp_path: Path) -> None
     assert [trial.name for trial in search.trials] == ["b", "c", "a"]
     assert search.trials[0].validation is not None
     assert search.trials[0].validation[:2] == ("loss", 9)
+
+
+@pytest.mark.parametrize(
+    ("tags", "best_first"),
+    [
+        ({"search.ranked_by": "return", "search.ranked_mode": "max"}, ["b", "c", "a"]),
+        ({"search.ranked_by": "return_step0", "search.ranked_mode": "max"}, ["a", "c", "b"]),
+        ({"search.ranked_by": "return", "search.ranked_mode": "min"}, ["a", "c", "b"]),
+        ({}, ["b", "c", "a"]),
+    ],
+)
+def test_trials_of_policies_are_ranked_by_their_returns(
+    tags: dict[str, str], best_first: list[str], tmp_path: Path
+) -> None:
+    """The larger return is the better one, also where the settings leave metric and mode out."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    params = {"name": "move", "search.metric": None, "search.mode": None}
+    parent = record(tmp_path / "sweep", uri, params=params, tags={"kind": "search", **tags})
+    for name, value in (("a", -30.0), ("b", -10.0), ("c", -20.0)):
+        values = {"validation/return_step1": value, "validation/return_step0": -40.0 - value}
+        settings = {"inner.steps": 1}
+        record(
+            tmp_path / name,
+            uri,
+            params=settings,
+            metrics={**values, "validation/loss_step1": value},
+            parent_run_id=parent,
+        )
+    (search,) = list_runs(uri)
+    assert [trial.name for trial in search.trials] == best_first
+    assert search.trials[0].validation is not None
+    assert search.trials[0].validation.metric == "return"
+
+
+def test_the_metric_that_chooses_a_checkpoint_is_the_one_shown(uri: str, tmp_path: Path) -> None:
+    assert by_name(uri)["fast"].tags["selected_by"] == "loss"
+    own = f"sqlite:///{tmp_path}/mlflow.db"
+    values = {"validation/accuracy_step1": 0.5, "validation/f1_step1": 0.25}
+    tags = {"selected_by": "f1"}
+    record(tmp_path / "run", own, params={"inner.steps": 1}, tags=tags, metrics=values)
+    (run,) = list_runs(own)
+    assert run.validation is not None
+    assert run.validation == ("f1", 1, (0.25, None))
 
 
 def test_filter(uri: str) -> None:

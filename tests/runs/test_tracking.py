@@ -19,8 +19,8 @@ import pytest
 from pipeline.runs.mlflow_ui import serve
 from pipeline.runs.tracker import (
     UNSENT,
+    MlflowTracker,
     NullTracker,
-    RunTracker,
     Tracker,
     TrackingError,
     environment_tags,
@@ -52,9 +52,9 @@ def store(tmp_path_factory) -> str:
     return uri
 
 
-def start(run_dir: Path, **changes: object) -> Tracker:
+def start(run_dir: Path, **changes: object) -> MlflowTracker:
     settings = {"uri": None, "experiment": "maml", "run_name": run_dir.name, "run_dir": run_dir}
-    return Tracker.open(**{**settings, "params": {}, "tags": {}, **changes})
+    return MlflowTracker.open(**{**settings, "params": {}, "tags": {}, **changes})
 
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
@@ -157,8 +157,8 @@ def test_processes_that_create_the_store_at_once(tmp_path: Path) -> None:
     script = """if True:
         import sys
         from pathlib import Path
-        from pipeline.runs.tracker import Tracker
-        tracker = Tracker.open(uri=None, experiment="e", run_name=sys.argv[2],
+        from pipeline.runs.tracker import MlflowTracker
+        tracker = MlflowTracker.open(uri=None, experiment="e", run_name=sys.argv[2],
             run_dir=Path(sys.argv[1]) / sys.argv[2], params={"a": 1}, tags={"b": "c"})
         for step in range(50):
             tracker.log_metrics({"loss": step}, step)
@@ -340,7 +340,7 @@ def test_the_store_is_found(tmp_path: Path, monkeypatch) -> None:
 
 
 def test_tracking_can_be_off() -> None:
-    trackers: list[RunTracker] = [NullTracker()]
+    trackers: list[Tracker] = [NullTracker()]
     for tracker in trackers:
         tracker.log_metrics({"loss": 1.0}, 0)
         tracker.log_params({"a": 1})
@@ -352,7 +352,7 @@ def test_tracking_can_be_off() -> None:
 
 def test_environment_tags() -> None:
     tags = environment_tags()
-    assert {"host", "platform", "python", "cpu.cores", "torch", "ray", "mlflow"} <= tags.keys()
+    assert {"host", "platform", "python", "cpu.usable", "torch", "ray", "mlflow"} <= tags.keys()
     assert all(isinstance(value, str) and value for value in tags.values())
 
 

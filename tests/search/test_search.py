@@ -14,11 +14,12 @@ import torch
 
 from pipeline.cli.search_console import SearchConsole
 from pipeline.config.loading import from_dict, load, load_run, with_settings
+from pipeline.runs.catalog import list_runs
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.runs.folder import RunFolderError
 from pipeline.search.report import compare_orders
 from pipeline.search.run import run_search
-from pipeline.search.trial import COMPLETE, FAILED, STOPPED, Criterion, TrialResult
+from pipeline.search.trial import COMPLETE, FAILED, STOPPED, Ranking, TrialResult
 from pipeline.search.tune import SearchWatcher
 from pipeline.training.loop import train
 from tests.helpers import final_theta
@@ -117,11 +118,11 @@ def test_algorithms_can_be_searched(quick: dict[str, Any], tmp_path: Path, ray_l
 def test_policies_are_searched_by_their_returns(
     moving: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
+    """The best first, here and in `maml runs`."""
     section = {"space": {"inner.lr": {"grid": [0.01, 1.0]}}, "scheduler": "none", "samples": 1}
-    outer = {**moving["outer"], "iterations": 2}
-    found = run_search(
-        from_dict({**moving, "outer": outer, "search": section}), tmp_path / "search"
-    )
+    settings = {**moving, "outer": {**moving["outer"], "iterations": 2}, "search": section}
+    settings["tracking"] = {"enabled": True}
+    found = run_search(from_dict(settings), tmp_path / "search")
     assert [trial.outcome for trial in found.trials] == [COMPLETE] * 2
     best, other = found.trials
     assert found.best == best
@@ -129,6 +130,11 @@ def test_policies_are_searched_by_their_returns(
     assert other.value is not None
     assert other.value < best.value < 0
     assert load(str(tmp_path / "search" / "best.yaml")).inner.lr == best.settings["inner.lr"]
+    (listed,) = list_runs(f"sqlite:///{tmp_path}/mlflow.db")
+    assert (listed.tags["search.ranked_by"], listed.tags["search.ranked_mode"]) == ("return", "max")
+    assert [trial.name for trial in listed.trials] == [best.trial_id, other.trial_id]
+    shown = [trial.validation for trial in listed.trials]
+    assert [each and each.value.mean for each in shown] == [best.value, other.value]
 
 
 def test_tpe_finds_the_best_rate(
@@ -323,14 +329,14 @@ def test_orders_are_compared_in_pairs() -> None:
     ]
     curves = {"a": {10: 9.0, 20: 2.0}, "b": {10: 9.0, 20: 1.0}, "e": {20: 3.0}}
     curves |= {"c": {10: 6.0, 20: 7.0}, "d": {10: 4.0}}
-    found = compare_orders(results, curves, Criterion("loss", 1, "min"))
+    found = compare_orders(results, curves, Ranking("loss", 1, "min"))
     assert found is not None
     assert (found.pairs, found.left_out) == (2, 0)
     assert found.metric.mean == pytest.approx(math.sqrt(3))
     half = 12.706 * (math.log(2) - math.log(1.5)) / math.sqrt(2) / math.sqrt(2)
     assert found.metric.high == pytest.approx(math.sqrt(3) * math.exp(half))
     assert found.cost.mean == pytest.approx(0.5)
-    points = compare_orders(results, curves, Criterion("accuracy", 1, "max"))
+    points = compare_orders(results, curves, Ranking("accuracy", 1, "max"))
     assert points is not None
     assert points.metric.mean == pytest.approx((1.0 + 2.0) / 2)
-    assert compare_orders(results[-1:], curves, Criterion("loss", 1, "min")) is None
+    assert compare_orders(results[-1:], curves, Ranking("loss", 1, "min")) is None

@@ -12,7 +12,7 @@ from pipeline.config.loading import ConfigError, experiments, from_dict, load
 from pipeline.runs.folder import RunFolderError
 from pipeline.search.run import load_search, run_search
 from pipeline.search.space import corners, possible_experiments, settings_of, within
-from pipeline.search.trial import Criterion, base_experiment, bundles, criterion
+from pipeline.search.trial import Ranking, bundles, ranking_of, sized_as_trial
 
 
 def searching(quick: dict[str, Any], space: Any, **search: Any) -> Any:
@@ -129,14 +129,13 @@ def test_scheduler_arguments_are_checked(quick: dict[str, Any], tmp_path: Path) 
         run_search(wrong, tmp_path / "run")
 
 
-def test_criterion(quick: dict[str, Any]) -> None:
+def test_ranking(quick: dict[str, Any]) -> None:
     experiment = searching(quick, {"inner.lr": {"grid": [0.1]}}, metric="loss_step3")
-    found = criterion(experiment.search, experiment, ["loss"])
-    assert found == Criterion("loss", 3, "min")
-    assert found.better(0.1, float("nan"))
-    assert not found.better(float("nan"), 0.1)
+    found = ranking_of(experiment.search, experiment, ["loss"])
+    assert found == Ranking("loss", 3, "min")
+    assert found.name == "loss_step3"
     free = searching(quick, {"inner.lr": {"grid": [0.1]}})
-    assert criterion(free.search, free, ["loss"]).step_of(free) == quick["inner"]["steps"]
+    assert ranking_of(free.search, free, ["loss"]).step_of(free) == quick["inner"]["steps"]
 
 
 def test_values_of_every_kind(quick: dict[str, Any]) -> None:
@@ -173,7 +172,7 @@ def test_the_section_survives_yaml(quick: dict[str, Any]) -> None:
 def test_what_a_trial_takes(quick: dict[str, Any]) -> None:
     def wanted(**cluster: Any) -> Any:
         settings = {**quick, "cluster": cluster, "compute": {"compile": "never"}}
-        return base_experiment(from_dict(settings))
+        return sized_as_trial(from_dict(settings))
 
     alone = wanted()
     assert bundles(alone) == [{"CPU": 1.0}]
