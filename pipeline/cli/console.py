@@ -21,7 +21,7 @@ from rich.text import Text
 from pipeline.evaluation.comparison import PairedComparison, recipes
 from pipeline.evaluation.meta_test import BASELINES, Curve, cell, metric_label
 from pipeline.maml.confidence import interval
-from pipeline.training.session import Session, Watcher
+from pipeline.training.session import Session, Updates, Watcher
 
 if TYPE_CHECKING:
     from pipeline.config.experiment import Experiment
@@ -102,29 +102,18 @@ class ConsoleWatcher(LiveLine, Watcher):
         super().__init__(_LIVE_SECONDS, _PLAIN_SECONDS)
         self._total = 0
         self._first = 0
-        self._per_iteration, self._unit = 0, "tasks/s"
+        self._updates = Updates(0, "tasks", "")
         self._metric, self._metric_name, self._percent = "loss", "loss", False
-        self._inner_steps = 0
+        self._shown = _SHOWN
 
     def starting(self, experiment: Experiment, run_dir: Path) -> None:
         out.print(f"{experiment.name} -> {run_dir}", style="bold", markup=False, soft_wrap=True)
 
     def started(self, session: Session) -> None:
         experiment = session.experiment
-        workers = f"{session.workers.size} Ray actors" if session.workers.size else "in process"
-        pretraining = experiment.pretraining
-        if pretraining is None:
-            how = (
-                f"inner steps: {experiment.inner.steps}, {experiment.inner.order} order; "
-                f"{experiment.outer.tasks_per_batch} tasks per meta-batch, "
-                f"{session.cut.per_chunk} per chunk; {workers}; "
-                f"{'compiled' if session.compile else 'not compiled'}"
-            )
-        else:
-            how = f"{pretraining.objective} pretraining, batches of {pretraining.batch_size}"
         out.print(
             f"{experiment.task.kind} tasks, {experiment.model.kind} with "
-            f"{session.optimizer.layout.size:,} parameters; {how}",
+            f"{session.optimizer.layout.size:,} parameters; {session.method.describe(session)}",
             soft_wrap=True,
         )
         if session.iteration:
@@ -132,12 +121,9 @@ class ConsoleWatcher(LiveLine, Watcher):
         task = experiment.build_task()
         self._metric = task.primary_metric
         self._metric_name, self._percent = metric_label(task, self._metric)
-        self._inner_steps = experiment.inner.steps
+        self._shown = _shown(experiment)
         self._total, self._first = experiment.outer.iterations, session.iteration
-        if pretraining is None:
-            self._per_iteration, self._unit = experiment.outer.tasks_per_batch, "tasks/s"
-        else:
-            self._per_iteration, self._unit = pretraining.batch_size, "examples/s"
+        self._updates = session.method.updates(experiment)
         self.begin()
 
     def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
@@ -149,10 +135,10 @@ class ConsoleWatcher(LiveLine, Watcher):
             f"iteration {iteration:,}/{self._total:,}  "
             + "".join(
                 f"{name} {metrics[key]:.4g}  "
-                for key, name in _shown(metrics, self._inner_steps).items()
+                for key, name in self._shown.items()
                 if key in metrics
             )
-            + f"{per_second * self._per_iteration:,.0f} {self._unit}  "
+            + f"{per_second * self._updates.size:,.0f} {self._updates.unit}/s  "
             f"ETA {duration((self._total - iteration) / per_second)}",
         )
 
@@ -170,14 +156,15 @@ class ConsoleWatcher(LiveLine, Watcher):
         out.print(f"meta-test on {experiment.evaluation.tasks} tasks ...")
 
 
-def _shown(metrics: dict[str, float], inner_steps: int) -> dict[str, str]:
-    """The metrics of an update that the live line shows, and what they are called there: returns
-    where there are any, which say more than the surrogate loss, else losses."""
-    returns = {
+def _shown(experiment: Experiment) -> dict[str, str]:
+    """The metrics of an update that the live line shows, and what they are called there: of
+    policies the returns, which say more than the surrogate loss."""
+    if experiment.reinforcement is None:
+        return _SHOWN
+    return {
         "train/return_step0": "return",
-        f"train/return_step{inner_steps}": "return after adaptation",
+        f"train/return_step{experiment.inner.steps}": "return after adaptation",
     }
-    return returns if "train/return_step0" in metrics else _SHOWN
 
 
 def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
