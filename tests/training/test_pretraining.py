@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, load
+from pipeline.config.settings import Pretraining
 from pipeline.evaluation.meta_test import evaluate_run
 from pipeline.runs.checkpoint import load_theta
-from pipeline.training import loop, ray_train
+from pipeline.training import ray_train, transfer_learning
 from pipeline.training.endings import Interrupted, TrainingFailed
 from pipeline.training.loop import train
 from pipeline.training.pretraining import Pretrainer, narrowed, wide_model
@@ -219,7 +221,7 @@ def test_what_is_trained_is_never_lost_at_the_end(
     def stop(session: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "validate", stop)
+    monkeypatch.setattr(transfer_learning, "validate", stop)
     with pytest.raises(KeyboardInterrupt):
         train(experiment_of(pooled), tmp_path / "late")
     monkeypatch.undo()
