@@ -1,4 +1,4 @@
-"""Task distributions that misbehave, named in tests by their dotted path; looking at runs."""
+"""Tasks and models for tests, many of which misbehave; looking at runs."""
 
 import os
 import time
@@ -17,6 +17,7 @@ from pipeline.training.session import Watcher
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
 from tasks.control.mdp import Transition
 from tasks.control.navigation import Navigation, Plane
+from tasks.image_store import ClassImages, write_store
 from tasks.random import UInt64, task_keys, uniform
 from tasks.sinusoid import Sinusoid
 
@@ -169,6 +170,75 @@ class OwnClasses(Classification):
             return Examples(as_tensor(x), as_tensor(((x * across).sum(-1) > 0).astype(np.int64)))
 
         return TaskBatch(examples(1), examples(2))
+
+
+class Images(Classification):
+    """Only the loss and the metrics are used."""
+
+    input_shape = (1, 8, 8)
+    output_size = 2
+
+    def sample(self, seed: int, split: str, indices: npt.NDArray[np.int64]) -> TaskBatch:
+        raise NotImplementedError
+
+
+def images(
+    num_tasks: int,
+    shape: tuple[int, ...],
+    ways: int = 2,
+    shots: int = 1,
+    queries: int = 2,
+    seed: int = 0,
+) -> TaskBatch:
+    """Tasks of noise, in double precision."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def examples(count: int) -> Examples:
+        x = torch.randn(num_tasks, ways * count, *shape, dtype=torch.float64, generator=generator)
+        return Examples(x, torch.arange(ways).repeat_interleave(count).repeat(num_tasks, 1))
+
+    return TaskBatch(support=examples(shots), query=examples(queries))
+
+
+class Cube(torch.autograd.Function):
+    """x³ with reverse derivatives only."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x**3
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        return 3 * ctx.saved_tensors[0] ** 2 * upstream
+
+
+class BackwardOnly(torch.nn.Linear):
+    """A linear policy, cubed: without forward derivatives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = Cube.apply(super().forward(x))
+        return out
+
+
+def backward_only(input_shape: tuple[int, ...], output_size: int) -> torch.nn.Module:
+    return BackwardOnly(*input_shape, output_size)
+
+
+def write_tiny(root: Path, seed: int, size: int = 28) -> str:
+    """Write the store `tiny` of nine classes of noise; returns its content hash."""
+    generator = np.random.default_rng(seed)
+    splits = ["train"] * 4 + ["validation"] * 2 + ["test"] * 3
+    classes = (
+        ClassImages(f"c{n}", split, generator.integers(0, 256, (6, size, size, 1), np.uint8))
+        for n, split in enumerate(splits)
+    )
+    return write_store(root, "tiny", classes, source="noise", command="make it").content_hash
 
 
 def final_theta(run_dir: Path) -> torch.Tensor:

@@ -32,13 +32,12 @@ from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.loop import train
 from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
-from tests.helpers import final_theta
+from tests.helpers import final_theta, write_tiny
 from tests.newcomer import SHORT
 from tests.places import ROOT
 from tests.ports import free_port
 from tests.ray_cluster import TOKEN, Cluster, running_cluster
 from tests.readme import commands
-from tests.tasks.test_store_cache import write_tiny
 
 pytestmark = pytest.mark.long
 

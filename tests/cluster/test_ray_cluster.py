@@ -13,7 +13,7 @@ import yaml
 from pipeline.training.loop import train
 from tests.commands import clean_environment
 from tests.conftest import experiment_of
-from tests.training.test_training import final_theta
+from tests.helpers import final_theta
 
 # In a process of its own: a process can be connected to one Ray only.
 DRIVER = """

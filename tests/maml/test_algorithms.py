@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,26 +17,19 @@ from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.inner_optimizers import build_inner_optimizer
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
-from pipeline.maml.models import conv4, mlp
+from pipeline.maml.models import mlp
 from tasks.base import Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid
-from tests.maml.test_meta_gradient import Images, images
-
-STEPS, ALPHA = 3, 0.05
-WEIGHTS = (0.2, 0.3, 0.5)
-
-
-def regression() -> tuple[nn.Module, Any, TaskBatch]:
-    model = mlp((1,), 1, hidden=(5, 4), normalisation="batch-affine", init_std=0.5)
-    return model, Sinusoid(), Sinusoid(shots=6, queries=5).sample(0, "train", np.arange(3))
-
-
-def classification() -> tuple[nn.Module, Any, TaskBatch]:
-    shape = (1, 8, 8)
-    model = conv4(shape, 2, filters=3, layers=2, normalisation="batch-affine")
-    return model, Images(), images(3, shape, shots=2, queries=2)
-
+from tests.family import (
+    ALPHA,
+    STEPS,
+    WEIGHTS,
+    adaptation_for,
+    classification,
+    perturbed,
+    regression,
+)
 
 CASES = {"mlp": regression, "conv": classification}
 Loss = Callable[[Params, Examples], Tensor]
@@ -140,34 +132,6 @@ BY_HAND: dict[str, Callable[[nn.Module], Callable[..., Tensor]]] = {
     "maml with adam": lambda model: adam,
     "maml with momentum": lambda model: momentum,
 }
-OWN = {
-    "maml with adam": {"optimizer": build_inner_optimizer("adam")},
-    "maml with momentum": {"optimizer": build_inner_optimizer("momentum", momentum=0.8)},
-}
-
-
-def adaptation_for(name: str, model: nn.Module) -> Adaptation:
-    preset = PRESETS[name].settings if name in PRESETS else {}
-    return Adaptation.of(
-        model,
-        steps=STEPS,
-        adapted=preset.get("inner.adapted", ["all"]),
-        not_adapted=preset.get("inner.not_adapted", []),
-        per_step=preset.get("inner.per_step", []),
-        rates=preset.get("inner.rates", "fixed"),
-        **OWN.get(name, {}),
-    )
-
-
-def perturbed(meta: Params) -> Params:
-    """A generic point: published initial values are full of zeros, ones and equal rates."""
-    generator = torch.Generator().manual_seed(3)
-    return {
-        name: p
-        + (0.01 if name.startswith(RATE) else 0.2)
-        * torch.randn(p.shape, dtype=p.dtype, generator=generator)
-        for name, p in meta.items()
-    }
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -19,8 +19,7 @@ from pipeline.maml.meta_gradient import Knobs, at_once_applies, meta_gradient
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import mlp
 from tasks.base import Examples, TaskBatch
-from tests.helpers import Squares
-from tests.maml.test_algorithms import (
+from tests.family import (
     ALPHA,
     STEPS,
     WEIGHTS,
@@ -29,6 +28,7 @@ from tests.maml.test_algorithms import (
     perturbed,
     regression,
 )
+from tests.helpers import Squares
 
 
 def body_products(steps: int, **choices: Any) -> int:

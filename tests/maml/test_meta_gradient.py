@@ -14,31 +14,12 @@ from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_gradient import Knobs, chunk_function
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4, linear, mlp
-from tasks.base import Classification, Examples, TaskBatch
+from tasks.base import Examples, TaskBatch
 from tasks.quadratic import Quadratic
 from tasks.sinusoid import Sinusoid
+from tests.helpers import Cube, Images, images
 
 ORDERS = ("second", "first")
-
-
-class Images(Classification):
-    """Only the loss and the metrics are used."""
-
-    input_shape = (1, 8, 8)
-    output_size = 2
-
-    def sample(self, seed, split, indices):
-        raise NotImplementedError
-
-
-def images(num_tasks, shape, ways=2, shots=1, queries=2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def examples(count):
-        x = torch.randn(num_tasks, ways * count, *shape, dtype=torch.float64, generator=generator)
-        return Examples(x, torch.arange(ways).repeat_interleave(count).repeat(num_tasks, 1))
-
-    return TaskBatch(support=examples(shots), query=examples(queries))
 
 
 def prepared(model, criterion):
@@ -229,24 +210,6 @@ def test_shared_first_step_equals_a_step_per_task():
         back = stages.step_back(point, step.gradient, inputs, batch.support, step.point, shared)
         outcomes.append({**step.point.fast, **{f"{n} back": v for n, v in back.point.fast.items()}})
     torch.testing.assert_close(*outcomes, rtol=1e-9, atol=1e-12)
-
-
-class Cube(torch.autograd.Function):
-    """x³ with reverse derivatives only."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x):
-        return x**3
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, upstream):
-        return 3 * ctx.saved_tensors[0] ** 2 * upstream
 
 
 class CubeModel(nn.Module):

@@ -16,9 +16,10 @@ from pipeline.config.settings import Data
 from tasks.data_root import DATA_ROOT, absolute_root
 from tasks.glyphs import Glyphs
 from tasks.image_folder import ImageFolder
-from tasks.image_store import ClassImages, StoreError, write_store
+from tasks.image_store import StoreError
 from tasks.store_cache import CACHE, local_root
 from tests.commands import maml
+from tests.helpers import write_tiny
 from tests.places import ROOT
 
 OPEN = """
@@ -39,17 +40,6 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv(CACHE, str(tmp_path / "cache"))
     write_tiny(tmp_path / "shared", seed=0)
     return tmp_path / "shared"
-
-
-def write_tiny(root: Path, seed: int, size: int = 28) -> str:
-    """Write the store `tiny` of nine classes of noise; returns its content hash."""
-    generator = np.random.default_rng(seed)
-    splits = ["train"] * 4 + ["validation"] * 2 + ["test"] * 3
-    classes = (
-        ClassImages(f"c{n}", split, generator.integers(0, 256, (6, size, size, 1), np.uint8))
-        for n, split in enumerate(splits)
-    )
-    return write_store(root, "tiny", classes, source="noise", command="make it").content_hash
 
 
 def copies(cache: Path) -> list[Path]:

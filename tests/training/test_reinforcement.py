@@ -24,7 +24,7 @@ from pipeline.evaluation.comparison import compare_runs, recipes
 from pipeline.evaluation.meta_test import evaluate_run
 from pipeline.maml.compilation import Work, worth_compiling
 from pipeline.maml.flat_vector import flat_vector
-from pipeline.rl import rollouts as experience
+from pipeline.rl import rollouts
 from pipeline.rl.policy_loss import SurrogateEstimator
 from pipeline.search.space import possible_experiments
 from pipeline.search.trial import criterion
@@ -32,15 +32,13 @@ from pipeline.training.endings import Diverged
 from pipeline.training.loop import train
 from pipeline.training.placement import decide_compile, decide_workers
 from pipeline.training.trust_region import usual_questions
-from pipeline.worker import chunk
-from pipeline.worker import reinforcement as control
+from pipeline.worker import chunk, reinforcement
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import CandidateJob, FisherJob, GradientJob
 from pipeline.worker.learner import initial_parameters
 from pipeline.worker.tree import Span
 from tests.conftest import experiment_of
 from tests.helpers import Recorder, final_theta
-from tests.maml.test_meta_gradient import Cube
 
 pytestmark = pytest.mark.long
 
@@ -48,7 +46,7 @@ UPDATES = ["trpo", "promp", "gradient"]
 
 
 @pytest.mark.parametrize("update", ["trpo", "promp"])
-def test_trajectories_that_are_lost_are_acted_out_again(
+def test_trajectories_that_are_lost_are_collected_again(
     moving: dict[str, Any], tmp_path: Path, ray_local: None, update: str
 ) -> None:
     """Who has collected a chunk is killed before it is asked about it; and the bits are those of an
@@ -108,14 +106,14 @@ def test_workers_are_decided_on_by_all_that_an_iteration_does(
 
     def collect(*arguments: Any) -> Any:
         collections.append(arguments)
-        return experience.collect(*arguments)
+        return rollouts.collect(*arguments)
 
     def run(self: ChunkComputer, theta: Any, job: Any, vector: Any = None) -> Any:
         jobs.append(job)
         return compute(self, theta, job, vector)
 
     compute = ChunkComputer.run
-    monkeypatch.setattr(control, "collect", collect)
+    monkeypatch.setattr(reinforcement, "collect", collect)
     monkeypatch.setattr(ChunkComputer, "run", run)
     settings = {**moving, "cluster": {"workers": "auto", "cpus_per_worker": 0.25}}
     placement = decide_workers(experiment_of(settings, reinforcement={"update": update}))
@@ -268,23 +266,13 @@ def test_other_estimators_are_other_programs(moving: dict[str, Any]) -> None:
     assert len(programs) == 3
 
 
-class BackwardOnly(torch.nn.Linear):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = Cube.apply(super().forward(x))
-        return out
-
-
-def backward_only(input_shape: tuple[int, ...], output_size: int) -> torch.nn.Module:
-    return BackwardOnly(*input_shape, output_size)
-
-
 @pytest.mark.parametrize("inner", [{}, {"order": "first"}, {"steps": 0}], ids=str)
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
     moving: dict[str, Any], update: str, inner: dict[str, Any]
 ) -> None:
     """By a Fisher product always, by promp for the second order."""
-    settings = {**moving, "model": {"kind": "tests.test_control:backward_only"}}
+    settings = {**moving, "model": {"kind": "tests.helpers:backward_only"}}
     experiment = experiment_of(settings, inner=inner, reinforcement={"update": update})
     computer = ChunkComputer(experiment, compile=False)
     if update == "trpo" or (update == "promp" and not inner):
@@ -295,14 +283,14 @@ def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
     theta = flat_vector(initial_parameters(experiment))
     asked = [
         GradientJob(0, Span(0, 1)),
-        *(job for job, _ in usual_questions(acting(experiment), 0)),
+        *(job for job, _ in usual_questions(section(experiment), 0)),
     ]
     for job in asked:
         found = computer.run(theta, job, theta).gradient
         assert found is None or np.isfinite(found).all()
 
 
-def acting(experiment: Experiment) -> Reinforcement:
+def section(experiment: Experiment) -> Reinforcement:
     assert experiment.reinforcement is not None
     return experiment.reinforcement
 
