@@ -4,10 +4,10 @@
         p(T), eq. 1                worker/        maml/            │ query loss (eq. 3), maml/
                                                                   ▼
     checkpoint ◀── outer update (eq. 4) ◀── aggregate ◀──── meta-gradient per chunk
-    MLflow     ◀──┘    driver                driver            Ray actor, or in process
+    and MLflow          driver               driver            Ray actor, or in process
 
-Tasks to act in have no batch to sample: the worker collects trajectories instead; everything after
-that is the same. The driver (`training.loop`) waits for the slowest chunk of an iteration; workers
+Reinforcement learning tasks have no batch to sample: the worker collects trajectories instead;
+everything after that is the same. The driver (`training.loop`) waits for the slowest chunk of an iteration; workers
 wait for the driver's next θ, and sample the next tasks meanwhile. Nobody waits for MLflow. A wing
 imports only from those before it: config, maml, rl, worker, cluster, runs, evaluation, training,
 search, cli.

@@ -72,7 +72,7 @@ def moving(quick: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(params=["quick", "moving"])
 def either(request: pytest.FixtureRequest) -> dict[str, Any]:
-    """Supervised tasks and tasks to act in: what holds for both."""
+    """Supervised and reinforcement learning tasks: what holds for both."""
     settings: dict[str, Any] = request.getfixturevalue(request.param)
     return settings
 

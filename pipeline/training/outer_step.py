@@ -17,7 +17,7 @@ from pipeline.evaluation.health import why_not_finite
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.training.aggregation import Aggregate
 from pipeline.training.outer_optimizer import OuterOptimizer
-from pipeline.training.trust_region import Questions, policy_update, usual_questions
+from pipeline.training.trust_region import Questions, jobs_of_update, policy_update
 from pipeline.worker.jobs import ChunkJob
 from pipeline.worker.tree import Span
 
@@ -42,7 +42,7 @@ class OuterStep(Protocol):
         """
         ...
 
-    def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
+    def usual_jobs(self, iteration: int) -> list[tuple[ChunkJob, int]]:
         """The jobs that `move` asks of the first chunk, and how often; for measuring them."""
         ...
 
@@ -66,7 +66,7 @@ class OptimizerStep:
         lr = optimizer.lr
         return {"meta_gradient_norm": optimizer.step(mean.gradient), "outer_lr": lr}
 
-    def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
+    def usual_jobs(self, iteration: int) -> list[tuple[ChunkJob, int]]:
         return []
 
     def advice(
@@ -93,8 +93,8 @@ class PolicyStep:
         questions = Questions(batch.iteration, ask)
         return policy_update(self._settings, optimizer, mean, questions)
 
-    def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
-        return usual_questions(self._settings, iteration)
+    def usual_jobs(self, iteration: int) -> list[tuple[ChunkJob, int]]:
+        return jobs_of_update(self._settings, iteration)
 
     def advice(
         self, experiment: Experiment, metrics: Mapping[str, float], first_loss: float | None

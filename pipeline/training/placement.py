@@ -103,7 +103,7 @@ def _iteration_seconds(computer: ChunkComputer, experiment: Experiment, threads:
         for iteration in range(_MEASURED):  # the first one warms up
             # Each of other tasks: what is asked again is answered from what was kept.
             asked: list[tuple[ChunkJob, int]] = [(GradientJob(iteration, Span(0, 1)), 1)]
-            asked += step.usual_questions(iteration)
+            asked += step.usual_jobs(iteration)
             seconds = sum(count * _seconds(computer, theta, job) for job, count in asked)
             found.append(_Measured(seconds, sum(count for _, count in asked)))
             if time.perf_counter() - began > _LONG_ENOUGH:

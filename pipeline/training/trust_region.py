@@ -83,9 +83,9 @@ class Questions(NamedTuple):
         return self.ask(lambda chunks: CandidateJob(self.iteration, chunks, inner_kl_weight), theta)
 
 
-def usual_questions(settings: Reinforcement, iteration: int) -> list[tuple[ChunkJob, int]]:
-    """What `policy_update` asks of the first chunk and how often, for those who measure; a line
-    search that is content with its first step. All are about some vector [D]."""
+def jobs_of_update(settings: Reinforcement, iteration: int) -> list[tuple[ChunkJob, int]]:
+    """The jobs with which `policy_update` asks about the first chunk, and how often each; with a
+    line search that accepts its first step. All are about some vector [D]. For measuring them."""
     first = Span(0, 1)
     judged = CandidateJob(iteration, first)
     if settings.update == "trpo":

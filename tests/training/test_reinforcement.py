@@ -31,7 +31,7 @@ from pipeline.search.trial import criterion
 from pipeline.training.endings import Diverged
 from pipeline.training.loop import train
 from pipeline.training.placement import decide_compile, decide_workers
-from pipeline.training.trust_region import usual_questions
+from pipeline.training.trust_region import jobs_of_update
 from pipeline.worker import chunk, reinforcement
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import CandidateJob, FisherJob, GradientJob
@@ -283,7 +283,7 @@ def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
     theta = flat_vector(initial_parameters(experiment))
     asked = [
         GradientJob(0, Span(0, 1)),
-        *(job for job, _ in usual_questions(section(experiment), 0)),
+        *(job for job, _ in jobs_of_update(section(experiment), 0)),
     ]
     for job in asked:
         found = computer.run(theta, job, theta).gradient
@@ -303,7 +303,9 @@ def test_supervised_tasks_take_at_least_one_step_and_no_policy_settings(
     with pytest.raises(ConfigError, match=r"reinforcement: sinusoid tasks are supervised"):
         from_dict({**quick, "reinforcement": {}})
     for kind in ("gaussian-policy", "categorical-policy"):
-        with pytest.raises(ConfigError, match=rf"model\.kind: {kind} is for tasks to act in"):
+        with pytest.raises(
+            ConfigError, match=rf"model\.kind: {kind} is for reinforcement learning"
+        ):
             from_dict({**quick, "model": {"kind": kind}})
 
 
