@@ -5,7 +5,7 @@
     python benchmarks/memory.py --modes eager     without compiling
 
 conv4 on 8 tasks, 5-way 1-shot with 1 query per class, second order: 1 step, 20 steps, and 20 steps
-with `inner.checkpoint`. Each is measured in a process of its own. A first call builds everything,
+with `inner.recompute`. Each is measured in a process of its own. A first call builds everything,
 compilation included; the calls after it are measured:
 
 - peak: the most memory that the process (on a GPU: torch) has held;
@@ -18,7 +18,7 @@ table says so and "peak" includes the first call. Besides, a process thrown away
 that the measured one traces but finds its kernels on disk, and freed memory is made to leave the
 process at once (MALLOC_TRIM_THRESHOLD_, MALLOC_MMAP_THRESHOLD_).
 
-Compiled, 20 steps are never one program but one per stage, with `inner.checkpoint` or without.
+Compiled, 20 steps are never one program but one per stage, with `inner.recompute` or without.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import conv4
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
 
-TARGET = 2.0  # many steps with `inner.checkpoint` over one step
+TARGET = 2.0  # many steps with `inner.recompute` over one step
 CALLS = 3
 MODES = ("eager", "compiled")
 
@@ -125,7 +125,7 @@ class Setting:
 
     mode: str
     steps: int
-    remat: bool
+    recompute: bool
     device: str
     tasks: int
     threads: int
@@ -163,7 +163,7 @@ def measure(setting: Setting) -> Measurement:
         Objective(model, task),
         Adaptation.of(model, steps=setting.steps),
         layout,
-        remat=setting.remat,
+        recompute=setting.recompute,
         compile=setting.mode == "compiled",
     )
     memory = Gpu() if setting.device == "cuda" else Process()
@@ -246,10 +246,12 @@ def measured_apart(setting: Setting, cache: str) -> Measurement:
 def table(mode: str, steps: int, arguments: argparse.Namespace, cache: str) -> list[str]:
     """The rows of a mode; ratios are to the first row."""
     rows, first = [], None
-    for count, remat in ((1, False), (1, True), (steps, False), (steps, True)):
-        name = f"{count} step{'s' * (count > 1)}{', checkpoint' * remat}"
+    for count, recompute in ((1, False), (1, True), (steps, False), (steps, True)):
+        name = f"{count} step{'s' * (count > 1)}{', recompute' * recompute}"
         print(f"{mode}, {name} ...", file=sys.stderr, flush=True)
-        setting = Setting(mode, count, remat, arguments.device, arguments.tasks, arguments.threads)
+        setting = Setting(
+            mode, count, recompute, arguments.device, arguments.tasks, arguments.threads
+        )
         result = measured_apart(setting, cache)
         first = first or result
         values = [
@@ -260,7 +262,7 @@ def table(mode: str, steps: int, arguments: argparse.Namespace, cache: str) -> l
                 (result.own, first.own),
             )
         ]
-        target = f"at most {TARGET:.0f}x" if remat and count > 1 else ""
+        target = f"at most {TARGET:.0f}x" if recompute and count > 1 else ""
         peak = "" if result.reset else " (peak of the first call included)"
         rows.append(f"| {mode} | {name}{peak} | {' | '.join(values)} | {target} |")
     return rows

@@ -221,7 +221,7 @@ def measured(size: str, wait: float, session: Session) -> Row:
     watcher: Any = session.watcher
     return Row(
         size,
-        session.update.layout.size,
+        session.optimizer.layout.size,
         wait,
         actors,
         actors * TASKS_PER_CHUNK,

@@ -26,7 +26,7 @@ and the mathematics alone, for a training loop of your own:
 
     chunk_function  the function that computes the meta-gradient of a chunk of tasks
     Objective       the loss of a model under a task distribution
-    Adaptation      what adapts, at which rates, by which rule
+    Adaptation      what adapts, at which rates, by which optimiser
     Layout          named parameters <-> one flat vector
     Knobs           numbers that may change from call to call
 

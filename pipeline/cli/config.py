@@ -35,12 +35,13 @@ def config_algorithms() -> None:
     from rich.table import Table
 
     from pipeline.cli.console import out
-    from pipeline.config.algorithms import DESCRIPTIONS, PRESETS
+    from pipeline.config.algorithms import PRESETS
 
     table = Table.grid(padding=(0, 2))
-    for name, description in DESCRIPTIONS.items():
-        settings = "\n".join(f"{path}={value}" for path, value in PRESETS[name].items())
-        table.add_row(f"[bold]{name}[/]", f"{description}\n[dim]{escape(settings)}[/]".rstrip())
+    for name, preset in PRESETS.items():
+        settings = "\n".join(f"{path}={value}" for path, value in preset.settings.items())
+        said = f"{preset.description}\n[dim]{escape(settings)}[/]".rstrip()
+        table.add_row(f"[bold]{name}[/]", said)
     out.print(table)
 
 

@@ -124,7 +124,7 @@ class ConsoleWatcher(LiveLine, Watcher):
             how = f"{pretraining.objective} pretraining, batches of {pretraining.batch_size}"
         out.print(
             f"{experiment.task.kind} tasks, {experiment.model.kind} with "
-            f"{session.update.layout.size:,} parameters; {how}",
+            f"{session.optimizer.layout.size:,} parameters; {how}",
             soft_wrap=True,
         )
         if session.iteration:

@@ -159,7 +159,7 @@ def analyze(
     """
     from pipeline.cli.console import err, out, plain_table
     from pipeline.config.loading import load_run
-    from pipeline.evaluation.analysis import analyze as analyze_run
+    from pipeline.evaluation.analysis import analysis_of
     from pipeline.evaluation.analysis_finding import finding
     from pipeline.evaluation.analysis_page import (
         ability_rows,
@@ -174,7 +174,7 @@ def analyze(
     if not as_json:
         err.print(f"analysis of {run_dir} ...", markup=False, soft_wrap=True)
     with err.status(f"0 of {tasks} tasks") as status:
-        found = analyze_run(
+        found = analysis_of(
             loaded,
             theta,
             split=split,

@@ -1,4 +1,4 @@
-"""The whole experiment as one typed, self-validating schema; `loading` reads it from YAML.
+"""The whole experiment as one typed schema that completes and checks itself.
 
 The sections `task` and `model` hold a `kind` and the settings of whatever that kind names - a task
 distribution's or a model builder's keyword parameters (see `components`).
@@ -6,12 +6,14 @@ distribution's or a model builder's keyword parameters (see `components`).
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Any
 
-import yaml
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from pipeline.config.components import build_task
+from pipeline.config.algorithms import PRESETS, expanded, named, unknown
+from pipeline.config.component_checks import component_faults, scheduler_faults
+from pipeline.config.components import ComponentError, build_task, check_settings, resolve
 from pipeline.config.rules import EXPERIMENT_RULES
 from pipeline.config.search import Search
 from pipeline.config.settings import (
@@ -29,32 +31,39 @@ from pipeline.config.settings import (
     Section,
     Tracking,
 )
+from pipeline.config.yaml_text import write
 from tasks.base import TaskDistribution
+from tasks.control.mdp import MDPs
 from tasks.data_root import absolute_root
-
-Algorithm = Literal["maml", "fomaml", "reptile", "anil", "boil", "meta-sgd", "maml++"]
 
 
 class Experiment(Section):
     """Everything that is asked for: tasks, model, settings of every part; checked and frozen.
 
-    `load` makes one from a name or a file. Constructing one raises pydantic's ValidationError (a
-    ValueError) for settings that are wrong.
+    `load` makes one from a name or a file; constructing one does the same with sections or plain
+    values. What is left open gets the value of the algorithm's preset, else its default: also the
+    settings of task and model, and `reinforcement` for reinforcement learning tasks alone. Raises
+    pydantic's ValidationError (a ValueError) for settings that are wrong: fields first; once these
+    are right, everything that contradicts each other and all that task, policy or schedule refuse.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**63)
     run_dir: str | None = Field(None, description="null: runs/NAME-DATE-TIME")
-    algorithm: Algorithm = Field(
-        "maml", description="fills in the settings of the family that are not given"
+    algorithm: str = Field(
+        "maml",
+        description="fills in the settings of the family that are not given",
+        json_schema_extra=lambda schema: schema.update(enum=[*PRESETS]),
     )
     task: Component
     model: Component
     inner: Inner = Inner()
     outer: Outer
     reinforcement: Reinforcement | None = Field(
-        None, description="of tasks to act in; filled in for them"
+        None,
+        validate_default=True,
+        description="of reinforcement learning tasks; filled in for them",
     )
     compute: Compute = Compute()
     cluster: Cluster = Cluster()
@@ -69,6 +78,68 @@ class Experiment(Section):
     search: Search | None = Field(None, description="what `maml search` tries")
 
     rules = EXPERIMENT_RULES
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in_preset(cls, given: Any) -> Any:
+        """Give the settings of the algorithm's preset to those that are left open."""
+        if not isinstance(given, Mapping):
+            return given  # an Experiment, or reported by pydantic
+        data = {
+            name: value.model_dump(exclude_unset=True) if isinstance(value, Section) else value
+            for name, value in given.items()
+        }
+        return expanded(data, _settings_of_model(data.get("model")))
+
+    @field_validator("algorithm")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        if fault := unknown(name):
+            raise ValueError(f"algorithm: {fault}")
+        return name
+
+    @field_validator("task", "model")
+    @classmethod
+    def _fill_in_defaults(cls, component: Component, info: ValidationInfo) -> Component:
+        """Check the types of the kind's settings, and give those left open their default."""
+        try:
+            settings = check_settings(str(info.field_name), component.kind, component.settings)
+        except ComponentError as error:
+            raise ValueError(str(error)) from None
+        return Component(kind=component.kind, **settings)
+
+    @field_validator("reinforcement")
+    @classmethod
+    def _is_there_for_policies(
+        cls, section: Reinforcement | None, info: ValidationInfo
+    ) -> Reinforcement | None:
+        """Whether this section exists says everywhere whether policies are trained."""
+        task = info.data.get("task")
+        if task is None:
+            return section  # the task is wrong, and reported
+        kind = resolve("task", task.kind)
+        if isinstance(kind, type) and issubclass(kind, MDPs):
+            return section or Reinforcement()
+        if section is not None:
+            raise ValueError(f"reinforcement: {task.kind} tasks are supervised")
+        return None
+
+    def faults(self) -> list[str]:
+        """Broken rules, and what is found to be wrong by building task and schedule."""
+        variants = self.evaluation.variants
+        return [
+            *super().faults(),
+            *component_faults(self.task, variants, self.model, self.data.root),
+            *scheduler_faults(self.outer),
+        ]
+
+    @property
+    def algorithm_name(self) -> str:
+        """The algorithm that these settings make: 'custom' where it is no preset, and
+        'pretrained, OBJECTIVE' without meta-learning."""
+        if self.pretraining is not None:
+            return f"pretrained, {self.pretraining.objective}"
+        return named(self.flat(), self.algorithm)
 
     @property
     def second_order_from(self) -> int:
@@ -161,4 +232,15 @@ class Experiment(Section):
 
     def to_yaml(self) -> str:
         """`plain` as YAML text."""
-        return str(yaml.safe_dump(self.plain(), sort_keys=False, allow_unicode=True))
+        return write(self.plain())
+
+
+def _settings_of_model(model: Any) -> Mapping[str, Any]:
+    """A model's settings, defaults included; none where they are wrong, which is reported later."""
+    if not isinstance(model, Mapping) or not isinstance(model.get("kind"), str):
+        return {}
+    settings = {key: value for key, value in model.items() if key != "kind"}
+    try:
+        return check_settings("model", model["kind"], settings)
+    except ComponentError:
+        return {}

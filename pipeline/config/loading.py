@@ -1,8 +1,8 @@
 """Experiments: from a name or a YAML file and overrides to a validated configuration.
 
 An experiment is a YAML file of `tune_configs/` (found by name) or anywhere (by path), plus
-overrides such as `inner.lr=0.1`. `load` resolves it into an `Experiment`: every default filled in,
-every error in one `ConfigError` that names the field, the value and what is allowed.
+overrides such as `inner.lr=0.1`. `load` makes an `Experiment` of it, whose errors become one
+`ConfigError`: each names the setting, the value and what is allowed.
 """
 
 from __future__ import annotations
@@ -12,29 +12,17 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-import torch
 import yaml
 from pydantic import ValidationError
 
-from pipeline.config.algorithms import choose, expand
-from pipeline.config.components import (
-    POLICIES,
-    ComponentError,
-    build_task,
-    check_settings,
-    component_schema,
-    kinds,
-    resolve,
-)
+from pipeline.config.algorithms import choose
+from pipeline.config.components import component_schema, kinds
 from pipeline.config.errors import readable
 from pipeline.config.experiment import Experiment
-from pipeline.config.lr_schedulers import build_scheduler
-from pipeline.config.settings import Outer
 from pipeline.config.wording import counted
-from tasks.control.mdp import MDPs
-from tasks.data_root import default_root
+from pipeline.config.yaml_text import read
 from tasks.errors import ReportedError
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "tune_configs"
@@ -55,7 +43,7 @@ class ConfigError(ReportedError):
 def experiments() -> dict[str, str]:
     """Names of the shipped experiments and their descriptions."""
     return {
-        path.stem: str((yaml.safe_load(path.read_text()) or {}).get("description", ""))
+        path.stem: str((read(path.read_text()) or {}).get("description", ""))
         for path in sorted(EXPERIMENTS.glob("*.yaml"))
     }
 
@@ -75,8 +63,9 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
 
     `name_or_path` is the name of a shipped experiment (`maml config list`) or the path of a YAML
     file. `overrides` are settings to change, such as `inner.lr=0.1`; their values are read as YAML.
-    Returns the experiment with every default filled in. Raises ConfigError with everything that is
-    wrong, one line for each setting.
+    Returns the experiment with every default filled in. Raises ConfigError with a line for each
+    error. All unknown names and wrong values are reported at once; only when there are none of
+    these is the rest looked for: everything that contradicts each other or cannot be built.
     """
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml") and not path.is_file():
@@ -90,7 +79,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
             ],
         )
     try:
-        data = yaml.safe_load(path.read_text())
+        data = read(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"not YAML: {error}"]) from None
     if not isinstance(data, dict):
@@ -170,7 +159,7 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
             errors.append(f"override {override!r}: must look like inner.lr=0.1")
             continue
         try:
-            value = yaml.safe_load(text)
+            value = read(text)
         except yaml.YAMLError:
             errors.append(f"override {override!r}: the value is not YAML")
             continue
@@ -192,105 +181,16 @@ def with_settings(experiment: Experiment, settings: Mapping[str, Any]) -> Experi
 
 
 def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experiment:
-    """Check plain values and fill in defaults. Raises ConfigError with every error at once.
-
-    `source` is what the message says the errors are in.
-    """
-    errors: list[str] = []
-    data = _copied(data)
-    expand(data, _resolved_model(data))
-    task_ok = False
-    for section in ("task", "model"):
-        component = data.get(section)
-        if isinstance(component, dict) and isinstance(component.get("kind"), str):
-            settings = {key: value for key, value in component.items() if key != "kind"}
-            try:
-                resolved = check_settings(section, component["kind"], settings)
-                data[section] = {"kind": component["kind"], **resolved}
-                task_ok = task_ok or section == "task"
-            except ComponentError as error:
-                errors += error.errors
-    if task_ok and _is_acted(data["task"]["kind"]):
-        data.setdefault("reinforcement", {})
-        errors += _policy_errors(data)
-    elif task_ok:
-        errors += _supervised_errors(data)
-    experiment = None
+    """The experiment of plain values. Raises ConfigError; `source` is what its errors are in."""
     try:
-        experiment = Experiment.model_validate(data)
+        return Experiment.model_validate(data)
     except ValidationError as error:
-        errors += readable(error.errors())
-    if task_ok:
-        errors += _task_errors(data)
-    if errors or experiment is None:
-        raise ConfigError(source, errors)
-    if bad := _scheduler_error(experiment.outer):
-        raise ConfigError(source, [bad])
-    return experiment
-
-
-def _is_acted(kind: str) -> bool:
-    """Whether an experiment with these tasks has a section `reinforcement`: here it is decided,
-    before there is an `Experiment` that could be asked."""
-    return issubclass(cast(type, resolve("task", kind)), MDPs)
-
-
-def _supervised_errors(data: dict[str, Any]) -> list[str]:
-    """Errors for settings that supervised tasks cannot use."""
-    supervised = f"{data['task']['kind']} tasks are supervised"
-    errors = []
-    if data.get("reinforcement") is not None:
-        errors.append(f"reinforcement: {supervised}")
-    if (kind := _model_kind(data)) in POLICIES.values():
-        errors.append(f"model.kind: {kind} is for tasks to act in, and {supervised}")
-    return errors
-
-
-def _model_kind(data: dict[str, Any]) -> Any:
-    """`model.kind`, if there is one."""
-    model = data.get("model")
-    return model.get("kind") if isinstance(model, dict) else None
-
-
-def _policy_errors(data: dict[str, Any]) -> list[str]:
-    """The error if the model is not the built-in policy for the actions of these tasks."""
-    kind = _model_kind(data)
-    try:
-        task = cast(MDPs, build_task(*_task_of(data), _data_root(data)))
-    except ValueError:
-        return []  # reported by `_task_errors`
-    wanted = POLICIES[task.actions]
-    if kind not in kinds("model") or kind == wanted:
-        return []
-    return [f"model.kind: {task.actions} actions need {wanted} or one of your own, got {kind!r}"]
-
-
-def _task_of(data: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The kind and the settings of the task section."""
-    return data["task"]["kind"], {k: v for k, v in data["task"].items() if k != "kind"}
-
-
-def _data_root(data: dict[str, Any]) -> str:
-    """`data.root`, or its default."""
-    section = data.get("data")
-    return str(section.get("root", default_root()) if isinstance(section, dict) else default_root())
+        raise ConfigError(source, readable(error.errors())) from None
 
 
 def runs_folder() -> Path:
     """The absolute folder of runs that name no `run_dir`."""
     return Path(os.environ.get(RUNS) or "runs").expanduser().absolute()
-
-
-def _resolved_model(data: dict[str, Any]) -> dict[str, Any]:
-    """The model's settings, defaults included; nothing where they are wrong (reported later)."""
-    model = data.get("model")
-    if not isinstance(model, dict) or not isinstance(model.get("kind"), str):
-        return {}
-    settings = {key: value for key, value in model.items() if key != "kind"}
-    try:
-        return check_settings("model", model["kind"], settings)
-    except ComponentError:
-        return {}
 
 
 def new_run_dir(experiment: Experiment) -> Path:
@@ -322,41 +222,6 @@ def json_schema() -> dict[str, Any]:
             ]
         }
     return schema
-
-
-def _task_errors(data: dict[str, Any]) -> list[str]:
-    """Errors that only the task distribution itself can see, of the task and of its variants."""
-    kind, settings = _task_of(data)
-    evaluation = data.get("evaluation")
-    variants = (evaluation.get("variants") if isinstance(evaluation, dict) else None) or {}
-    if not isinstance(variants, dict):
-        variants = {}
-    errors = []
-    for prefix, changes in [
-        ("task", {}),
-        *((f"evaluation.variants.{n}", c) for n, c in variants.items()),
-    ]:
-        if not isinstance(changes, dict):
-            continue  # reported by the schema
-        try:
-            changed = check_settings(prefix, kind, {**settings, **changes}, section="task")
-            build_task(kind, changed, _data_root(data))
-        except ComponentError as error:
-            errors += error.errors
-        except ValueError as error:
-            errors.append(f"{prefix}.{error}")
-    return errors
-
-
-def _scheduler_error(outer: Outer) -> str | None:
-    """The error of a scheduler that cannot be built, found by building it once; else None."""
-    if outer.scheduler is None:
-        return None
-    try:
-        build_scheduler(torch.optim.SGD([torch.zeros(1)], lr=outer.lr), outer)
-    except ValueError as error:
-        return str(error)
-    return None
 
 
 def _set(data: dict[str, Any], keys: Sequence[str], value: Any) -> None:

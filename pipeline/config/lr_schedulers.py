@@ -51,5 +51,25 @@ def build_scheduler(
     try:
         scheduler: torch.optim.lr_scheduler.LRScheduler = factory(optimizer, **arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"outer.scheduler_args: {outer.scheduler} refuses them: {error}") from None
+        raise _refusal(outer, error) from None
     return scheduler
+
+
+def check_scheduler(outer: Outer) -> None:
+    """Build the scheduler and take a step: some arguments are not looked at before.
+
+    Raises ValueError naming the setting.
+    """
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=outer.lr)
+    scheduler = build_scheduler(optimizer, outer)
+    if scheduler is None:
+        return
+    optimizer.step()
+    try:
+        scheduler.step()
+    except (TypeError, ValueError) as error:
+        raise _refusal(outer, error) from None
+
+
+def _refusal(outer: Outer, error: Exception) -> ValueError:
+    return ValueError(f"outer.scheduler_args: {outer.scheduler} refuses them: {error}")

@@ -58,8 +58,8 @@ _PRETRAINING = (
 _SUPERVISED = (Rule("inner.steps", lambda e: not e.inner.steps, "must be at least 1, got 0"),)
 _REINFORCEMENT = (
     Rule(
-        "outer.estimator",
-        lambda e: e.outer.estimator == "reptile",
+        "outer.direction",
+        lambda e: e.outer.direction == "reptile",
         "reptile is for supervised tasks",
     ),
     Rule(
@@ -93,7 +93,7 @@ _REINFORCEMENT = (
         lambda e: e.inner.rates != "fixed" and not e.inner.steps,
         "without inner.steps there are none to learn",
     ),
-    Rule("inner.checkpoint", lambda e: e.inner.checkpoint, "is for supervised tasks"),
+    Rule("inner.recompute", lambda e: e.inner.recompute, "is for supervised tasks"),
 )
 
 
@@ -132,7 +132,7 @@ def _weighs_every_step(experiment: Any) -> bool:
 
 
 EXPERIMENT_RULES = (
-    *_for(lambda e: e.outer.estimator == "reptile", _REPTILE),
+    *_for(lambda e: e.outer.direction == "reptile", _REPTILE),
     *_for(lambda e: e.pretraining is not None, _PRETRAINING),
     *_for(lambda e: e.reinforcement is None, _SUPERVISED),
     *_for(lambda e: e.reinforcement is not None, _REINFORCEMENT),

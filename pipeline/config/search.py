@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_serializer, model_validator
+from pydantic import Field, field_validator, model_serializer
 
-from pipeline.config.settings import Section
+from pipeline.config.settings import Rule, Section
 
 
 class Domain(Section):
@@ -21,9 +22,14 @@ class Domain(Section):
     )
 
     @property
+    def given(self) -> list[str]:
+        """The names of the fields that are given; one, in a search that has been checked."""
+        return [name for name in type(self).model_fields if getattr(self, name) is not None]
+
+    @property
     def kind(self) -> str:
         """The name of the field that is given."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+        return self.given[0]
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -31,22 +37,39 @@ class Domain(Section):
         return tuple(getattr(self, self.kind))
 
     @model_serializer
-    def _given(self) -> dict[str, Any]:
+    def _as_given(self) -> dict[str, Any]:
         return {self.kind: list(self.values)}
 
-    def fault(self) -> str | None:
-        """What is wrong with the given values, in words; None if nothing is."""
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            return f"give exactly one of {', '.join(type(self).model_fields)}"
-        if self.kind in ("choice", "grid"):
-            return None if self.values else f"{self.kind} is empty"
-        low, high = self.values
-        if not low < high:
-            return f"must be [low, high] with low < high, got {list(self.values)}"
-        if self.kind == "loguniform" and low <= 0:
-            return f"a loguniform range must be above 0, got {list(self.values)}"
-        return None
+
+def _is_range(name: str) -> Rule:
+    """The rule that the ends of a range are in order."""
+    return Rule(
+        "search.space.PATH",
+        lambda domain: name in domain.given and not operator.lt(*getattr(domain, name)),
+        lambda domain: f"must be [low, high] with low < high, got {list(getattr(domain, name))}",
+    )
+
+
+def _has_values(name: str) -> Rule:
+    """The rule that there is something to choose from."""
+    return Rule("search.space.PATH", lambda domain: getattr(domain, name) == (), f"{name} is empty")
+
+
+_OF_DOMAINS = (
+    Rule(
+        "search.space.PATH",
+        lambda domain: len(domain.given) != 1,
+        f"give exactly one of {', '.join(Domain.model_fields)}",
+    ),
+    *map(_is_range, ("loguniform", "uniform", "integer")),
+    *map(_has_values, ("choice", "grid")),
+    Rule(
+        "search.space.PATH",
+        lambda domain: domain.loguniform and domain.loguniform[0] <= 0,
+        lambda domain: f"a loguniform range must be above 0, got {list(domain.loguniform)}",
+    ),
+)
+"""Rules of a domain; PATH is that of the setting, which the domain does not know."""
 
 
 class Search(Section):
@@ -101,22 +124,43 @@ class Search(Section):
 
         return walk("", space) if isinstance(space, dict) and space else space
 
-    @model_validator(mode="after")
-    def _possible(self) -> Search:
-        if not self.space:
-            raise ValueError("search.space: is empty; name a setting, such as inner.lr")
-        for path, domain in self.space.items():
-            if fault := domain.fault():
-                raise ValueError(f"search.space.{path}: {fault}")
-            if self.algorithm == "grid" and domain.kind in ("uniform", "loguniform"):
-                raise ValueError(
-                    f"search.space.{path}: algorithm grid needs values, such as grid: [0.01, 0.1]"
-                )
-        if self.scheduler == "pbt" and self.algorithm == "tpe":
-            raise ValueError("search.algorithm: tpe cannot be combined with scheduler pbt")
-        if self.scheduler in ("pbt", "hyperband") and self.max_concurrent:
-            raise ValueError(
-                f"search.max_concurrent: {self.scheduler} compares all trials with each other, and "
-                "where there is no room for all of them they take turns: leave it null"
-            )
-        return self
+    rules = (
+        Rule(
+            "search.space", lambda search: not search.space, "is empty; name a setting, as inner.lr"
+        ),
+        Rule(
+            "search.algorithm",
+            lambda search: search.algorithm == "grid" and _continuous(search),
+            lambda search: (
+                f"grid needs values, such as grid: [0.01, 0.1], of {', '.join(_continuous(search))}"
+            ),
+        ),
+        Rule(
+            "search.algorithm",
+            lambda search: search.scheduler == "pbt" and search.algorithm == "tpe",
+            "tpe cannot be combined with scheduler pbt",
+        ),
+        Rule(
+            "search.max_concurrent",
+            lambda search: search.scheduler in ("pbt", "hyperband") and search.max_concurrent,
+            lambda search: (
+                f"{search.scheduler} compares all trials with each other, and where there is no "
+                "room for all of them they take turns: leave it null"
+            ),
+        ),
+    )
+
+    def faults(self) -> list[str]:
+        """Broken rules of the domains, each under the path of its setting, and of the section."""
+        of_domains = [
+            rule._replace(where=f"search.space.{path}").message(domain)
+            for path, domain in self.space.items()
+            for rule in _OF_DOMAINS
+            if rule.when(domain)
+        ]
+        return [*of_domains, *super().faults()]
+
+
+def _continuous(search: Search) -> list[str]:
+    """The paths of settings whose domain has no list of values."""
+    return [path for path, domain in search.space.items() if domain.uniform or domain.loguniform]

@@ -28,16 +28,20 @@ class Rule(NamedTuple):
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot be changed afterwards.
 
-    Every rule of `rules` that a section breaks is a line of one ValueError.
+    Once every field is right by itself, each of the section's `faults` is a line of one ValueError.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
     rules: ClassVar[tuple[Rule, ...]] = ()
 
+    def faults(self) -> list[str]:
+        """What is wrong with the fields together, as 'path: why': a line for each broken rule."""
+        return [rule.message(self) for rule in self.rules if rule.when(self)]
+
     @model_validator(mode="after")
-    def _keeps_its_rules(self) -> Self:
-        if broken := [rule.message(self) for rule in self.rules if rule.when(self)]:
-            raise ValueError("\n".join(broken))
+    def _has_no_faults(self) -> Self:
+        if faults := self.faults():
+            raise ValueError("\n".join(faults))
         return self
 
 
@@ -80,8 +84,10 @@ class Inner(Section):
         description="iteration at which annealed order goes from first to second; null: after a "
         "third of outer.iterations, as in MAML++",
     )
-    checkpoint: bool = Field(
-        False, description="recompute inner steps in the backward pass: memory flat in the steps"
+    recompute: bool = Field(
+        False,
+        description="activation checkpointing: inner steps are computed again on the way back, so "
+        "that memory does not grow with their number",
     )
     adapted: Names = Field(("all",), description="parameters that adapt")
     not_adapted: Names = Field((), description="of these, parameters that do not")
@@ -135,8 +141,9 @@ class Outer(Section):
     )
     clip_norm: float | None = Field(None, gt=0, description="largest norm of the meta-gradient")
     clip_value: float | None = Field(None, gt=0, description="largest size of each of its elements")
-    estimator: Literal["gradient", "reptile"] = Field(
-        "gradient", description="reptile: θ minus the adapted θ, instead of a meta-gradient"
+    direction: Literal["gradient", "reptile"] = Field(
+        "gradient",
+        description="what θ descends along: the meta-gradient, or (reptile) θ minus the adapted θ",
     )
     query_losses: Literal["last", "all", "annealed"] | tuple[float, ...] = Field(
         "last", description="query losses that count: after the last step, all, or own weights"

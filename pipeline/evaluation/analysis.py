@@ -99,7 +99,7 @@ class Analysis:
         return {**dataclasses.asdict(self), "monotone_share": self.monotone_share}
 
 
-def analyze(
+def analysis_of(
     experiment: Experiment,
     theta: Params,
     *,

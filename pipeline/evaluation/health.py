@@ -195,8 +195,8 @@ def _remedies(experiment: Experiment) -> str:
     """Settings not yet in use that help where gradients explode or vanish, in words."""
     inner = experiment.inner
     ways = _calmer(experiment)
-    if not inner.checkpoint and inner.steps > 1:
-        ways.append("inner.checkpoint=true to afford a larger outer.tasks_per_batch in memory")
+    if not inner.recompute and inner.steps > 1:
+        ways.append("inner.recompute=true to afford a larger outer.tasks_per_batch in memory")
     return "try " + ", ".join(ways) if ways else "try another initialisation of the model"
 
 

@@ -17,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cluster.group import InProcess, WorkerGroup
-from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
 from pipeline.maml.confidence import interval, mean_and_ci95
 from pipeline.maml.flat_vector import FlatVector, flat_vector
@@ -252,7 +251,7 @@ def protocol(experiment: Experiment, spec: EvaluationSpec) -> dict[str, Any]:
         "task_kind": experiment.task.kind,
         "split": spec.split,
         "tasks": spec.num_tasks,
-        "algorithm": name_of(experiment),
+        "algorithm": experiment.algorithm_name,
         "inner_lr": inner.lr
         if inner.rates == "fixed"
         else f"learned {inner.rates}, from {inner.lr}",

@@ -13,7 +13,6 @@ import torch
 from torch.func import vmap
 
 from pipeline.cluster.group import on_driver
-from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
 from pipeline.config.wording import counted
 from pipeline.evaluation.comparison import PairedComparison
@@ -120,7 +119,7 @@ def summary(experiment: Experiment, num_parameters: int, curves: Sequence[Curve]
     else:
         updates = f"updates of {pretraining.batch_size} examples"
     what = (
-        f"**{experiment.name}**, {name_of(experiment)}: {experiment.task.kind} tasks, "
+        f"**{experiment.name}**, {experiment.algorithm_name}: {experiment.task.kind} tasks, "
         f"{experiment.model.kind} with {num_parameters:,} parameters, inner steps: "
         f"{experiment.inner.steps}, {outer.iterations:,} {updates}, seed {experiment.seed}"
     )

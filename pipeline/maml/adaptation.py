@@ -1,4 +1,4 @@
-"""What adaptation changes, at which rates, by which rule: the choices that make an algorithm.
+"""What adaptation changes, at which rates, by which optimiser: the choices that make an algorithm.
 
     MAML       adapts every parameter, at one fixed rate
     ANIL       adapts the head alone; BOIL adapts the body alone
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.inner_optimizers import SGD, Point, Rule
+from pipeline.maml.inner_optimizers import SGD, InnerOptimizer, Point
 
 Rates = Literal["fixed", "per-layer-and-step", "per-parameter"]
 RATE = "inner_lr."
@@ -54,7 +54,7 @@ class Adaptation:
     per_step: frozenset[str] = frozenset()
     """Names of the meta-parameters that have one value per step."""
     rates: Rates = "fixed"
-    rule: Rule = SGD
+    optimizer: InnerOptimizer = SGD
     batch_size: int | None = None
     """How many support examples a step uses, in turns. None: every step uses all."""
     later_factor: float = 1.0
@@ -70,7 +70,7 @@ class Adaptation:
         not_adapted: Sequence[str] = (),
         per_step: Sequence[str] = (),
         rates: Rates = "fixed",
-        rule: Rule | None = None,
+        optimizer: InnerOptimizer | None = None,
         batch_size: int | None = None,
         later_factor: float = 1.0,
     ) -> Adaptation:
@@ -93,7 +93,7 @@ class Adaptation:
             )
         if rates == "per-layer-and-step":
             stepwise |= {RATE + name for name in fast}
-        return cls(steps, fast, stepwise, rates, rule or SGD, batch_size, later_factor)
+        return cls(steps, fast, stepwise, rates, optimizer or SGD, batch_size, later_factor)
 
     @property
     def learns_rates(self) -> bool:
@@ -130,7 +130,7 @@ class Adaptation:
         fast = self.start(meta)
         if num_tasks is not None:
             fast = {name: value.expand(num_tasks, *value.shape) for name, value in fast.items()}
-        return self.rule.start(fast)
+        return self.optimizer.start(fast)
 
     def at(self, meta: Params, alpha: Tensor, step: int) -> StepInputs:
         """What step `step` (0, 1, ...) takes from the meta-parameters.
@@ -151,12 +151,18 @@ class Adaptation:
             if name not in fast and not name.startswith(RATE)
         }
 
+    def slow_after(self, meta: Params, steps: int) -> Params:
+        """The parameters that are not adapted, as the query set is evaluated with them after so
+        many steps."""
+        return self.slow(meta, last_step(steps))
+
     def adapts_last_layers(self, meta: Params) -> bool:
         """Whether the adapted parameters come after all others in the model's order, are fewer
         than half of all numbers, and the others are the same in every step.
 
-        The answer decides only how gradients are computed (see `slow_back_at_once`), not what they
-        are: the order of names is a guess at the order of the computation.
+        The answer decides only how gradients are computed (see
+        `inner_loop.slow_gradient_of_all_steps`), not what they are: the order of names is a guess
+        at the order of the computation.
         """
         params = {name: value for name, value in meta.items() if not name.startswith(RATE)}
         adapts = [name in self.fast for name in params]
@@ -180,6 +186,11 @@ class Adaptation:
         return value[min(step, self.steps - 1)] if name in self.per_step else value
 
 
+def last_step(steps: int) -> int:
+    """The number (0, 1, ...) of the last of `steps` steps; before any step, the first one's."""
+    return max(steps - 1, 0)
+
+
 class MetaSum:
     """Adds up gradients with respect to meta-parameters, over tasks and over steps."""
 
@@ -197,6 +208,11 @@ class MetaSum:
             key = (prefix + name, step if stepwise else 0)
             total = value.sum(0)
             self._sums[key] = self._sums[key] + total if key in self._sums else total
+
+    def add_after(self, contribution: Params, steps: int) -> None:
+        """Add gradients per task, [B, ...], with respect to `Adaptation.slow_after` so many
+        steps."""
+        self.add(contribution, last_step(steps))
 
     def gradient(self, meta: Params) -> Params:
         """The sums, in the shapes of the meta-parameters; zeros where nothing was added."""

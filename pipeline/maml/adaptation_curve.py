@@ -76,11 +76,11 @@ def adapt(
     and `support` must be on one device.
     """
     start = adaptation.start_point(meta, num_tasks)
-    yield Adapted(start.fast, adaptation.slow(meta, 0))
+    yield Adapted(start.fast, adaptation.slow_after(meta, 0))
     stages = Stages.of(objective, adaptation)
     taken = inner_steps(stages, adaptation, meta, support, alpha, start, steps, shared=False)
-    for s, step in enumerate(taken):
-        yield Adapted(step.point.fast, adaptation.slow(meta, s))
+    for done, step in enumerate(taken, 1):
+        yield Adapted(step.point.fast, adaptation.slow_after(meta, done))
 
 
 def query_metrics(

@@ -18,22 +18,23 @@ computed eagerly, on tasks that training does not use; nothing of the training s
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.func import vmap
 
 from pipeline.maml.adaptation import Adaptation
+from pipeline.maml.adaptation_curve import query_metrics
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.inner_loop import Order, Stages, hessian_vector_product
 from pipeline.maml.meta_gradient import (
+    Direction,
     ForwardPass,
-    GradientEstimator,
     Knobs,
-    backward_pass,
-    differentiates_forward,
     forward_pass,
+    inner_loss_has_forward_derivatives,
+    meta_gradient_after,
 )
 from pipeline.maml.meta_loss import Batch, TaskLoss
 
@@ -42,7 +43,7 @@ class Diagnosis(NamedTuple):
     """The numbers of a chunk of B tasks and S inner steps."""
 
     second: Params | None
-    """Sum of the second-order meta-gradients over the tasks; None where the estimator is Reptile,
+    """Sum of the second-order meta-gradients over the tasks; None with Reptile's direction,
     which has no order."""
     first: Params | None
     """The same of first order."""
@@ -59,13 +60,13 @@ def diagnose(
     knobs: Knobs,
     *,
     order: Order,
-    estimator: GradientEstimator = "gradient",
+    direction: Direction = "gradient",
 ) -> Diagnosis:
     """Diagnose a chunk. `order` is the one that training uses; gradient_norm is of that order.
 
     All tensors must be on one device.
     """
-    forward = differentiates_forward(objective, adaptation, meta, batch)
+    forward = inner_loss_has_forward_derivatives(objective, adaptation, meta, batch)
     by_order: dict[Order, Stages] = {
         each: Stages.of(objective, adaptation, order=each, forward=forward)
         for each in ("second", "first")
@@ -78,7 +79,7 @@ def diagnose(
         ),
         "hurt": _hurt(objective, passed),
     }
-    if estimator == "reptile":
+    if direction == "reptile":
         return Diagnosis(None, None, metrics)
     second, second_norms = _gradient_and_norms(by_order["second"], passed, knobs)
     first, first_norms = _gradient_and_norms(by_order["first"], passed, knobs)
@@ -89,7 +90,7 @@ def diagnose(
 def _gradient_and_norms(stages: Stages, passed: ForwardPass, knobs: Knobs) -> tuple[Params, Tensor]:
     """The meta-gradient, summed over tasks, and |v_0|, ..., |v_S| of every task, [S + 1, B]."""
     norms: list[Tensor] = []
-    found = backward_pass(
+    found = meta_gradient_after(
         stages, passed, knobs, observe=lambda v: norms.append(_joined(v).norm(dim=1))
     )
     return found.gradient, torch.stack(norms[::-1])
@@ -112,16 +113,10 @@ def _curvature(objective: TaskLoss, passed: ForwardPass, step: int, forward: boo
 def _hurt(objective: TaskLoss, passed: ForwardPass) -> Tensor:
     """1 where adaptation raised the query loss, [1, B]; a loss that is not a number counts so."""
 
-    def loss(fast: Params, slow: Params, query: Any) -> Tensor:
-        return objective.loss_and_metrics({**slow, **fast}, query)[0]
-
-    start, end = passed.before(0).fast, passed.adapted(passed.adaptation.steps)
-    query = passed.batch.query
-    # All tasks share θ, so the loss before adaptation is one large batch.
-    before = vmap(loss, in_dims=(None, None, 0))(
-        start, passed.adaptation.slow(passed.meta, 0), query
+    before, after = (
+        query_metrics(objective, passed.adapted(steps), passed.batch.query)[0]
+        for steps in (0, passed.adaptation.steps)
     )
-    after = vmap(loss, in_dims=(0, None, 0))(end.fast, end.slow, query)
     return (~(after <= before)).to(after.dtype)[None]
 
 

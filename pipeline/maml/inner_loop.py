@@ -20,7 +20,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.compilation import Compiler
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.inner_optimizers import Point, Rule
+from pipeline.maml.inner_optimizers import InnerOptimizer, Point
 from pipeline.maml.meta_loss import Loss, TaskLoss
 
 Order = Literal["second", "first"]
@@ -42,26 +42,28 @@ class Adjoint(NamedTuple):
 
     point: Point
     slow: Params
-    """Empty where `slow_back_at_once` computes it for all steps."""
+    """Empty where `slow_gradient_of_all_steps` computes it for all steps."""
     rates: Params
     """Empty where rates are not learned."""
     gradient_bar: Params
-    """With respect to the inner gradient; empty where `slow_back_at_once` does not need it."""
+    """With respect to the inner gradient, for `slow_gradient_of_all_steps`; else empty."""
 
 
-def inner_step(loss: Loss, rule: Rule, point: Point, inputs: StepInputs, support: Any) -> InnerStep:
+def inner_step(
+    loss: Loss, optimizer: InnerOptimizer, point: Point, inputs: StepInputs, support: Any
+) -> InnerStep:
     """Take one step; with plain gradient descent θ_{s+1} = θ_s − α ∇L(θ_s) (eq. 2)."""
 
     def of_fast(fast: Params) -> Tensor:
         return loss({**inputs.slow, **fast}, support)
 
     gradient, value = grad_and_value(of_fast)(point.fast)
-    return InnerStep(rule.update(point, gradient, inputs.rates, inputs.t), gradient, value)
+    return InnerStep(optimizer.update(point, gradient, inputs.rates, inputs.t), gradient, value)
 
 
 def inner_step_back(
     loss: Loss,
-    rule: Rule,
+    optimizer: InnerOptimizer,
     point: Point,
     gradient: Params,
     inputs: StepInputs,
@@ -81,15 +83,15 @@ def inner_step_back(
     v_s = (I − α H_s) v_{s+1}, where H_s = ∇²L(θ_s).
 
     First order (`second_order` is false) treats the inner gradient as a constant. Without
-    `with_slow`, `slow_back_at_once` computes the gradient of the slow parameters. `forward` is that
-    of `hessian_vector_product`.
+    `with_slow`, `slow_gradient_of_all_steps` computes the gradient of the slow parameters.
+    `forward` is that of `hessian_vector_product`.
     """
     slow, rates, t = inputs
     if learns_rates:
-        pull = vjp(lambda p, g, r: rule.update(p, g, r, t), point, gradient, rates)[1]
+        pull = vjp(lambda p, g, r: optimizer.update(p, g, r, t), point, gradient, rates)[1]
         before, gradient_bar, rates_bar = pull(v)
     else:
-        pull = vjp(lambda p, g: rule.update(p, g, rates, t), point, gradient)[1]
+        pull = vjp(lambda p, g: optimizer.update(p, g, rates, t), point, gradient)[1]
         (before, gradient_bar), rates_bar = pull(v), {}
     if not second_order:
         return Adjoint(before, {}, rates_bar, {})
@@ -106,7 +108,9 @@ def inner_step_back(
     return Adjoint(point_bar, slow_bar, rates_bar, {} if with_slow else gradient_bar)
 
 
-def slow_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any, v: Params) -> Params:
+def slow_gradient_of_all_steps(
+    loss: Loss, fast: Params, slow: Params, support: Any, v: Params
+) -> Params:
     """The gradient of the slow parameters from all S steps: that of Σ_s ∇_fast L_S(θ_s) · v_s.
 
     `fast` holds θ_s and `v` the gradients with respect to the inner gradients, each [S, ...].
@@ -126,8 +130,8 @@ def slow_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any, v: P
     return of_all_steps
 
 
-def can_go_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any) -> bool:
-    """Whether `slow_back_at_once` gives the same gradient as the steps one by one.
+def matches_single_steps(loss: Loss, fast: Params, slow: Params, support: Any) -> bool:
+    """Whether `slow_gradient_of_all_steps` gives the same gradient as the steps one by one.
 
     It is tried on a batch of tasks, with two steps and fixed numbers for parameters. Some second
     derivatives of torch (that of `mse_loss`) raise an error where only some of their arguments are
@@ -148,7 +152,7 @@ def can_go_back_at_once(loss: Loss, fast: Params, slow: Params, support: Any) ->
         return [back(point, v=point) for point in at]
 
     def at_once(examples: Any) -> Params:
-        return slow_back_at_once(loss, points, others, examples, points)
+        return slow_gradient_of_all_steps(loss, points, others, examples, points)
 
     try:
         found = vmap(at_once)(support)
@@ -189,7 +193,7 @@ def hessian_vector_product(
     return {**of_slow, **of_fast}
 
 
-def has_forward_derivatives(computation: Callable[[], object]) -> bool:
+def forward_mode_succeeds(computation: Callable[[], object]) -> bool:
     """Whether a computation that differentiates forward succeeds.
 
     Call this outside of any trace (`make_fx`): an error inside a trace cannot be caught safely.
@@ -223,8 +227,8 @@ class Stages(NamedTuple):
     """(fast, slow, query) -> ((gradient of fast, gradient of slow), (loss, metrics))"""
     step_back: Callable[[Point, Params, StepInputs, Any, Point, bool], Adjoint]
     """(point, gradient, inputs, support, v, shared) -> `inner_step_back`"""
-    slow_back_at_once: Callable[[Params, Params, Any, Params], Params] | None = None
-    """(fast [S, B, ...], slow, support, v [S, B, ...]) -> `slow_back_at_once`. None where
+    slow_back: Callable[[Params, Params, Any, Params], Params] | None = None
+    """(fast [S, B, ...], slow, support, v [S, B, ...]) -> `slow_gradient_of_all_steps`. None where
     `step_back` computes the gradients of the slow parameters."""
 
     @classmethod
@@ -239,21 +243,21 @@ class Stages(NamedTuple):
     ) -> Stages:
         """The stages of an objective, uncompiled.
 
-        `forward` is that of `hessian_vector_product`. `at_once` uses `slow_back_at_once`; call
-        `goes_back_at_once` to see whether that gives the right gradient.
+        `forward` is that of `hessian_vector_product`. `at_once` uses `slow_gradient_of_all_steps`;
+        `meta_gradient.at_once_applies` says whether that gives the right gradient.
         """
         at_once = at_once and order == "second"
         step_back = partial(
             inner_step_back,
             objective.loss,
-            adaptation.rule,
+            adaptation.optimizer,
             second_order=order == "second",
             learns_rates=adaptation.learns_rates,
             with_slow=not at_once,
             forward=forward,
         )
         return cls(
-            _step_of_tasks(partial(inner_step, objective.loss, adaptation.rule)),
+            _step_of_tasks(partial(inner_step, objective.loss, adaptation.optimizer)),
             _query_of_tasks(objective),
             _step_back_of_tasks(step_back),
             _slow_back_of_tasks(objective.loss) if at_once else None,
@@ -304,7 +308,7 @@ def _step_back_of_tasks(
 
 def _slow_back_of_tasks(loss: Loss) -> Callable[[Params, Params, Any, Params], Params]:
     def all_steps_back(fast: Params, slow: Params, support: Any, v: Params) -> Params:
-        one = partial(slow_back_at_once, loss)
+        one = partial(slow_gradient_of_all_steps, loss)
         found: Params = vmap(one, in_dims=(1, None, 0, 1))(fast, slow, support, v)
         return found
 

@@ -1,8 +1,8 @@
 """Inner optimisers as pure functions, differentiable with respect to all their inputs.
 
-A rule maps (point, gradient, rates, t) to the next point. A point holds the adapted parameters and
-what the rule remembers of earlier steps (its slots; zero before the
-first step). The formulas are those of torch.optim.
+An inner optimiser maps (point, gradient, rates, t) to the next point. A point holds the adapted
+parameters and what the optimiser remembers of earlier steps (its slots, zero before the first
+step). The formulas are those of torch.optim.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.maml.flat_vector import Params
 
-RuleName = Literal["sgd", "momentum", "adam"]
+InnerOptimizerName = Literal["sgd", "momentum", "adam"]
 
 
 class Point(NamedTuple):
@@ -24,14 +24,14 @@ class Point(NamedTuple):
     fast: Params
     """The adapted parameters."""
     slots: dict[str, Params]
-    """The rule's state of each parameter, by the name of the slot: "velocity", "mean", "square"."""
+    """What the optimiser remembers of each parameter, by slot: "velocity", "mean", "square"."""
 
 
-class Rule(NamedTuple):
+class InnerOptimizer(NamedTuple):
     """An inner optimiser."""
 
     slots: tuple[str, ...]
-    """Names of the slots that a point of this rule has."""
+    """Names of the slots that a point of this optimiser has."""
     update: Callable[[Point, Params, Params, Tensor], Point]
     """(point, gradient, rates, t) -> next point. A rate is a scalar or has the parameter's shape;
     t = 1, 2, ... is the number of the step, a scalar tensor."""
@@ -42,9 +42,11 @@ class Rule(NamedTuple):
         return Point(fast, dict.fromkeys(self.slots, zeros))
 
 
-def build_rule(name: RuleName, momentum: float = 0.9, beta1: float = 0.9) -> Rule:
-    """The rule with this name. `momentum` is that of "momentum", `beta1` that of "adam"; other
-    rules ignore them."""
+def build_inner_optimizer(
+    name: InnerOptimizerName, momentum: float = 0.9, beta1: float = 0.9
+) -> InnerOptimizer:
+    """The inner optimiser with this name. `momentum` is that of "momentum", `beta1` that of "adam";
+    the others ignore them."""
     if name == "momentum":
         return _momentum(momentum)
     return _adam(beta1) if name == "adam" else SGD
@@ -55,10 +57,10 @@ def _sgd(point: Point, gradient: Params, rates: Params, t: Tensor) -> Point:
     return Point({n: p - rates[n] * gradient[n] for n, p in point.fast.items()}, {})
 
 
-SGD = Rule((), _sgd)
+SGD = InnerOptimizer((), _sgd)
 
 
-def _momentum(mu: float) -> Rule:
+def _momentum(mu: float) -> InnerOptimizer:
     """v' = μ v + g, θ' = θ − α v'."""
 
     def update(point: Point, gradient: Params, rates: Params, t: Tensor) -> Point:
@@ -66,10 +68,10 @@ def _momentum(mu: float) -> Rule:
         fast = {n: p - rates[n] * velocity[n] for n, p in point.fast.items()}
         return Point(fast, {"velocity": velocity})
 
-    return Rule(("velocity",), update)
+    return InnerOptimizer(("velocity",), update)
 
 
-def _adam(beta1: float, beta2: float = 0.999, epsilon: float = 1e-8) -> Rule:
+def _adam(beta1: float, beta2: float = 0.999, epsilon: float = 1e-8) -> InnerOptimizer:
     """Adam (Kingma and Ba 2015, algorithm 1)."""
 
     def update(point: Point, gradient: Params, rates: Params, t: Tensor) -> Point:
@@ -82,7 +84,7 @@ def _adam(beta1: float, beta2: float = 0.999, epsilon: float = 1e-8) -> Rule:
             fast[n] = p - rates[n] * (mean[n] / (1 - beta1**t)) / size
         return Point(fast, {"mean": mean, "square": square})
 
-    return Rule(("mean", "square"), update)
+    return InnerOptimizer(("mean", "square"), update)
 
 
 def _safe_sqrt(x: Tensor) -> Tensor:

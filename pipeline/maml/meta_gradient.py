@@ -35,14 +35,14 @@ from pipeline.maml.inner_loop import (
     InnerStep,
     Order,
     Stages,
-    can_go_back_at_once,
-    has_forward_derivatives,
+    forward_mode_succeeds,
     hessian_vector_product,
+    matches_single_steps,
 )
 from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_loss import Batch, TaskLoss, num_tasks
 
-GradientEstimator = Literal["gradient", "reptile"]
+Direction = Literal["gradient", "reptile"]
 """The meta-gradient of eq. 4, or θ − θ'_S in its place (Nichol et al. 2018)."""
 
 
@@ -94,7 +94,7 @@ class ForwardPass:
 
     def adapted(self, steps: int) -> Adapted:
         """The parameters with which the query set is evaluated after so many steps."""
-        return Adapted(self.after(steps).fast, self.adaptation.slow(self.meta, max(steps - 1, 0)))
+        return Adapted(self.after(steps).fast, self.adaptation.slow_after(self.meta, steps))
 
 
 def forward_pass(
@@ -114,9 +114,16 @@ class Cotangent(NamedTuple):
     fast: Params
     slow: Params
 
+    def scaled(self, weight: Tensor | float) -> Cotangent:
+        """The gradients of the function times a weight, a scalar."""
+        return Cotangent(
+            {name: weight * value for name, value in self.fast.items()},
+            {name: weight * value for name, value in self.slow.items()},
+        )
+
 
 def _no_cotangent(steps: int, adapted: Adapted) -> None:
-    """Says that no function looks at the parameters before the last step."""
+    """The default of `earlier`: only the parameters after the last step enter the loss."""
 
 
 def backpropagate(
@@ -138,7 +145,7 @@ def backpropagate(
     total = MetaSum(adaptation)
     points: list[Params] = []
     gradient_bars: list[Params] = []
-    total.add(last.slow, max(steps - 1, 0))
+    total.add_after(last.slow, steps)
     v = Point(last.fast, pytree.tree_map(torch.zeros_like, passed.after(steps).slots))
     observe(v.fast)
     for s in reversed(range(steps)):
@@ -152,21 +159,19 @@ def backpropagate(
         )
         total.add(slow_bar, s)
         total.add(rates_bar, s, prefix=RATE)
-        if stages.slow_back_at_once is not None:
+        if stages.slow_back is not None:
             points.append(passed.after(s).fast)
             gradient_bars.append(gradient_bar)
         further = earlier(s, passed.adapted(s))
         if further is not None:
-            total.add(further.slow, max(s - 1, 0))
+            total.add_after(further.slow, s)
             v = Point({name: v.fast[name] + g for name, g in further.fast.items()}, v.slots)
         observe(v.fast)
     total.add(v.fast, 0)
-    if stages.slow_back_at_once is not None:
+    if stages.slow_back is not None:
         slow = adaptation.slow(meta, 0)
         every_step = support.at_step(0, adaptation.batch_size)
-        slow_bar = stages.slow_back_at_once(
-            _stacked(points), slow, every_step, _stacked(gradient_bars)
-        )
+        slow_bar = stages.slow_back(_stacked(points), slow, every_step, _stacked(gradient_bars))
         total.add(slow_bar, 0)
     return total.gradient(meta)
 
@@ -187,10 +192,12 @@ def meta_gradient(
     θ' is θ after S steps of adaptation. With `query_weights`, the function is the weighted sum of
     the query losses after every step (the multi-step loss of MAML++, Antoniou et al. 2019).
     """
-    return backward_pass(stages, forward_pass(stages, adaptation, meta, batch, knobs.alpha), knobs)
+    return meta_gradient_after(
+        stages, forward_pass(stages, adaptation, meta, batch, knobs.alpha), knobs
+    )
 
 
-def backward_pass(
+def meta_gradient_after(
     stages: Stages,
     passed: ForwardPass,
     knobs: Knobs,
@@ -200,12 +207,11 @@ def backward_pass(
     weights, steps = knobs.query_weights, passed.adaptation.steps
 
     def query_gradient(after: int, adapted: Adapted) -> tuple[Cotangent, dict[str, Tensor]]:
-        (fast_bar, slow_bar), (loss, metrics) = stages.query(*adapted, passed.batch.query)
+        bars, (loss, metrics) = stages.query(*adapted, passed.batch.query)
+        cotangent = Cotangent(*bars)
         if weights is not None:
-            weight = weights[after - 1]
-            fast_bar = {name: weight * value for name, value in fast_bar.items()}
-            slow_bar = {name: weight * value for name, value in slow_bar.items()}
-        return Cotangent(fast_bar, slow_bar), _query_metrics(loss, metrics)
+            cotangent = cotangent.scaled(weights[after - 1])
+        return cotangent, _query_metrics(loss, metrics)
 
     def earlier(after: int, adapted: Adapted) -> Cotangent | None:
         if weights is None or after == 0:
@@ -250,7 +256,7 @@ def _support_metrics(passed: ForwardPass) -> dict[str, Tensor]:
     }
 
 
-def differentiates_forward(
+def inner_loss_has_forward_derivatives(
     objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch
 ) -> bool:
     """Whether torch can differentiate the gradient of the inner loss forward.
@@ -264,13 +270,13 @@ def differentiates_forward(
     product = vmap(
         lambda support: hessian_vector_product(objective.loss, params, {}, support, params)
     )
-    return has_forward_derivatives(lambda: product(one_task))
+    return forward_mode_succeeds(lambda: product(one_task))
 
 
-def goes_back_at_once(
+def at_once_applies(
     objective: TaskLoss, adaptation: Adaptation, meta: Params, batch: Batch
 ) -> bool:
-    """Whether the gradients of all slow parameters can come from `slow_back_at_once`.
+    """Whether the gradients of all slow parameters can come from `slow_gradient_of_all_steps`.
 
     That needs two steps or more on the same support, adapted parameters in the last layers alone,
     and second derivatives that torch computes rightly under `vmap`; tried on two tasks.
@@ -282,7 +288,7 @@ def goes_back_at_once(
         return False
     few_tasks = pytree.tree_map(lambda t: t[:2], supports[0])
     fast, slow = adaptation.start(meta), adaptation.slow(meta, 0)
-    return can_go_back_at_once(objective.loss, fast, slow, few_tasks)
+    return matches_single_steps(objective.loss, fast, slow, few_tasks)
 
 
 ChunkFunction = Callable[[Tensor, Batch, Knobs], tuple[Tensor, dict[str, Tensor]]]
@@ -299,22 +305,23 @@ def chunk_function(
     layout: Layout,
     *,
     order: Order = "second",
-    estimator: GradientEstimator = "gradient",
-    remat: bool = False,
+    direction: Direction = "gradient",
+    recompute: bool = False,
     compile: bool = False,
 ) -> ChunkFunction:
     """The function that computes the gradient sum of a chunk, from and to flat vectors.
 
     `objective` is the loss of a task (eq. 3), `adaptation` how θ becomes θ'_S (eq. 2), `layout`
     that of the meta-parameters. `order` says whether inner gradients are differentiated ("second")
-    or constants ("first"); `estimator` is the meta-gradient ("gradient") or Reptile's difference.
+    or constants ("first"); `direction` is the meta-gradient ("gradient") or Reptile's difference.
 
     With `compile`, all of it becomes one program, which keeps the activations of the forward pass
-    for the backward pass. With `remat` (rematerialisation), every stage becomes a program of its
-    own instead: activations live within a stage, each step back computes its gradient again, and
-    memory does not grow with the steps. Where one program would take minutes to compile, every
-    stage is one in any case. `remat` changes nothing without `compile`: the eager function keeps
-    only the θ_s and the inner gradients.
+    for the backward pass. With `recompute` (activation checkpointing), every stage becomes a
+    program of its own instead: activations live within a stage, each step back computes its
+    gradient again, and memory does not grow with the steps. A function of more than 4,000 operators
+    is compiled stage by stage even without `recompute`, because one program would take minutes.
+    `recompute` changes nothing without `compile`: the eager function keeps only the θ_s and the
+    inner gradients.
 
     The tensors of a call must be on one device and in one precision. The first call tries how torch
     can differentiate the objective, traces and compiles; another value of a knob needs no new
@@ -322,7 +329,7 @@ def chunk_function(
     raises, such as RuntimeError for a vector of the wrong length. If compilation fails, the
     function logs one warning and runs eagerly.
     """
-    return _ChunkProgram(objective, adaptation, layout, order, estimator, remat, compile)
+    return _ChunkProgram(objective, adaptation, layout, order, direction, recompute, compile)
 
 
 @dataclass(eq=False)  # a program is the same as itself alone
@@ -333,8 +340,8 @@ class _ChunkProgram:
     adaptation: Adaptation
     layout: Layout
     order: Order
-    estimator: GradientEstimator
-    remat: bool
+    direction: Direction
+    recompute: bool
     compile: bool
     program: ChunkFunction | None = field(default=None, init=False)
 
@@ -349,18 +356,18 @@ class _ChunkProgram:
     def build(self, flat: Tensor, batch: Batch, knobs: Knobs) -> ChunkFunction:
         """The function for chunks such as this one, compiled where that was asked for."""
         to_try = (self.objective, self.adaptation, self.layout.split(flat), batch)
-        second = self.order == "second" and self.estimator != "reptile"
+        second = self.order == "second" and self.direction != "reptile"
         eager = Stages.of(
             self.objective,
             self.adaptation,
             order=self.order,
-            forward=not second or differentiates_forward(*to_try),
-            at_once=second and goes_back_at_once(*to_try),
+            forward=not second or inner_loss_has_forward_derivatives(*to_try),
+            at_once=second and at_once_applies(*to_try),
         )
         if not self.compile:
             return self.on_flat_vectors(eager)
         whole, compiler = self.on_flat_vectors(eager), Compiler()
-        if self.remat or operator_calls(whole, flat, batch, knobs) > _LARGEST_PROGRAM:
+        if self.recompute or operator_calls(whole, flat, batch, knobs) > _LARGEST_PROGRAM:
             return self.on_flat_vectors(eager.compiled(compiler))
         return compiler.compiled(whole)
 
@@ -369,7 +376,7 @@ class _ChunkProgram:
 
         def chunk(flat: Tensor, batch: Batch, knobs: Knobs) -> tuple[Tensor, dict[str, Tensor]]:
             meta = self.layout.split(flat)
-            if self.estimator == "reptile":
+            if self.direction == "reptile":
                 result = reptile_gradient(
                     stages, self.adaptation, self.objective, meta, batch, knobs
                 )

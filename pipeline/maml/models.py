@@ -110,7 +110,7 @@ class SpatialMean(nn.Module):
 
 def linear(input_shape: Sequence[int], output_size: int, *, bias: bool = False) -> nn.Module:
     """One linear map. With `task.kind: quadratic` its meta-gradient has a closed form."""
-    features = _product(input_shape)
+    features = math.prod(input_shape)
     return nn.Sequential(nn.Flatten(), nn.Linear(features, output_size, bias=bias))
 
 
@@ -129,9 +129,9 @@ def mlp(
     deviations, as in the authors' code; with null, from Xavier's uniform distribution. Raises
     ValueError naming the setting.
     """
-    _check_sizes("hidden", hidden)
+    check_sizes("hidden", hidden)
     layers: list[nn.Module] = [nn.Flatten()]
-    features = _product(input_shape)
+    features = math.prod(input_shape)
     for width in hidden:
         layers.append(nn.Linear(features, width))
         if normalisation != "none":
@@ -167,8 +167,8 @@ def conv4(
     """
     if len(input_shape) != 3:
         raise ValueError(f"model: conv4 needs images (C, H, W), the task has {tuple(input_shape)}")
-    _check_sizes("filters", (filters,))
-    _check_sizes("layers", (layers,))
+    check_sizes("filters", (filters,))
+    check_sizes("layers", (layers,))
     channels, height, width = input_shape
     modules: list[nn.Module] = [ChannelsLast()]
     for _ in range(layers):
@@ -196,13 +196,7 @@ def conv4(
     return nn.Sequential(*modules, classifier)
 
 
-def _product(shape: Sequence[int]) -> int:
-    size = 1
-    for extent in shape:
-        size *= extent
-    return size
-
-
-def _check_sizes(name: str, sizes: Sequence[int]) -> None:
+def check_sizes(name: str, sizes: Sequence[int]) -> None:
+    """Raise ValueError naming the setting `model.NAME` unless all sizes are positive."""
     if any(size < 1 for size in sizes):
         raise ValueError(f"model.{name}: must be positive, got {list(sizes)}")

@@ -27,7 +27,7 @@ from torch.func import grad, grad_and_value, jvp, vjp, vmap
 from pipeline.maml.adaptation import Adaptation, StepInputs
 from pipeline.maml.adaptation_curve import Adapted, query_metrics
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.inner_loop import Stages
+from pipeline.maml.inner_loop import Stages, inner_step
 from pipeline.maml.inner_optimizers import Point
 from pipeline.maml.meta_gradient import Cotangent, ForwardPass, backpropagate, forward_pass
 from pipeline.maml.meta_loss import num_tasks
@@ -54,7 +54,7 @@ def fisher_product(
     stages = Stages.of(objective, adaptation, order="second" if second_order else "first")
     passed = forward_pass(stages, adaptation, meta, batch, alpha)
     adapted = passed.adapted(adaptation.steps)
-    slow, slow_tangent = adapted.slow, adaptation.slow(direction, max(adaptation.steps - 1, 0))
+    slow, slow_tangent = adapted.slow, adaptation.slow_after(direction, adaptation.steps)
     tangent = _tangent(passed, objective, batch, direction, second_order)
 
     def product(fast: Params, tangent: Params, query: Experience) -> tuple[Params, Params]:
@@ -122,11 +122,10 @@ def _step_tangent(
     (of the point before it) and `inputs_tangent`."""
 
     def step(point: Point, slow: Params, rates: Params) -> Point:
-        def loss(fast: Params) -> Tensor:
-            return objective.loss({**slow, **fast}, support)
-
-        gradient = grad(loss)(point.fast) if second_order else inner_gradient
-        return adaptation.rule.update(point, gradient, rates, inputs.t)
+        if not second_order:
+            return adaptation.optimizer.update(point, inner_gradient, rates, inputs.t)
+        at = StepInputs(slow, rates, inputs.t)
+        return inner_step(objective.loss, adaptation.optimizer, point, at, support).point
 
     slow_and_rates, tangents = inputs[:2], inputs_tangent[:2]
     moved: Point = jvp(step, (before, *slow_and_rates), (tangent, *tangents))[1]
@@ -197,12 +196,9 @@ def proximal_gradient(
     inner_gradient = vmap(grad_and_value(inner_kl, argnums=(0, 1)), in_dims=(0, None, 0))
 
     def of_inner_kl(after: int, adapted: Adapted) -> Cotangent:
-        (fast_bar, slow_bar), kl = inner_gradient(*adapted, batch.support.at_step(after))
+        bars, kl = inner_gradient(*adapted, batch.support.at_step(after))
         inner.append(kl)
-        return Cotangent(
-            {name: weight * bar for name, bar in fast_bar.items()},
-            {name: weight * bar for name, bar in slow_bar.items()},
-        )
+        return Cotangent(*bars).scaled(weight)
 
     bars, (loss, metrics) = stages.query(*passed.adapted(steps), batch.query)
     gradient = backpropagate(stages, passed, Cotangent(*bars), of_inner_kl)

@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pipeline.maml.models import check_sizes
 from tasks.base import as_tensor
 from tasks.control.mdp import Actions
 from tasks.random import UInt64, normal, uniform
@@ -167,8 +168,7 @@ def _layers(
 ) -> nn.Module:
     if len(input_shape) != 1:
         raise ValueError(f"model: a policy needs observations (O,), not {tuple(input_shape)}")
-    if any(width < 1 for width in hidden):
-        raise ValueError(f"model.hidden: must be positive, got {list(hidden)}")
+    check_sizes("hidden", hidden)
     sizes = [*input_shape, *hidden, output_size]
     layers: list[nn.Module] = []
     for inputs, outputs in pairwise(sizes):

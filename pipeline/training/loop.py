@@ -106,7 +106,7 @@ def meta_update(session: Session) -> None:
     mean = aggregate(total, session.cut)  # over the tasks
     aggregated = time.perf_counter()
     batch = MetaBatch(iteration, session.cut.num_chunks, session.workers)
-    moved = session.outer_step.move(session.update, mean, batch)  # θ_t -> θ_{t+1}
+    moved = session.outer_step.move(session.optimizer, mean, batch)  # θ_t -> θ_{t+1}
     updated = time.perf_counter()
     session.iteration += 1
     _stop_if_diverged(session, mean)
@@ -139,7 +139,7 @@ def diagnose(session: Session) -> None:
     """Examine the meta-gradient of some validation tasks; record findings and warnings."""
     jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
     results = session.workers.run(session.theta, jobs)
-    metrics = health(session.experiment, session.update.layout, session.theta, results)
+    metrics = health(session.experiment, session.optimizer.layout, session.theta, results)
     session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))
 
 

@@ -14,7 +14,6 @@ from typing import Literal
 from pipeline.cluster.connection import cluster_address
 from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.group import InProcess, WorkerGroup, on_driver, threads_per_chunk
-from pipeline.config.algorithms import name_of
 from pipeline.config.experiment import Experiment
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.evaluation.run_report import summary
@@ -174,17 +173,17 @@ def _start_tracking(session: Session, state: TrainingState | None, placement: Pl
         experiment=experiment.tracking.experiment,
         run_name=session.run_dir.name,
         run_dir=session.run_dir,
-        params={"num_parameters": session.update.layout.size, **experiment.flat()},
+        params={"num_parameters": session.optimizer.layout.size, **experiment.flat()},
         tags={
             **environment_tags(),
-            "algorithm": name_of(experiment),
+            "algorithm": experiment.algorithm_name,
             **({} if experiment.pretraining else {"order": experiment.inner.order}),
             "workers": str(placement.workers),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
             SELECTED_BY: session.metric,
             # MLflow's pages show these as the run's description and its source.
-            "mlflow.note.content": summary(experiment, session.update.layout.size),
+            "mlflow.note.content": summary(experiment, session.optimizer.layout.size),
             "mlflow.source.name": experiment.name,
             "mlflow.source.type": "LOCAL",
             **experiment.tracking.tags,

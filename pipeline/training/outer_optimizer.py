@@ -14,7 +14,7 @@ from pipeline.maml.flat_vector import Layout, Params
 from pipeline.training.aggregation import all_finite
 
 
-class OuterUpdate:
+class OuterOptimizer:
     """θ, its optimiser and its schedule of rates, on the CPU.
 
     The optimiser sees θ as one flat vector [D]. SGD, Adam and AdamW work element by element, so the

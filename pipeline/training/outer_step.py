@@ -16,7 +16,7 @@ from pipeline.config.settings import Reinforcement
 from pipeline.evaluation.health import why_not_finite
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.training.aggregation import Aggregate
-from pipeline.training.outer_optimizer import OuterUpdate
+from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.training.trust_region import Questions, policy_update, usual_questions
 from pipeline.worker.jobs import ChunkJob
 from pipeline.worker.tree import Span
@@ -33,8 +33,10 @@ class MetaBatch(NamedTuple):
 class OuterStep(Protocol):
     """A way to move θ."""
 
-    def move(self, update: OuterUpdate, mean: Aggregate, batch: MetaBatch) -> dict[str, float]:
-        """Move θ, which `update` holds, given the mean over the tasks; return metrics to log.
+    def move(
+        self, optimizer: OuterOptimizer, mean: Aggregate, batch: MetaBatch
+    ) -> dict[str, float]:
+        """Move θ, which `optimizer` holds, given the means over the tasks; return metrics to log.
 
         A gradient that is not finite leaves θ as it is.
         """
@@ -58,9 +60,11 @@ class OuterStep(Protocol):
 class OptimizerStep:
     """One step of `outer.optimizer`; it asks nothing of the workers."""
 
-    def move(self, update: OuterUpdate, mean: Aggregate, batch: MetaBatch) -> dict[str, float]:
-        lr = update.lr
-        return {"meta_gradient_norm": update.step(mean.gradient), "outer_lr": lr}
+    def move(
+        self, optimizer: OuterOptimizer, mean: Aggregate, batch: MetaBatch
+    ) -> dict[str, float]:
+        lr = optimizer.lr
+        return {"meta_gradient_norm": optimizer.step(mean.gradient), "outer_lr": lr}
 
     def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
         return []
@@ -77,14 +81,17 @@ class PolicyStep:
     def __init__(self, settings: Reinforcement):
         self._settings = settings
 
-    def move(self, update: OuterUpdate, mean: Aggregate, batch: MetaBatch) -> dict[str, float]:
-        collected_by = update.flat.numpy().copy()  # a copy: `update` changes θ in place meanwhile
+    def move(
+        self, optimizer: OuterOptimizer, mean: Aggregate, batch: MetaBatch
+    ) -> dict[str, float]:
+        # A copy, because the steps below change θ in place.
+        collected_by = optimizer.flat.numpy().copy()
 
         def ask(question: Callable[[Span], ChunkJob], vector: FlatVector) -> Total:
             return batch.workers.total(collected_by, question, batch.num_chunks, vector)
 
         questions = Questions(batch.iteration, ask)
-        return policy_update(self._settings, update, mean, questions)
+        return policy_update(self._settings, optimizer, mean, questions)
 
     def usual_questions(self, iteration: int) -> list[tuple[ChunkJob, int]]:
         return usual_questions(self._settings, iteration)

@@ -30,7 +30,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.maml.adaptation import matching
 from pipeline.maml.flat_vector import Params
 from pipeline.training.endings import Diverged
-from pipeline.training.outer_optimizer import OuterUpdate
+from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.worker.learner import initial_parameters
 from tasks.base import supervised
 from tasks.random import integers, task_keys
@@ -52,9 +52,9 @@ class Pretrainer:
         self._dtype: torch.dtype = getattr(torch, experiment.compute.dtype)
         self.model = wide_model(experiment).to(device, self._dtype)
         params = {name: p.detach() for name, p in self.model.named_parameters()}
-        self._update = OuterUpdate(params, experiment.outer)
+        self._optimizer = OuterOptimizer(params, experiment.outer)
         # The model's parameters are views of the memory that the optimiser updates.
-        for name, value in self._update.theta.items():
+        for name, value in self._optimizer.theta.items():
             self.model.get_parameter(name).data = value
         self.iteration = 0
         """Completed updates."""
@@ -63,7 +63,7 @@ class Pretrainer:
     @property
     def theta(self) -> Params:
         """The wide network's parameters by name: views."""
-        return self._update.theta
+        return self._optimizer.theta
 
     def run(
         self, until: int, forward: Callable[[Tensor], Tensor], rank: int = 0, size: int = 1
@@ -83,7 +83,7 @@ class Pretrainer:
                 name: torch.zeros_like(p) if p.grad is None else p.grad
                 for name, p in self.model.named_parameters()
             }
-            norm = self._update.step(self._update.layout.join(gradients))
+            norm = self._optimizer.step(self._optimizer.layout.join(gradients))
             self.iteration += 1
             self._guard(norm)
         return {name: float(total) / max(1, until - first) for name, total in sums.items()}
@@ -136,12 +136,12 @@ class Pretrainer:
 
     def state(self) -> dict[str, Tensor]:
         """The tensors from which training continues, on the CPU; `iteration` belongs to them."""
-        return {name: value.cpu() for name, value in self._update.tensors().items()}
+        return {name: value.cpu() for name, value in self._optimizer.tensors().items()}
 
     def restore(self, state: dict[str, Tensor], iteration: int) -> None:
         """Continue from a `state` taken at `iteration`; call it once, before anything else."""
         placed = {name: value.to(self._device) for name, value in state.items()}
-        self._update.restore(placed, {"steps": iteration})
+        self._optimizer.restore(placed, {"steps": iteration})
         self.iteration = iteration
 
     def _guard(self, norm: float) -> None:

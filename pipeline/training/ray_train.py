@@ -84,7 +84,7 @@ def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) 
             session.save_checkpoint()
             raise Interrupted(f"stopped after iteration {session.iteration}")
     theta = narrowed(experiment, theta_of(session.pretraining))
-    session.update.replace(Layout.of(session.update.theta).join(theta))
+    session.optimizer.replace(Layout.of(session.optimizer.theta).join(theta))
 
 
 def number_of_workers(experiment: Experiment) -> int:

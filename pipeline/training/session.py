@@ -23,7 +23,7 @@ from pipeline.maml.flat_vector import FlatVector, Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState, save_theta
 from pipeline.runs.folder import History, RunFolderError
 from pipeline.runs.tracker import NullTracker, Tracker
-from pipeline.training.outer_optimizer import OuterUpdate
+from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.jobs import Cut, tasks_per_chunk
 from pipeline.worker.tree import ORDER
@@ -78,7 +78,7 @@ class Session:
         """`theta` is of a fresh model, `state` that of a checkpoint to continue from, or None."""
         task = experiment.build_task()
         self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
-        self.update = OuterUpdate(theta, experiment.outer)
+        self.optimizer = OuterOptimizer(theta, experiment.outer)
         self.outer_step = outer_step_of(experiment)
         self.iteration = 0
         """Completed meta-updates."""
@@ -89,7 +89,7 @@ class Session:
         self.best: dict[str, Any] | None = None
         """The best validation so far: its iteration, value and metric."""
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
-        per_chunk = tasks_per_chunk(experiment, self.update.layout.size)
+        per_chunk = tasks_per_chunk(experiment, self.optimizer.layout.size)
         self.cut = Cut(experiment.outer.tasks_per_batch, per_chunk)
         self.compile = compile
         self.worker_threads = worker_threads
@@ -108,7 +108,7 @@ class Session:
         if state is not None:
             self._restore(state)
         # A view of the memory that updates change in place: always the current θ.
-        self._theta = self.update.flat.numpy()
+        self._theta = self.optimizer.flat.numpy()
         # Made here, because MLflow answers later: a run that is killed early is found again by it.
         known = state.extra.get("tracking_token") if state else None
         self.tracking_token = str(token or known or uuid.uuid4().hex)
@@ -176,10 +176,10 @@ class Session:
             TrainingState(
                 iteration=self.iteration,
                 tensors={
-                    **self.update.tensors(),
+                    **self.optimizer.tensors(),
                     **{f"{_PRETRAINING}{name}": v for name, v in self.pretraining.items()},
                 },
-                scheduler=self.update.scheduler_state(),
+                scheduler=self.optimizer.scheduler_state(),
                 best=self.best,
                 bad_updates=self.bad_updates,
                 config=self.experiment.model_dump(mode="json"),
@@ -199,7 +199,7 @@ class Session:
 
     def save_theta(self) -> None:
         """Write the current θ as the run's result, theta.safetensors."""
-        save_theta(self.run_dir / "theta.safetensors", self.update.theta)
+        save_theta(self.run_dir / "theta.safetensors", self.optimizer.theta)
         self.tracker.log_artifact(self.run_dir / "theta.safetensors")
 
     def record_test(self, curves: Sequence[Curve]) -> None:
@@ -209,13 +209,13 @@ class Session:
             prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
             self.tracker.log_metrics(curve.by_step(prefix), self.iteration)
         self.tracker.log_artifact(self.run_dir / "results.json")
-        note = summary(self.experiment, self.update.layout.size, curves)
+        note = summary(self.experiment, self.optimizer.layout.size, curves)
         self.tracker.set_tags({"mlflow.note.content": note})
         self.record_plots(curves)
 
     def record_plots(self, curves: Sequence[Curve] = ()) -> None:
         """Draw and log the run's plots; `curves` is its meta-test, if there was one."""
-        for plot in write_plots(self.experiment, self.run_dir, self.update.theta, curves):
+        for plot in write_plots(self.experiment, self.run_dir, self.optimizer.theta, curves):
             self.tracker.log_artifact(plot, "plots")
 
     def _restore(self, state: TrainingState) -> None:
@@ -234,7 +234,7 @@ class Session:
                 own[name] = value
         self.pretraining = wide
         try:
-            self.update.restore(own, state.scheduler)
+            self.optimizer.restore(own, state.scheduler)
         except (ValueError, KeyError, RuntimeError) as error:
             raise RunFolderError(f"{self._store.folder}: {error}") from error
         self.iteration, self.bad_updates, self.best = state.iteration, state.bad_updates, state.best

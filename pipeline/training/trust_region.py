@@ -26,7 +26,7 @@ from pipeline.cluster.rounds import Total
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.training.aggregation import Aggregate, all_finite
-from pipeline.training.outer_optimizer import OuterUpdate
+from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.worker.jobs import CandidateJob, ChunkJob, FisherJob
 from pipeline.worker.tree import Span
 
@@ -97,7 +97,7 @@ def usual_questions(settings: Reinforcement, iteration: int) -> list[tuple[Chunk
 
 
 def policy_update(
-    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+    settings: Reinforcement, optimizer: OuterOptimizer, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
     """Move θ, given the mean meta-gradient of the iteration; return the metrics to log.
 
@@ -105,20 +105,20 @@ def policy_update(
     """
     metrics = {"meta_gradient_norm": float(torch.linalg.vector_norm(mean.gradient))}
     if settings.update != "trpo":
-        metrics["outer_lr"] = update.lr
+        metrics["outer_lr"] = optimizer.lr
     if all_finite(mean.gradient):
         step = {"trpo": _trust_region, "promp": _proximal, "gradient": _one_step}[settings.update]
-        metrics |= step(settings, update, mean, questions)
-    update.tick()
+        metrics |= step(settings, optimizer, mean, questions)
+    optimizer.tick()
     return metrics
 
 
 def _trust_region(
-    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+    settings: Reinforcement, optimizer: OuterOptimizer, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
     """TRPO (Schulman et al. 2015): the natural gradient F⁻¹g, scaled to KL = max_kl, shortened
     until the surrogate loss falls and the KL stays within max_kl."""
-    theta = _now(update)
+    theta = _now(optimizer)
     gradient = mean.gradient.double().numpy()
 
     def fisher(v: Vector) -> Vector:
@@ -138,7 +138,7 @@ def _trust_region(
         answers = questions.candidate(candidate)
         loss, kl = (_mean_metric(answers, name) for name in ("surrogate", "kl"))
         if loss < before and kl <= settings.max_kl:
-            update.replace(torch.from_numpy(candidate))
+            optimizer.replace(torch.from_numpy(candidate))
             return {
                 **metrics,
                 "trpo/kl_after": kl,
@@ -156,32 +156,32 @@ def _trust_region(
 
 
 def _one_step(
-    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+    settings: Reinforcement, optimizer: OuterOptimizer, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
     """One step of `outer.optimizer` along the meta-gradient."""
-    update.descend(mean.gradient)
-    return _afterwards("gradient", update, mean, questions)
+    optimizer.descend(mean.gradient)
+    return _afterwards("gradient", optimizer, mean, questions)
 
 
 def _proximal(
-    settings: Reinforcement, update: OuterUpdate, mean: Aggregate, questions: Questions
+    settings: Reinforcement, optimizer: OuterOptimizer, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
     """ProMP (Rothfuss et al. 2019): several steps of `outer.optimizer` on the same trajectories."""
     # The first gradient was taken where the trajectories were collected: it is the meta-gradient.
-    update.descend(mean.gradient)
+    optimizer.descend(mean.gradient)
     inner_kl = 0.0  # at the θ that collected
     for _ in range(settings.outer_steps - 1):
-        answers = questions.candidate(_now(update), settings.inner_kl)
+        answers = questions.candidate(_now(optimizer), settings.inner_kl)
         inner_kl = _mean_metric(answers, "inner_kl")
-        update.descend(torch.from_numpy(_mean_gradient(answers)).to(mean.gradient.dtype))
-    return {**_afterwards("promp", update, mean, questions), "promp/inner_kl": inner_kl}
+        optimizer.descend(torch.from_numpy(_mean_gradient(answers)).to(mean.gradient.dtype))
+    return {**_afterwards("promp", optimizer, mean, questions), "promp/inner_kl": inner_kl}
 
 
 def _afterwards(
-    name: str, update: OuterUpdate, mean: Aggregate, questions: Questions
+    name: str, optimizer: OuterOptimizer, mean: Aggregate, questions: Questions
 ) -> dict[str, float]:
     """Metrics of an update whose steps were taken without a line search."""
-    answers = questions.candidate(_now(update))
+    answers = questions.candidate(_now(optimizer))
     return {
         f"{name}/kl_before": mean.metrics["query_kl"],
         f"{name}/kl_after": _mean_metric(answers, "kl"),
@@ -189,9 +189,9 @@ def _afterwards(
     }
 
 
-def _now(update: OuterUpdate) -> FlatVector:
+def _now(optimizer: OuterOptimizer) -> FlatVector:
     """A copy of the current θ, [D]: later steps change the original in place."""
-    now: FlatVector = update.flat.numpy().copy()
+    now: FlatVector = optimizer.flat.numpy().copy()
     return now
 
 

@@ -39,15 +39,18 @@ from pipeline.worker.supervised import SupervisedTasks
 from pipeline.worker.task_source import TaskSource, TrainingChunk
 from pipeline.worker.tree import NO_VECTOR, Span, TreeSum
 from tasks.base import supervised
-from tasks.control.mdp import MDPs
+from tasks.control.mdp import mdps
 
 
 def task_source_of(learner: Learner, cut: Cut, compile: bool) -> TaskSource:
-    """The experiment's tasks: the one place where a worker asks of which kind they are."""
-    task = learner.experiment.build_task()
-    if isinstance(task, MDPs):
-        return ReinforcementTasks(learner, task, cut, compile)
-    return SupervisedTasks(learner, supervised(task, "meta-learning"), cut)
+    """The experiment's tasks: the one place where a worker asks of which kind they are.
+
+    Raises ValueError for tasks that can be learned in neither way.
+    """
+    task, settings = learner.experiment.build_task(), learner.experiment.reinforcement
+    if settings is None:
+        return SupervisedTasks(learner, supervised(task, "meta-learning"), cut)
+    return ReinforcementTasks(learner, mdps(task, "reinforcement"), settings, cut, compile)
 
 
 class ChunkComputer:
@@ -89,9 +92,8 @@ class ChunkComputer:
         Raises what missing data or a model that does not fit its tasks raises.
         """
         for phase in phases(self._experiment):
-            self._compute(phase, 0)
-            if not self._cut.even:
-                self._compute(phase, self.num_chunks - 1)
+            for chunk in self._cut.of_every_size:
+                self._compute(phase, chunk)
         self._source.warm_up(self._params(self._learner.initial_theta))
 
     def metric_names(self) -> list[str]:
@@ -118,13 +120,13 @@ class ChunkComputer:
             self._learner.knobs(phase, iteration),
         )
 
-    def acted_out(self, theta: FlatVector, split: str, count: int, steps: int) -> Collected:
+    def collect(self, theta: FlatVector, split: str, count: int, steps: int) -> Collected:
         """Trajectories in tasks 0 .. count - 1 of a split, before and after each of `steps` steps.
 
-        Raises ValueError where tasks are not acted in.
+        Raises ValueError for supervised tasks.
         """
         params = self._params(self._learner.on_device(theta))
-        return self._source.act_out(params, split, np.arange(count), steps)
+        return self._source.collect(params, split, np.arange(count), steps)
 
     def prepare_ahead(self) -> bool:
         """Use idle time for the next iteration; False if there is nothing to do."""

@@ -55,7 +55,7 @@ class EvaluationJob:
 @dataclass(frozen=True)
 class FisherJob:
     """Multiply the job's vector, a direction [D], by the Fisher matrix at θ, on the trajectories of
-    chunks. Tasks to act in have this job."""
+    chunks. Reinforcement learning tasks have this job."""
 
     iteration: int
     chunks: Span
@@ -64,8 +64,8 @@ class FisherJob:
 @dataclass(frozen=True)
 class CandidateJob:
     """Measure the surrogate loss and the KL of the job's vector, another θ [D], on the trajectories
-    that θ collected for chunks; with a weight for the inner KL, compute its gradient too. Tasks to
-    act in have this job."""
+    that θ collected for chunks; with a weight for the inner KL, compute its gradient too.
+    Reinforcement learning tasks have this job."""
 
     iteration: int
     chunks: Span
@@ -132,9 +132,11 @@ class Cut(NamedTuple):
         return -(-self.per_batch // self.per_chunk)
 
     @property
-    def even(self) -> bool:
-        """Whether all chunks have the same number of tasks; else the last has fewer."""
-        return self.per_batch % self.per_chunk == 0
+    def of_every_size(self) -> list[int]:
+        """One chunk of every number of tasks that occurs: the first, and the last if it has
+        fewer."""
+        whole = self.per_batch % self.per_chunk == 0 or self.num_chunks == 1
+        return [0] if whole else [0, self.num_chunks - 1]
 
     def members(self, chunk: int) -> npt.NDArray[np.int64]:
         """Positions of a chunk's tasks in the meta-batch, counted from 0, [B]."""

@@ -16,7 +16,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.config.phases import Phase, query_weights_at
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.flat_vector import FlatVector, Layout, Params
-from pipeline.maml.inner_optimizers import build_rule
+from pipeline.maml.inner_optimizers import build_inner_optimizer
 from pipeline.maml.meta_gradient import Knobs
 
 
@@ -91,7 +91,7 @@ def adaptation_of(experiment: Experiment, model: torch.nn.Module) -> Adaptation:
             not_adapted=inner.not_adapted,
             per_step=inner.per_step,
             rates=inner.rates,
-            rule=build_rule(inner.optimizer, inner.momentum, inner.beta1),
+            optimizer=build_inner_optimizer(inner.optimizer, inner.momentum, inner.beta1),
             batch_size=inner.batch_size,
             later_factor=inner.later_lr_factor,
         )

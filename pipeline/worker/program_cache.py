@@ -43,7 +43,7 @@ def program_of(
 
     `constants` are those of the objective, see `TaskSource.constants`.
     """
-    inner, estimator = learner.experiment.inner, learner.experiment.outer.estimator
+    inner, direction = learner.experiment.inner, learner.experiment.outer.direction
 
     def make() -> ChunkFunction:
         return chunk_function(
@@ -51,15 +51,15 @@ def program_of(
             learner.adaptation,
             learner.layout,
             order="second" if phase.second_order else "first",
-            estimator=estimator,
-            remat=inner.checkpoint,
+            direction=direction,
+            recompute=inner.recompute,
             compile=compile,
         )
 
     if not compile:
         return make()
     device = learner.alpha.device
-    key = (*_frozen(learner.experiment), constants, phase, estimator, learner.layout, device)
+    key = (*_frozen(learner.experiment), constants, phase, direction, learner.layout, device)
     return _shared(key, make)
 
 

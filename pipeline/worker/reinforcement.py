@@ -1,4 +1,5 @@
-"""Tasks to act in, as a worker knows them: trajectories, collected with the θ of the iteration.
+"""A worker's side of reinforcement learning tasks: collects trajectories with the θ of the
+iteration, keeps them, answers the driver's questions about them.
 
 The trajectories of a chunk are kept while the driver asks about them (Fisher products,
 candidates). A worker that does not have them collects them again from θ and the tasks' seeds, and
@@ -16,12 +17,12 @@ from torch import Tensor
 from pipeline.config.settings import Reinforcement
 from pipeline.maml.compilation import Work
 from pipeline.maml.flat_vector import Params
-from pipeline.maml.inner_loop import has_forward_derivatives
+from pipeline.maml.inner_loop import forward_mode_succeeds
 from pipeline.rl.fisher import ProximalGradient, evaluate_candidate, proximal_gradient
 from pipeline.rl.policies import distribution_of
 from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import Collected, CollectedBatch, collect, expert_returns
-from pipeline.worker.jobs import CandidateJob, ChunkJob, Cut, EvaluationJob, FisherJob
+from pipeline.worker.jobs import CandidateJob, Cut, EvaluationJob, FisherJob
 from pipeline.worker.learner import Learner
 from pipeline.worker.program_cache import fisher_program_of
 from pipeline.worker.task_source import (
@@ -47,16 +48,17 @@ class _Kept(NamedTuple):
 
 
 class ReinforcementTasks(TaskSource):
-    """Tasks that a policy acts in. Their own jobs are `FisherJob` and `CandidateJob`."""
+    """Tasks whose trajectories a policy collects."""
 
     objective: PolicyObjective
 
-    def __init__(self, learner: Learner, task: MDPs, cut: Cut, compile: bool):
+    def __init__(
+        self, learner: Learner, task: MDPs, settings: Reinforcement, cut: Cut, compile: bool
+    ):
         """`compile` the Fisher products, which are most of the work of `trpo`."""
         super().__init__(learner)
+        self.chunk_jobs |= {FisherJob: self._fisher_answer, CandidateJob: self._candidate}
         experiment = learner.experiment
-        # `config.loading` fills the section in; an experiment built in code may leave it out.
-        settings = experiment.reinforcement or Reinforcement()
         clip = settings.clip if settings.update == "promp" else None
         self.objective = PolicyObjective(
             learner.model, distribution_of(task.actions), settings.estimator, clip
@@ -70,13 +72,13 @@ class ReinforcementTasks(TaskSource):
 
     def warm_up(self, theta: Params) -> None:
         update = self._settings.update
-        if not has_forward_derivatives(lambda: self._differentiate_forward(theta)):
+        if not forward_mode_succeeds(lambda: self._differentiate_forward(theta)):
             raise ValueError(
                 "model: an operation of the policy has no forward derivative in torch, which "
                 f"reinforcement.update={update} needs; gradient does without"
             )
         if self._compile and update == "trpo":
-            for chunk in {0, self._cut.num_chunks - 1}:  # the last may have fewer tasks
+            for chunk in self._cut.of_every_size:
                 self._fisher_product(theta, 0, chunk, theta)
 
     def works(self, theta: Params, chunks: int) -> list[Work]:
@@ -96,19 +98,17 @@ class ReinforcementTasks(TaskSource):
             for name, value in found.items()
         }
         first, last = (collected.metrics[step]["return"] for step in (0, -1))
-        hurt = (last < first).to(first.dtype)
-        return TrainingChunk(collected.batch, {**metrics, "hurt": hurt})
+        return TrainingChunk(collected.batch, {**metrics, "hurt": (last < first).to(first.dtype)})
 
-    def act_out(self, theta: Params, split: str, indices: Indices, steps: int) -> Collected:
-        return self._collect(self._task, theta, task_keys(EVALUATION_SEED, split, indices), steps)
+    def collect(self, theta: Params, split: str, indices: Indices, steps: int) -> Collected:
+        keys = task_keys(EVALUATION_SEED, split, indices)
+        return self._collect_from(self._task, theta, keys, steps)
 
-    def answer_chunk(self, theta: Params, job: ChunkJob, chunk: int, vector: Params) -> Answer:
-        if isinstance(job, FisherJob):
-            product = self._fisher_product(theta, job.iteration, chunk, vector)
-            return Answer(self._num_tasks(chunk), {}, self.learner.layout.join(product))
-        if isinstance(job, CandidateJob):
-            return self._candidate(theta, job, chunk, vector)
-        return super().answer_chunk(theta, job, chunk, vector)
+    def _fisher_answer(
+        self, theta: Params, job: FisherJob, chunk: int, direction: Params
+    ) -> Answer:
+        product = self._fisher_product(theta, job.iteration, chunk, direction)
+        return Answer(self._num_tasks(chunk), {}, self.learner.layout.join(product))
 
     def evaluate(self, theta: Params, job: EvaluationJob) -> dict[str, Tensor]:
         """Returns (undiscounted) and episode lengths of trajectories that the policy after k steps
@@ -119,7 +119,7 @@ class ReinforcementTasks(TaskSource):
         if job.evaluated != "model":
             returns = expert_returns(task, keys, self.learner.alpha)
             return {"return": returns.expand(len(job.steps), -1)}
-        found = self._collect(task, theta, keys, job.steps[-1]).metrics
+        found = self._collect_from(task, theta, keys, job.steps[-1]).metrics
         return {
             name: torch.stack([found[step][name] for step in job.steps])
             for name in ("return", "episode_length")
@@ -175,7 +175,7 @@ class ReinforcementTasks(TaskSource):
             learner = self.learner
             tasks = iteration * self._cut.per_batch + self._cut.members(chunk)
             keys = task_keys(learner.experiment.seed, "train", tasks)
-            collected = self._collect(self._task, theta, keys, learner.adaptation.steps)
+            collected = self._collect_from(self._task, theta, keys, learner.adaptation.steps)
             few = self._settings.fisher_trajectories or self._task.trajectories
             kept = _Kept(theta, collected, collected.batch.fewer(few))
             # Trajectories of another iteration are of another θ.
@@ -183,7 +183,7 @@ class ReinforcementTasks(TaskSource):
             self._kept[iteration, chunk] = kept
         return kept
 
-    def _collect(self, task: MDPs, theta: Params, keys: UInt64, steps: int) -> Collected:
+    def _collect_from(self, task: MDPs, theta: Params, keys: UInt64, steps: int) -> Collected:
         return collect(
             task,
             self.objective,

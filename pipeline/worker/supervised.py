@@ -15,7 +15,7 @@ from pipeline.maml.diagnostics import diagnose
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.representations import head_inputs, nearest_centroid
-from pipeline.worker.jobs import Cut, DiagnosisJob, EvaluationJob, Job
+from pipeline.worker.jobs import Cut, DiagnosisJob, EvaluationJob
 from pipeline.worker.learner import Learner
 from pipeline.worker.task_source import (
     EVALUATION_SEED,
@@ -30,10 +30,11 @@ from tasks.base import Examples, Supervised, TaskBatch
 
 
 class SupervisedTasks(TaskSource):
-    """Tasks whose examples are sampled. Their own job is `DiagnosisJob`."""
+    """Tasks whose examples are sampled."""
 
     def __init__(self, learner: Learner, task: Supervised, cut: Cut):
         super().__init__(learner)
+        self.jobs[DiagnosisJob] = self._diagnosis
         experiment, alpha = learner.experiment, learner.alpha
         self.objective = Objective(learner.model, task)
         self._task, self._variants = task, Variants(experiment, task)
@@ -47,11 +48,6 @@ class SupervisedTasks(TaskSource):
 
     def prepare_ahead(self) -> bool:
         return self._supply.prepare_ahead()
-
-    def answer(self, theta: Params, job: Job) -> Answer:
-        if isinstance(job, DiagnosisJob):
-            return self._diagnosis(theta, job)
-        return super().answer(theta, job)
 
     def held_out(self, split: str, indices: Indices) -> TaskBatch:
         """The validation or test tasks with these indices."""
@@ -90,7 +86,7 @@ class SupervisedTasks(TaskSource):
             self.held_out("validation", np.arange(job.first, job.first + job.count)),
             learner.knobs(phase, job.iteration),
             order="second" if phase.second_order else "first",
-            estimator=learner.experiment.outer.estimator,
+            direction=learner.experiment.outer.direction,
         )
         if found.second is None or found.first is None:
             return Answer(job.count, found.metrics)

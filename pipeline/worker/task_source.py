@@ -1,15 +1,16 @@
 """What a worker knows of its tasks: where their data comes from, and which jobs they answer.
 
-`supervised` samples examples; `reinforcement` collects trajectories by acting. Everything around
-them - adaptation, meta-gradients, chunks, workers - asks a `TaskSource` and never which kind it is:
-what only one kind has (jobs, compiled functions, work that is done ahead) is owned by that kind,
-and the base class says what happens where a kind has nothing.
+`supervised` samples examples; `reinforcement` collects trajectories. Everything around them -
+adaptation, meta-gradients, chunks, workers - asks a `TaskSource` and never which kind it is: what
+only one kind has (jobs, compiled functions, work that is done ahead) is owned by that kind, and
+the base class says what happens where a kind has nothing.
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
@@ -21,7 +22,7 @@ from pipeline.maml.compilation import Work
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_loss import Batch, TaskLoss
 from pipeline.rl.rollouts import Collected
-from pipeline.worker.jobs import ChunkJob, EvaluationJob, Job
+from pipeline.worker.jobs import ChunkJob, EvaluationJob, GradientJob, Job
 from pipeline.worker.learner import Learner
 from tasks.base import TaskDistribution
 
@@ -31,6 +32,7 @@ EVALUATION_SEED = 0
 same tasks, so that curves can be compared task by task."""
 
 _Tasks = TypeVar("_Tasks", bound=TaskDistribution)
+_Answerer = TypeVar("_Answerer", bound=Callable[..., Any])
 
 
 class TrainingChunk(NamedTuple):
@@ -60,15 +62,20 @@ class TaskSource(ABC):
     objective: TaskLoss
     """The losses of a task."""
     constants: tuple[Any, ...] = ()
-    """What `objective` was built from, besides the task, the model and `inner`: two experiments
-    share a compiled program only where these are equal."""
+    """Further settings inside `objective`; part of the key of compiled programs."""
 
     def __init__(self, learner: Learner):
         self.learner = learner
+        self.jobs: dict[type, Callable[[Params, Any], Answer]] = {EvaluationJob: self._evaluation}
+        """What answers jobs that are not about chunks of a training meta-batch, from θ and the job;
+        a kind of tasks adds its own."""
+        self.chunk_jobs: dict[type, Callable[[Params, Any, int, Params], Answer]] = {}
+        """The same for jobs about chunks other than the meta-gradient, which is the same for every
+        kind; from θ, the job, the number of a chunk and the job's vector."""
 
     @abstractmethod
     def training_chunk(self, theta: Params, iteration: int, chunk: int) -> TrainingChunk:
-        """The training tasks of a chunk; θ matters only where data comes from acting."""
+        """The training tasks of a chunk; θ matters only where it collects the data."""
 
     @abstractmethod
     def evaluate(self, theta: Params, job: EvaluationJob) -> dict[str, Tensor]:
@@ -78,26 +85,30 @@ class TaskSource(ABC):
     def answer(self, theta: Params, job: Job) -> Answer:
         """Do a job that is not about chunks of a training meta-batch.
 
-        A kind with jobs of its own overrides this, and leaves the rest to it. Raises ValueError for
-        a job that these tasks do not have.
+        Raises ValueError for a job that these tasks do not have.
         """
-        if isinstance(job, EvaluationJob):
-            return Answer(job.count, self.evaluate(theta, job))
-        raise self._foreign(job)
+        return self._who_does(job, self.jobs)(theta, job)
 
     def answer_chunk(self, theta: Params, job: ChunkJob, chunk: int, vector: Params) -> Answer:
-        """Do the part of a job that is about one chunk, other than the meta-gradient, which is the
-        same for every kind of tasks. `vector` is what the job is about.
+        """Do the part of a job that is about one chunk, other than the meta-gradient. `vector` is
+        what the job is about.
 
         Raises ValueError for a job that these tasks do not have.
         """
-        raise self._foreign(job)
+        return self._who_does(job, self.chunk_jobs)(theta, job, chunk, vector)
 
-    def _foreign(self, job: Job) -> ValueError:
-        return ValueError(
+    def _who_does(self, job: Job, among: Mapping[type, _Answerer]) -> _Answerer:
+        """What answers this kind of job. Raises ValueError, which names the jobs that there are."""
+        if type(job) in among:
+            return among[type(job)]
+        there = ", ".join(each.__name__ for each in (GradientJob, *self.chunk_jobs, *self.jobs))
+        raise ValueError(
             f"{self.learner.experiment.task.kind} tasks are {type(self).__name__}, which do not "
-            f"have the job {type(job).__name__}"
+            f"have the job {type(job).__name__}; they have {there}"
         )
+
+    def _evaluation(self, theta: Params, job: EvaluationJob) -> Answer:
+        return Answer(job.count, self.evaluate(theta, job))
 
     def warm_up(self, theta: Params) -> None:  # noqa: B027  # most have nothing to prepare
         """Compile the functions that belong to this kind of tasks alone.
@@ -114,14 +125,14 @@ class TaskSource(ABC):
         """Use idle time for the next iteration; False if there is nothing to do."""
         return False
 
-    def act_out(self, theta: Params, split: str, indices: Indices, steps: int) -> Collected:
+    def collect(self, theta: Params, split: str, indices: Indices, steps: int) -> Collected:
         """Trajectories in tasks of a split, before and after each of `steps` steps of adaptation.
 
-        Raises ValueError where tasks are not acted in.
+        Raises ValueError for supervised tasks.
         """
         raise ValueError(
-            f"{self.learner.experiment.task.kind} tasks are {type(self).__name__}, in which no "
-            "policy acts"
+            f"{self.learner.experiment.task.kind} tasks are {type(self).__name__}, which have no "
+            "trajectories"
         )
 
 

@@ -136,6 +136,16 @@ class MDPs(TaskDistribution, ABC):
         return {"trajectories": self.trajectories, "horizon": self.horizon}
 
 
+def mdps(task: TaskDistribution, what: str) -> MDPs:
+    """Return `task` if it is a distribution over Markov decision processes; else raise ValueError,
+    saying that `what` needs one."""
+    if not isinstance(task, MDPs):
+        raise ValueError(
+            f"task.kind: {what} needs reinforcement learning tasks, not {type(task).__name__}"
+        )
+    return task
+
+
 class Trajectories(NamedTuple):
     """A record of n trajectories of one task, or of B tasks with a leading dimension B.
 

@@ -220,7 +220,8 @@ def test_config_commands(tmp_path: Path) -> None:
     family = maml("config", "algorithms", cwd=tmp_path).stdout
     for name, preset in PRESETS.items():
         assert re.search(rf"^{re.escape(name)} ", family, flags=re.M)
-        assert all(path in family for path in preset)
+        assert preset.description[:40] in family
+        assert all(path in family for path in preset.settings)
 
 
 @pytest.mark.parametrize(

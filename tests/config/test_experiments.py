@@ -77,9 +77,7 @@ def test_sinusoid_has_the_settings_of_the_paper() -> None:
     # The rate of the original code, not of the paper's text: see the comment in the file.
     assert (experiment.inner.lr, experiment.inner.steps) == (0.001, 1)
     assert (experiment.outer.iterations, experiment.outer.tasks_per_batch) == (70_000, 25)
-    assert experiment.task.settings["amplitude"] == (0.1, 5.0) or experiment.task.settings[
-        "amplitude"
-    ] == [0.1, 5.0]
+    assert experiment.task.settings["amplitude"] == [0.1, 5.0]
     assert experiment.model.settings["init_std"] == 0.01
 
 
@@ -101,6 +99,12 @@ def test_another_kind_drops_the_settings_of_the_first() -> None:
     )
     assert experiment.task.settings["dimensions"] == 3
     assert "shots" not in experiment.task.settings
+
+
+@pytest.mark.parametrize("path", ["inner.checkpoint", "outer.estimator", "inner.recomputed"])
+def test_unknown_settings_are_refused(path: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{path}: unknown setting"):
+        load("sinusoid", [f"{path}=true"])
 
 
 def test_every_error_is_in_one_message() -> None:
@@ -265,7 +269,7 @@ def test_flat_settings_have_the_paths_of_overrides(quick: dict[str, Any]) -> Non
 
 
 def test_every_broken_rule_is_an_error_of_its_own() -> None:
-    changes = ["algorithm=meta-sgd", "outer.estimator=reptile", "outer.weight_decay=0.1"]
+    changes = ["algorithm=meta-sgd", "outer.direction=reptile", "outer.weight_decay=0.1"]
     with pytest.raises(ConfigError) as caught:
         load("sinusoid", [*changes, "outer.query_losses=all"])
     assert caught.value.errors == [

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pipeline.config.algorithms import FAMILY, PRESETS, name_of
+from pipeline.config.algorithms import FAMILY, PRESETS
 from pipeline.config.loading import ConfigError, from_dict, load
 from pipeline.config.phases import phases, query_weights_at
 from pipeline.maml import compilation
@@ -117,7 +117,7 @@ def test_presets_say_what_the_papers_say() -> None:
     assert expanded["meta-sgd"].inner.rates == "per-parameter"
     reptile = expanded["reptile"]
     assert (reptile.inner.optimizer, reptile.inner.beta1) == ("adam", 0.0)
-    assert (reptile.outer.estimator, reptile.outer.optimizer) == ("reptile", "sgd")
+    assert (reptile.outer.direction, reptile.outer.optimizer) == ("reptile", "sgd")
     assert (reptile.inner.lr, reptile.outer.lr, reptile.outer.scheduler) == (0.001, 1, "LinearLR")
     plus = expanded["maml++"]
     assert (plus.inner.rates, plus.inner.order) == ("per-layer-and-step", "annealed")
@@ -125,15 +125,15 @@ def test_presets_say_what_the_papers_say() -> None:
     assert plus.inner.per_step == plus.inner.not_adapted == ("normalisation",)
     assert plus.outer.scheduler_args == {"eta_min": 1e-5}
     assert plus.model.settings["normalisation"] == "batch-affine"
-    assert all(name_of(experiment) == name for name, experiment in expanded.items())
+    assert all(experiment.algorithm_name == name for name, experiment in expanded.items())
 
 
 def test_what_the_experiment_says_wins_over_the_preset() -> None:
     experiment = load("omniglot-5w1s", ["algorithm=maml++", "inner.rates=fixed"])
     assert experiment.inner.rates == "fixed"
     assert experiment.inner.order == "annealed"
-    assert name_of(experiment) == "custom"
-    assert name_of(load("sinusoid", ["inner.order=first"])) == "fomaml"
+    assert experiment.algorithm_name == "custom"
+    assert load("sinusoid", ["inner.order=first"]).algorithm_name == "fomaml"
 
 
 def test_another_algorithm_leaves_nothing_of_the_first(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_another_algorithm_leaves_nothing_of_the_first(tmp_path: Path) -> None:
             changed = load(str(path), [f"algorithm={second}"])
             fresh = load("omniglot-5w1s", [f"algorithm={second}"])
             assert all(changed.flat().get(key) == fresh.flat().get(key) for key in FAMILY)
-            assert name_of(changed) == second
+            assert changed.algorithm_name == second
             same = ("outer.optimizer", "outer.scheduler", "model.normalisation")
             assert all(changed.flat()[key] == fresh.flat()[key] for key in same)
 
@@ -161,7 +161,7 @@ def test_another_algorithm_leaves_nothing_of_the_first(tmp_path: Path) -> None:
             "outer.weight_decay: would pull the learned inner.rates to zero",
         ),
         (
-            {"outer": {"estimator": "reptile"}},
+            {"outer": {"direction": "reptile"}},
             "inner.order: reptile has no second order",
         ),
         (
@@ -242,7 +242,7 @@ def test_the_same_bits_with_actors_and_after_an_interruption(
     name: str, quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     experiment = of_algorithm(quick, name)
-    assert name_of(experiment) == name
+    assert experiment.algorithm_name == name
     train(experiment, tmp_path / "alone")
     before = Layout.of(initial_parameters(experiment))
     assert final_theta(tmp_path / "alone").numel() == before.size

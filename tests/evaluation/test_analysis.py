@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analyze
+from pipeline.evaluation.analysis import ALL, BODY, CENTROID, HEAD, NONE, Analysis, analysis_of
 from pipeline.evaluation.analysis_finding import finding
 from pipeline.evaluation.analysis_page import ability_rows, layer_rows, write_analysis
 from pipeline.evaluation.meta_test import evaluate_run
@@ -42,7 +42,7 @@ def glyphs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_what_does_not_adapt_does_not_change(glyphs: dict[str, Any]) -> None:
     experiment = experiment_of({**glyphs, "algorithm": "anil"})
-    found = analyze(experiment, initial_parameters(experiment), num_tasks=6)
+    found = analysis_of(experiment, initial_parameters(experiment), num_tasks=6)
     *body, head = found.layers
     assert len(body) == 4
     for layer in body:
@@ -62,7 +62,7 @@ def test_abilities_are_those_of_evaluations(glyphs: dict[str, Any], tmp_path: Pa
     from pipeline.runs.folder import parameters_of
 
     theta = parameters_of(experiment, tmp_path / "run")
-    found = analyze(experiment, theta, num_tasks=12, queries=2)
+    found = analysis_of(experiment, theta, num_tasks=12, queries=2)
     (curve, _) = evaluate_run(
         experiment, tmp_path / "run", split="test", num_tasks=12, steps=(0, 2)
     )
@@ -84,27 +84,27 @@ def test_abilities_are_those_of_evaluations(glyphs: dict[str, Any], tmp_path: Pa
 
 def test_more_queries_for_the_representations(glyphs: dict[str, Any]) -> None:
     experiment = experiment_of(glyphs)
-    found = analyze(experiment, initial_parameters(experiment), num_tasks=2, queries=10)
+    found = analysis_of(experiment, initial_parameters(experiment), num_tasks=2, queries=10)
     assert found.changes == {"queries": 10}
-    default = analyze(experiment, initial_parameters(experiment), num_tasks=2)
+    default = analysis_of(experiment, initial_parameters(experiment), num_tasks=2)
     assert default.changes == {"queries": 15}
     many = experiment_of(glyphs, task={"shots": 10})
-    assert analyze(many, initial_parameters(many), num_tasks=2).changes == {}
+    assert analysis_of(many, initial_parameters(many), num_tasks=2).changes == {}
     with pytest.raises(ValueError, match=r"shots: .* need 41 images"):
-        analyze(experiment, initial_parameters(experiment), num_tasks=2, queries=40)
+        analysis_of(experiment, initial_parameters(experiment), num_tasks=2, queries=40)
 
 
 def test_every_algorithm_can_be_analysed(glyphs: dict[str, Any]) -> None:
     for algorithm in ("boil", "meta-sgd", "maml++", "reptile"):
         experiment = experiment_of({**glyphs, "algorithm": algorithm})
-        found = analyze(experiment, initial_parameters(experiment), num_tasks=3, queries=3)
+        found = analysis_of(experiment, initial_parameters(experiment), num_tasks=3, queries=3)
         assert ALL in found.abilities
         assert finding(found).startswith("Adaptation in ")
 
 
 def test_regression_has_no_centroids(quick: dict[str, Any]) -> None:
     experiment = experiment_of(quick)
-    found = analyze(experiment, initial_parameters(experiment), num_tasks=5)
+    found = analysis_of(experiment, initial_parameters(experiment), num_tasks=5)
     assert set(found.abilities) == {NONE, ALL, HEAD, BODY}
     assert found.metric == "loss"
     # What is lost is counted so that more is worse.
@@ -184,7 +184,7 @@ def test_what_adapts_alone_explains_the_gain() -> None:
 
 def test_a_task_that_diverges_is_left_out(glyphs: dict[str, Any]) -> None:
     experiment = experiment_of(glyphs, inner={"lr": 1e30, "steps": 3})
-    found = analyze(experiment, initial_parameters(experiment), num_tasks=3)
+    found = analysis_of(experiment, initial_parameters(experiment), num_tasks=3)
     finding(found)
     layer_rows(found)
 

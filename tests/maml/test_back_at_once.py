@@ -14,8 +14,8 @@ from pipeline.maml.adaptation import Adaptation, Rates
 from pipeline.maml.compilation import trace
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.inner_loop import Stages
-from pipeline.maml.inner_optimizers import RuleName, build_rule
-from pipeline.maml.meta_gradient import Knobs, goes_back_at_once, meta_gradient
+from pipeline.maml.inner_optimizers import InnerOptimizerName, build_inner_optimizer
+from pipeline.maml.meta_gradient import Knobs, at_once_applies, meta_gradient
 from pipeline.maml.meta_loss import Objective
 from pipeline.maml.models import mlp
 from tasks.base import Examples, TaskBatch
@@ -39,7 +39,7 @@ def body_products(steps: int, **choices: Any) -> int:
     adaptation = Adaptation.of(model, steps=steps, **choices)
     objective, batch = Objective(model, Squares()), batch.to("cpu", torch.float32)
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
-    at_once = goes_back_at_once(objective, adaptation, meta, batch)
+    at_once = at_once_applies(objective, adaptation, meta, batch)
     stages = Stages.of(objective, adaptation, at_once=at_once)
     layout = Layout.of(meta)
 
@@ -86,21 +86,25 @@ def test_layers_are_shared_where_steps_differ_in_the_last_ones_alone(
     adaptation = Adaptation.of(model, **{"steps": STEPS, **choices})
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
     batch = batch.to("cpu", torch.float32)
-    assert goes_back_at_once(Objective(model, criterion), adaptation, meta, batch) is shared
+    assert at_once_applies(Objective(model, criterion), adaptation, meta, batch) is shared
 
 
 @pytest.mark.parametrize("rates", get_args(Rates))
-@pytest.mark.parametrize("rule", get_args(RuleName))
+@pytest.mark.parametrize("optimizer", get_args(InnerOptimizerName))
 @pytest.mark.parametrize("weights", [None, WEIGHTS])
 def test_steps_at_once_equal_steps_one_by_one(
-    rates: Rates, rule: RuleName, weights: tuple[float, ...] | None
+    rates: Rates, optimizer: InnerOptimizerName, weights: tuple[float, ...] | None
 ) -> None:
     torch.manual_seed(0)
     model, criterion, batch = classification()
     batch = batch.to("cpu", torch.float64)
     objective = Objective(model.double(), criterion)
     adaptation = Adaptation.of(
-        model, steps=STEPS, adapted=["head", "5.*"], rates=rates, rule=build_rule(rule)
+        model,
+        steps=STEPS,
+        adapted=["head", "5.*"],
+        rates=rates,
+        optimizer=build_inner_optimizer(optimizer),
     )
     meta = perturbed(adaptation.meta_parameters(dict(model.named_parameters()), ALPHA))
     weighted = None if weights is None else torch.tensor(weights, dtype=torch.float64)
@@ -121,14 +125,14 @@ def test_steps_at_once_are_not_trusted_where_they_give_something_else(
     adaptation = adaptation_for("anil", model)
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
     case = Objective(model, criterion), adaptation, meta, batch.to("cpu", torch.float32)
-    assert goes_back_at_once(*case)
-    right = inner_loop.slow_back_at_once
+    assert at_once_applies(*case)
+    right = inner_loop.slow_gradient_of_all_steps
 
     def wrong(*arguments: Any) -> Params:
         return {n: 1.01 * g if n == "1.weight" else g for n, g in right(*arguments).items()}
 
-    monkeypatch.setattr(inner_loop, "slow_back_at_once", wrong)
-    assert not goes_back_at_once(*case)
+    monkeypatch.setattr(inner_loop, "slow_gradient_of_all_steps", wrong)
+    assert not at_once_applies(*case)
 
 
 def test_a_loss_that_torch_cannot_differentiate_so_is_walked_step_by_step() -> None:
@@ -137,5 +141,5 @@ def test_a_loss_that_torch_cannot_differentiate_so_is_walked_step_by_step() -> N
     adaptation = adaptation_for("anil", model)
     meta = adaptation.meta_parameters(dict(model.named_parameters()), ALPHA)
     batch = batch.to("cpu", torch.float32)
-    assert not goes_back_at_once(Objective(model, criterion), adaptation, meta, batch)
-    assert goes_back_at_once(Objective(model, Squares()), adaptation, meta, batch)
+    assert not at_once_applies(Objective(model, criterion), adaptation, meta, batch)
+    assert at_once_applies(Objective(model, Squares()), adaptation, meta, batch)

@@ -80,17 +80,17 @@ def test_compiled_equals_eager_for_any_rate_and_batch(setup, programs):
     assert len(programs) == 2, "another number of queries is another program, aliasing is not"
 
 
-def test_checkpointed_equals_plain(setup, programs):
+def test_recomputing_equals_keeping(setup, programs):
     _, _, theta, batch = setup
     knobs = Knobs(torch.tensor(0.1))
     eager = second_order(setup, 3)
-    checkpointed = second_order(setup, 3, remat=True, compile=True)
-    assert_same(checkpointed(theta, batch, knobs), eager(theta, batch, knobs))
+    recomputing = second_order(setup, 3, recompute=True, compile=True)
+    assert_same(recomputing(theta, batch, knobs), eager(theta, batch, knobs))
     assert len(programs) == 5, "step and step back, each shared and per task, and the query"
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_layers_that_are_walked_through_once_compile(setup, programs, remat):
+@pytest.mark.parametrize("recompute", [False, True])
+def test_layers_that_are_walked_through_once_compile(setup, programs, recompute):
     _, _, theta, batch = setup
     model = mlp((1,), 1, hidden=(4,), init_std=None)
     adaptation = Adaptation.of(model, steps=3, adapted=["head"], rates="per-layer-and-step")
@@ -101,10 +101,10 @@ def test_layers_that_are_walked_through_once_compile(setup, programs, remat):
     )
     eager, compiled = (
         chunk_function(Objective(model, Squares()), adaptation, layout, **options)
-        for options in ({}, {"remat": remat, "compile": True})
+        for options in ({}, {"recompute": recompute, "compile": True})
     )
     assert_same(compiled(flat, batch, knobs), eager(flat, batch, knobs))
-    assert len(programs) == (6 if remat else 1), "that of all steps besides"
+    assert len(programs) == (6 if recompute else 1), "that of all steps besides"
 
 
 def test_compiling_twice_in_a_process_gives_the_same_bits(setup, programs):

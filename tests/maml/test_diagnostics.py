@@ -164,7 +164,7 @@ def test_both_orders_are_those_of_training(quick: dict[str, Any]) -> None:
 
 def test_reptile_has_no_meta_gradient_to_diagnose() -> None:
     model, batch = sinusoids()
-    found = diagnosed(model, Sinusoid(), batch, estimator="reptile")
+    found = diagnosed(model, Sinusoid(), batch, direction="reptile")
     assert found.second is found.first is None
     assert set(found.metrics) == {"inner_loss", "curvature", "hurt"}
 
@@ -231,7 +231,7 @@ def test_a_run_that_explodes_says_so_once_and_what_to_do(
         "inner.order=annealed",
         "outer.query_losses=annealed",
         "fewer inner.steps",
-        "inner.checkpoint",
+        "inner.recompute",
         "outer.clip_norm",
     ):
         assert remedy in said[0]

@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from pipeline.cli.search_console import SearchConsole
-from pipeline.config.algorithms import name_of
 from pipeline.config.loading import from_dict, load, load_run, with_settings
 from pipeline.runs.catalog import list_runs
 from pipeline.runs.checkpoint import CheckpointStore
@@ -111,7 +110,7 @@ def test_algorithms_can_be_searched(quick: dict[str, Any], tmp_path: Path, ray_l
     assert outcomes == dict.fromkeys(names, COMPLETE)
     for trial in found.trials:
         run = load_run(tmp_path / "search" / "trials" / trial.trial_id)
-        assert name_of(run) == run.algorithm == trial.settings["algorithm"]
+        assert run.algorithm_name == run.algorithm == trial.settings["algorithm"]
         alone = with_settings(experiment.changed(search=None), trial.settings)
         assert (run.inner, run.outer) == (alone.inner, alone.outer)
 

@@ -66,9 +66,22 @@ def test_every_error_at_once(quick: dict[str, Any]) -> None:
         assert f"search.space.{path}:" in message
 
 
+def test_every_fault_of_the_section_is_a_line(quick: dict[str, Any]) -> None:
+    space = {"inner.lr": {"uniform": [2, 1]}, "inner.steps": {"choice": []}}
+    with pytest.raises(ConfigError) as caught:
+        searching(quick, space, algorithm="tpe", scheduler="pbt", max_concurrent=2)
+    assert [line.partition(":")[0] for line in caught.value.errors] == [
+        "search.space.inner.lr",
+        "search.space.inner.steps",
+        "search.algorithm",
+        "search.max_concurrent",
+    ]
+
+
 def test_what_cannot_be_combined(quick: dict[str, Any]) -> None:
     lr = {"inner.lr": {"loguniform": [0.01, 0.1]}}
-    assert "algorithm grid needs values" in refusal(quick, lr, algorithm="grid")
+    grid = refusal(quick, lr, algorithm="grid")
+    assert "search.algorithm: grid needs values, such as grid: [0.01, 0.1], of inner.lr" in grid
     assert "tpe cannot be combined" in refusal(quick, lr, algorithm="tpe", scheduler="pbt")
     for scheduler in ("pbt", "hyperband"):
         assert "they take turns" in refusal(quick, lr, scheduler=scheduler, max_concurrent=2)
@@ -128,24 +141,24 @@ def test_ranking(quick: dict[str, Any]) -> None:
 def test_values_of_every_kind(quick: dict[str, Any]) -> None:
     """Numbers, words, truth values and lists, written flat or nested."""
     space = {
-        "inner": {"lr": {"loguniform": [0.01, 1]}, "checkpoint": {"choice": [True, False]}},
+        "inner": {"lr": {"loguniform": [0.01, 1]}, "recompute": {"choice": [True, False]}},
         "inner.steps": {"integer": [1, 3]},
         "model.hidden": {"grid": [[8], [8, 8]]},
     }
     experiment = searching(quick, space)
     assert len(corners(experiment.search)) == 3 * 2 * 2 * 2
-    draw = {"inner.lr": 0.5, "inner.checkpoint": 1, "inner.steps": 2, "model.hidden": 1}
+    draw = {"inner.lr": 0.5, "inner.recompute": 1, "inner.steps": 2, "model.hidden": 1}
     assert settings_of(experiment.search, draw) == {
         "inner.lr": 0.5,
-        "inner.checkpoint": False,
+        "inner.recompute": False,
         "inner.steps": 2,
         "model.hidden": [8, 8],
     }
-    far = {"inner.lr": 1.2, "inner.steps": 0.8, "inner.checkpoint": 0}
+    far = {"inner.lr": 1.2, "inner.steps": 0.8, "inner.recompute": 0}
     assert within(experiment.search, far) == {
         "inner.lr": 1.0,
         "inner.steps": 1,
-        "inner.checkpoint": 0,
+        "inner.recompute": 0,
     }
 
 

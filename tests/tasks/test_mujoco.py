@@ -195,7 +195,7 @@ def test_what_has_no_plane_is_drawn_by_its_returns(
     theta = initial_parameters(experiment)
     (written,) = write_video(experiment, theta, tmp_path / "video", num_tasks=2, steps=(0, 2))
     assert written.name == "trajectories.png"
-    past = ChunkComputer(experiment, compile=False).acted_out(flat_vector(theta), "test", 2, 2)
+    past = ChunkComputer(experiment, compile=False).collect(flat_vector(theta), "test", 2, 2)
     (first, second), task = drawn[0].axes, past.steps[0].trajectories.task
     assert first.get_ylabel() == "return so far"
     assert second.get_title() == f"goal {float(task[1, 0]):.2g}"

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.config.lr_schedulers import schedulers
-from pipeline.training.outer_optimizer import OuterUpdate
+from pipeline.training.outer_optimizer import OuterOptimizer
 from tests.conftest import experiment_of
 
 
@@ -23,14 +23,14 @@ def test_clipping_and_schedule(quick: dict[str, Any]) -> None:
             "iterations": 4,
         },
     ).outer
-    update = OuterUpdate({"w": torch.zeros(4)}, outer)
-    norm = update.step(torch.full((4,), 10.0))
+    optimizer = OuterOptimizer({"w": torch.zeros(4)}, outer)
+    norm = optimizer.step(torch.full((4,), 10.0))
     assert norm == pytest.approx(20.0), "the norm before clipping is reported"
-    assert torch.linalg.vector_norm(update.flat).item() == pytest.approx(2.0)
+    assert torch.linalg.vector_norm(optimizer.flat).item() == pytest.approx(2.0)
     for _ in range(3):
-        update.step(torch.zeros(4))
-    assert update.lr == pytest.approx(0.0, abs=1e-12)
-    by_value = OuterUpdate(
+        optimizer.step(torch.zeros(4))
+    assert optimizer.lr == pytest.approx(0.0, abs=1e-12)
+    by_value = OuterOptimizer(
         {"w": torch.zeros(2)}, outer.model_copy(update={"clip_norm": None, "clip_value": 0.5})
     )
     by_value.step(torch.tensor([3.0, -0.1]))
@@ -50,14 +50,14 @@ def test_every_schedule_is_resumed_where_it_was(name: str, quick: dict[str, Any]
     outer = experiment_of(
         quick, outer={"iterations": 9, "scheduler": name, "scheduler_args": arguments}
     ).outer
-    straight, resumed = (OuterUpdate({"w": torch.ones(3)}, outer) for _ in range(2))
+    straight, resumed = (OuterOptimizer({"w": torch.ones(3)}, outer) for _ in range(2))
     rates = []
     for step in range(9):
         gradient = torch.tensor([1.0, -2.0, 0.5]) * (step + 1)
         straight.step(gradient)
         resumed.step(gradient)
         rates.append(straight.lr)
-        fresh = OuterUpdate({"w": torch.ones(3)}, outer)
+        fresh = OuterOptimizer({"w": torch.ones(3)}, outer)
         fresh.restore(resumed.tensors(), resumed.scheduler_state())
         resumed = fresh
         assert resumed.lr == straight.lr
@@ -71,11 +71,11 @@ def test_a_finished_schedule_goes_on_when_the_run_is_continued(quick: dict[str, 
         experiment_of(quick, outer={"iterations": n, "scheduler": "CosineAnnealingLR"}).outer
         for n in (4, 8)
     )
-    finished = OuterUpdate({"w": torch.ones(2)}, short)
+    finished = OuterOptimizer({"w": torch.ones(2)}, short)
     for _ in range(4):
         finished.step(torch.ones(2))
     assert finished.lr == pytest.approx(0.0, abs=1e-12)
-    continued = OuterUpdate({"w": torch.ones(2)}, long)
+    continued = OuterOptimizer({"w": torch.ones(2)}, long)
     continued.restore(finished.tensors(), finished.scheduler_state())
     assert continued.lr == pytest.approx(long.lr / 2)
 
@@ -92,16 +92,16 @@ def test_outer_update_equals_torch_per_parameter(optimizer: str, quick: dict[str
     reference = [torch.nn.Parameter(p.clone()) for p in theta.values()]
     factory = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
     torch_optimizer: Any = factory[optimizer](reference, lr=outer.lr, weight_decay=0.1, **momentum)  # type: ignore[operator]
-    update = OuterUpdate(theta, outer)
+    outer_optimizer = OuterOptimizer(theta, outer)
     for step in range(6):
         gradients = {n: torch.randn(p.shape, generator=generator) for n, p in theta.items()}
-        update.step(update.layout.join(gradients))
+        outer_optimizer.step(outer_optimizer.layout.join(gradients))
         for parameter, gradient in zip(reference, gradients.values(), strict=True):
             parameter.grad = gradient
         torch_optimizer.step()
         if step == 2:
-            restored = OuterUpdate(theta, outer)
-            restored.restore(update.tensors(), update.scheduler_state())
-            update = restored
-    for ours, theirs in zip(update.theta.values(), reference, strict=True):
+            restored = OuterOptimizer(theta, outer)
+            restored.restore(outer_optimizer.tensors(), outer_optimizer.scheduler_state())
+            outer_optimizer = restored
+    for ours, theirs in zip(outer_optimizer.theta.values(), reference, strict=True):
         torch.testing.assert_close(ours, theirs.detach())

@@ -17,13 +17,13 @@ from pipeline.config.settings import Reinforcement
 from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.adaptation_curve import adapt
 from pipeline.maml.flat_vector import FlatVector, Layout, Params, flat_vector
-from pipeline.maml.inner_optimizers import RuleName, build_rule
+from pipeline.maml.inner_optimizers import InnerOptimizerName, build_inner_optimizer
 from pipeline.rl.fisher import evaluate_candidate, fisher_product, proximal_gradient
 from pipeline.rl.policies import GAUSSIAN, gaussian_policy
 from pipeline.rl.policy_loss import PolicyObjective
 from pipeline.rl.rollouts import CollectedBatch, collect
 from pipeline.training.aggregation import aggregate
-from pipeline.training.outer_optimizer import OuterUpdate
+from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.training.trust_region import Ask, Questions, conjugate_gradients, policy_update
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import ChunkJob, Cut, FisherJob, GradientJob
@@ -39,11 +39,13 @@ ALPHA = torch.tensor(0.1, dtype=torch.float64)
 class Small:
     """A policy of 24 numbers and the trajectories that it collected."""
 
-    def __init__(self, steps: int, rule: RuleName = "sgd", **choices: Any) -> None:
+    def __init__(self, steps: int, optimizer: InnerOptimizerName = "sgd", **choices: Any) -> None:
         torch.manual_seed(0)
         policy = gaussian_policy((2,), 4, hidden=(4,), activation="tanh").double()
         self.objective = PolicyObjective(policy, GAUSSIAN, "lvc")
-        self.adaptation = Adaptation.of(policy, steps=steps, rule=build_rule(rule), **choices)
+        self.adaptation = Adaptation.of(
+            policy, steps=steps, optimizer=build_inner_optimizer(optimizer), **choices
+        )
         params = {name: p.detach() for name, p in policy.named_parameters()}
         self.meta = self.adaptation.meta_parameters(params, float(ALPHA))
         self.layout = Layout.of(self.meta)
@@ -62,7 +64,7 @@ class Small:
         """Sum over the tasks of the KL between adapted policies, written out task by task."""
         total = torch.zeros((), dtype=torch.float64)
         for task in range(3):
-            point = self.adaptation.rule.start(self.adaptation.start(meta))
+            point = self.adaptation.optimizer.start(self.adaptation.start(meta))
             slow = self.adaptation.slow(meta, 0)
             for s in range(self.adaptation.steps):
                 support = _of_task(self.batch.support.steps[s], task)
@@ -72,7 +74,7 @@ class Small:
                 )
                 gradient = dict(zip(point.fast, grads, strict=True))
                 inputs = self.adaptation.at(meta, ALPHA, s)
-                point = self.adaptation.rule.update(point, gradient, inputs.rates, inputs.t)
+                point = self.adaptation.optimizer.update(point, gradient, inputs.rates, inputs.t)
             query = _of_task(self.batch.query, task)
             total = total + self.objective.kl_at({**slow, **point.fast}, query)
         return total
@@ -91,9 +93,9 @@ def _of_task(experience: Any, task: int) -> Any:
         {"steps": 1},
         {"steps": 2, "rates": "per-parameter"},
         {"steps": 2, "adapted": ("head",)},
-        {"steps": 2, "adapted": ("body",), "rule": "momentum"},
-        {"steps": 2, "rule": "momentum"},
-        {"steps": 2, "rule": "adam", "rates": "per-parameter"},
+        {"steps": 2, "adapted": ("body",), "optimizer": "momentum"},
+        {"steps": 2, "optimizer": "momentum"},
+        {"steps": 2, "optimizer": "adam", "rates": "per-parameter"},
     ],
     ids=str,
 )
@@ -128,7 +130,7 @@ def test_fisher_products_may_be_estimated_from_fewer_trajectories(
     computer = ChunkComputer(experiment, compile=False)
     theta = flat_vector(initial_parameters(experiment))
     found = computer.run(theta, FisherJob(0, Span(0, 1)), theta).gradient
-    batch = computer.acted_out(theta, "train", 4, steps=1).batch
+    batch = computer.collect(theta, "train", 4, steps=1).batch
     kept = min(count, 8)
     fewer = batch.fewer(count)
     wholes, parts = ((*of.support.steps, of.query) for of in (batch, fewer))
@@ -231,8 +233,8 @@ class Round:
 
     def __init__(self, experiment: Experiment) -> None:
         self.computer = ChunkComputer(experiment, compile=False)
-        self.update = OuterUpdate(initial_parameters(experiment), experiment.outer)
-        self.before = self.update.flat.numpy().copy()
+        self.optimizer = OuterOptimizer(initial_parameters(experiment), experiment.outer)
+        self.before = self.optimizer.flat.numpy().copy()
         self.asked: list[ChunkJob] = []
         total = self.ask(lambda chunks: GradientJob(0, chunks))
         outer = experiment.outer
@@ -248,7 +250,7 @@ class Round:
     def step(self) -> dict[str, float]:
         return policy_update(
             self.settings,
-            self.update,
+            self.optimizer,
             self.mean,
             Questions(0, self.ask),
         )
@@ -262,7 +264,7 @@ def test_trust_region_is_kept(moving: dict[str, Any], max_kl: float) -> None:
     assert 0 < metrics["trpo/kl_after"] <= max_kl
     assert metrics["trpo/improvement"] > 0
     assert abs(metrics["trpo/kl_before"]) < 1e-6
-    assert not np.array_equal(round.before, round.update.flat.numpy())
+    assert not np.array_equal(round.before, round.optimizer.flat.numpy())
 
 
 def spoilt(honest: Ask, name: str, value: float) -> Ask:
@@ -285,7 +287,7 @@ def test_a_step_that_cannot_be_had_is_not_taken(
         metrics = round.step()
         assert metrics["trpo/line_search_steps"] == 15
         assert metrics["trpo/kl_after"] == metrics["trpo/improvement"] == 0
-        assert np.array_equal(round.before, round.update.flat.numpy())
+        assert np.array_equal(round.before, round.optimizer.flat.numpy())
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,9 @@ def test_supervised_tasks_are_diagnosed(quick: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("chunk", [0, 1])
-def test_tasks_to_act_in_are_asked_about_trajectories(moving: dict[str, Any], chunk: int) -> None:
+def test_reinforcement_learning_tasks_are_asked_about_trajectories(
+    moving: dict[str, Any], chunk: int
+) -> None:
     source = source_of(moving)
     theta, flat = source.learner.layout.split(source.learner.initial_theta), initial(source)
     members = len(CUT.members(chunk))
@@ -114,47 +116,47 @@ def test_tasks_to_act_in_are_asked_about_trajectories(moving: dict[str, Any], ch
 
 
 @pytest.mark.parametrize(
-    ("kind", "job", "what"),
+    ("kind", "job", "there"),
     [
-        ("quick", FisherJob(0, Span(0, 1)), "SupervisedTasks, .* the job FisherJob"),
-        ("quick", CandidateJob(0, Span(0, 1)), "SupervisedTasks, .* the job CandidateJob"),
-        ("moving", DiagnosisJob(0, 0, 2), "ReinforcementTasks, .* the job DiagnosisJob"),
+        ("quick", FisherJob(0, Span(0, 1)), "GradientJob, EvaluationJob, DiagnosisJob"),
+        ("quick", CandidateJob(0, Span(0, 1)), "GradientJob, EvaluationJob, DiagnosisJob"),
+        ("moving", DiagnosisJob(0, 0, 2), "GradientJob, FisherJob, CandidateJob, EvaluationJob"),
     ],
     ids=["fisher", "candidate", "diagnosis"],
 )
 def test_a_foreign_job_is_refused_in_one_sentence(
-    request: pytest.FixtureRequest, kind: str, job: Job, what: str
+    request: pytest.FixtureRequest, kind: str, job: Job, there: str
 ) -> None:
     experiment = experiment_of(request.getfixturevalue(kind))
     theta = Learner.of(experiment).initial_theta.numpy()
-    with pytest.raises(ValueError, match=what) as refused:
+    with pytest.raises(ValueError, match=f"the job {type(job).__name__}; they have") as refused:
         ChunkComputer(experiment, compile=False).run(theta, job, theta)
     said = str(refused.value)
     assert said.startswith(f"{experiment.task.kind} tasks are ")
+    assert said.endswith(f"they have {there}")
     assert "\n" not in said
-    assert len(said) < 100
 
 
-def test_only_policies_act(quick: dict[str, Any], moving: dict[str, Any]) -> None:
-    collected = ChunkComputer(experiment_of(moving), compile=False).acted_out(
+def test_only_policies_collect_trajectories(quick: dict[str, Any], moving: dict[str, Any]) -> None:
+    collected = ChunkComputer(experiment_of(moving), compile=False).collect(
         initial(source_of(moving)), "test", 2, steps=1
     )
     assert [len(each.trajectories.rewards) for each in collected.steps] == [2, 2]
-    with pytest.raises(ValueError, match="sinusoid tasks are SupervisedTasks, in which no policy"):
-        ChunkComputer(experiment_of(quick), compile=False).acted_out(
+    with pytest.raises(ValueError, match="sinusoid tasks are SupervisedTasks, which have no traj"):
+        ChunkComputer(experiment_of(quick), compile=False).collect(
             initial(source_of(quick)), "test", 2, steps=1
         )
 
 
 def test_what_a_kind_lacks_does_nothing(quick: dict[str, Any], moving: dict[str, Any]) -> None:
-    supervised, acting = source_of(quick), source_of(moving)
+    supervised, collecting = source_of(quick), source_of(moving)
     theta = supervised.learner.layout.split(supervised.learner.initial_theta)
     supervised.warm_up(theta)
     assert supervised.works(theta, chunks=8) == []
     assert supervised.constants == ()
-    policy = acting.learner.layout.split(acting.learner.initial_theta)
-    assert acting.training_chunk(policy, 0, 0).metrics
-    assert not acting.prepare_ahead()  # trajectories depend on the next θ
+    policy = collecting.learner.layout.split(collecting.learner.initial_theta)
+    assert collecting.training_chunk(policy, 0, 0).metrics
+    assert not collecting.prepare_ahead()  # trajectories depend on the next θ
     assert not supervised.training_chunk(theta, 0, 0).metrics
     assert supervised.prepare_ahead()
 

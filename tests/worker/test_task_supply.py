@@ -131,7 +131,8 @@ def test_chunks_are_the_meta_batch(per_batch: int, per_chunk: int) -> None:
     members = [cut.members(chunk) for chunk in range(cut.num_chunks)]
     assert np.concatenate(members).tolist() == list(range(per_batch))
     assert all(len(each) == per_chunk for each in members[:-1])
-    assert cut.even == (len(members[-1]) == per_chunk)
+    sizes = [len(members[chunk]) for chunk in cut.of_every_size]
+    assert sizes == list(dict.fromkeys(map(len, members)))
 
 
 @pytest.mark.parametrize(
