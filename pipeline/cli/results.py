@@ -39,7 +39,7 @@ def evaluate(
         Path | None,
         typer.Option(
             file_okay=False,
-            help="folder for pictures of a policy that acts in a few of the tasks",
+            help="folder for pictures of a policy at work in a few of the tasks",
             show_default=False,
         ),
     ] = None,
@@ -135,7 +135,6 @@ def compare(
     out.print(f"plot  {typed(plot)}", markup=False, soft_wrap=True)
 
 
-# Long: every option of the command is a parameter with its help.
 @reporting_errors
 def analyze(
     run_dir: RunDir,

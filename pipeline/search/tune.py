@@ -1,4 +1,4 @@
-"""Drives Ray Tune: builds scheduler and algorithm, runs the trials, hears what happens to them."""
+"""Builds Ray Tune's scheduler and search algorithm, runs the trials, and has Tune's callbacks."""
 
 from __future__ import annotations
 
