@@ -82,22 +82,16 @@ def open_session(
     watcher.starting(experiment, run_dir)
     placement = decide_workers(experiment)
     write_atomically(run_dir / "config.yaml", experiment.to_yaml())
-    worker_threads = threads_per_chunk(experiment, 1)  # by the settings, as they were given
+    # Of Ray Train: decided before the next lines write this process's number into the settings.
+    worker_threads = threads_per_chunk(experiment, 1)
     # Both change the last bits of results: a resumed run keeps those of its beginning.
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
     experiment = experiment.changed(compute={"threads": threads})
     compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
     session = Session(
-        experiment,
-        run_dir,
-        theta,
-        state,
-        store,
-        watcher,
-        compile=compile,
-        worker_threads=worker_threads,
-        token=token,
+        experiment, run_dir, theta, state, store, watcher, compile=compile, token=token
     )
+    session.worker_threads = worker_threads
     session.workers = _start_workers(session, placement)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:

@@ -72,7 +72,6 @@ class Session:
         watcher: Watcher,
         *,
         compile: bool,
-        worker_threads: int,
         token: str | None = None,
     ):
         """`theta` is of a fresh model, `state` that of a checkpoint to continue from, or None."""
@@ -92,10 +91,11 @@ class Session:
         per_chunk = tasks_per_chunk(experiment, self.optimizer.layout.size)
         self.cut = Cut(experiment.outer.tasks_per_batch, per_chunk)
         self.compile = compile
-        self.worker_threads = worker_threads
-        """Threads of a worker of Ray Train; `experiment.compute` has those of chunks."""
         self.workers: WorkerGroup
         """Set by `opening`: how they start depends on the number of chunks."""
+        self.worker_threads: int
+        """Threads of a worker of Ray Train, set by `opening`; `experiment.compute` has those that
+        compute chunks."""
         self.tracker: Tracker = NullTracker()
         self._store = store
         self._improved = False
