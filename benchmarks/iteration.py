@@ -22,7 +22,7 @@ import torch
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load
 from pipeline.maml.flat_vector import Layout
-from pipeline.training.loop import meta_update, train
+from pipeline.training.loop import MetaLearning, meta_update, train
 from pipeline.training.opening import open_session
 from pipeline.training.session import Watcher
 from pipeline.worker.chunk import ChunkComputer
@@ -115,7 +115,9 @@ def omniglot(data: str) -> list[str]:
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         sessions = [
-            stack.enter_context(open_session(experiment, folder / kind, False, watch))
+            stack.enter_context(
+                open_session(experiment, folder / kind, MetaLearning(), False, watch)
+            )
             for experiment, kind, watch in zip((here, actors), "ab", watches, strict=True)
         ]
         for _ in range(TURNS):

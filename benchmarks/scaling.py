@@ -45,7 +45,7 @@ from pipeline.config.phases import Phase
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.maml.meta_gradient import ChunkFunction, Knobs
 from pipeline.runs.checkpoint import CheckpointStore
-from pipeline.training.loop import meta_update
+from pipeline.training.loop import MetaLearning, meta_update
 from pipeline.training.session import Session, Watcher
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import ChunkResult, Job
@@ -188,7 +188,9 @@ def open_session(experiment: Experiment, folder: Path, workers: RayWorkers) -> S
     folder.mkdir(parents=True)
     store = CheckpointStore.of_run(experiment, folder)
     theta = initial_parameters(experiment)
-    session = Session(experiment, folder, theta, None, store, Metrics(), compile=False)
+    session = Session(
+        experiment, folder, MetaLearning(), theta, None, store, Metrics(), compile=False
+    )
     session.workers = workers
     return session
 

@@ -23,7 +23,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load, with_settings
 from pipeline.search.run import run_search
 from pipeline.search.trial import sized_as_trial
-from pipeline.training.loop import meta_train
+from pipeline.training.loop import MetaLearning, meta_train
 from pipeline.training.opening import open_session
 from pipeline.training.session import Watcher
 
@@ -58,7 +58,9 @@ def one_after_the_other(folder: Path, iterations: int) -> None:
     base = sized_as_trial(experiment(iterations, "none"))
     for number, settings in enumerate(settings_of_trials()):
         run_dir = folder / "runs" / str(number)
-        with open_session(with_settings(base, settings), run_dir, False, Watcher()) as session:
+        with open_session(
+            with_settings(base, settings), run_dir, MetaLearning(), False, Watcher()
+        ) as session:
             meta_train(session)
 
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from pipeline.evaluation.comparison import PairedComparison, recipes
 from pipeline.evaluation.meta_test import BASELINES, Curve, cell, metric_label
 from pipeline.maml.confidence import interval
-from pipeline.training.session import Session, Watcher
+from pipeline.training.session import Session, Updates, Watcher
 
 if TYPE_CHECKING:
     from pipeline.config.experiment import Experiment
@@ -103,7 +103,7 @@ class ConsoleWatcher(LiveLine, Watcher):
         super().__init__(_LIVE_SECONDS, _PLAIN_SECONDS)
         self._total = 0
         self._first = 0
-        self._per_iteration, self._unit = 0, "tasks/s"
+        self._updates = Updates(0, "tasks", "")
         self._metric, self._metric_name, self._percent = "loss", "loss", False
         self._shown_metrics: dict[str, str] = {}
 
@@ -112,20 +112,9 @@ class ConsoleWatcher(LiveLine, Watcher):
 
     def started(self, session: Session) -> None:
         experiment = session.experiment
-        workers = f"{session.workers.size} Ray actors" if session.workers.size else "in process"
-        pretraining = experiment.pretraining
-        if pretraining is None:
-            how = (
-                f"inner steps: {experiment.inner.steps}, {experiment.inner.order} order; "
-                f"{experiment.outer.tasks_per_batch} tasks per meta-batch, "
-                f"{session.cut.per_chunk} per chunk; {workers}; "
-                f"{'compiled' if session.compile else 'not compiled'}"
-            )
-        else:
-            how = f"{pretraining.objective} pretraining, batches of {pretraining.batch_size}"
         out.print(
             f"{experiment.task.kind} tasks, {experiment.model.kind} with "
-            f"{session.optimizer.layout.size:,} parameters; {how}",
+            f"{session.optimizer.layout.size:,} parameters; {session.method.describe(session)}",
             soft_wrap=True,
         )
         if session.iteration:
@@ -135,10 +124,7 @@ class ConsoleWatcher(LiveLine, Watcher):
         self._metric_name, self._percent = metric_label(task, self._metric)
         self._shown_metrics = _shown_metrics(experiment)
         self._total, self._first = experiment.outer.iterations, session.iteration
-        if pretraining is None:
-            self._per_iteration, self._unit = experiment.outer.tasks_per_batch, "tasks/s"
-        else:
-            self._per_iteration, self._unit = pretraining.batch_size, "examples/s"
+        self._updates = session.method.updates(experiment)
         self.begin()
 
     def iteration(self, iteration: int, metrics: dict[str, float]) -> None:
@@ -153,7 +139,7 @@ class ConsoleWatcher(LiveLine, Watcher):
                 for key, name in self._shown_metrics.items()
                 if key in metrics
             )
-            + f"{per_second * self._per_iteration:,.0f} {self._unit}  "
+            + f"{per_second * self._updates.size:,.0f} {self._updates.unit}/s  "
             f"ETA {duration((self._total - iteration) / per_second)}",
         )
 

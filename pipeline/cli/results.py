@@ -39,7 +39,7 @@ def evaluate(
         Path | None,
         typer.Option(
             file_okay=False,
-            help="folder for pictures of a policy at work in a few of the tasks",
+            help="folder for pictures of a policy's trajectories in a few of the tasks",
             show_default=False,
         ),
     ] = None,

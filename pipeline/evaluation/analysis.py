@@ -55,7 +55,7 @@ NONE, ALL, HEAD, BODY, CENTROID = (
 
 @dataclass(frozen=True)
 class LayerChange:
-    """How adaptation changes a layer; activation and norm behind a layer's weights belong to it."""
+    """How adaptation changes a layer: weights, and the normalisation and activation after them."""
 
     name: str
     kind: str

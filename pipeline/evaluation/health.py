@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,10 +20,10 @@ PREFIX = "diagnostics/"
 EXPLODES, VANISHES = 30.0, 1 / 30
 """A warning is due where the way back through adaptation changes the norm of the meta-gradient by
 more than these factors."""
-_MOSTLY = 0.5  # share of tasks hurt by adaptation above which a warning is due
-# How many times the first support loss counts as θ running away. A moderate rise is normal: θ is
-# trained for its loss after adaptation, not before.
-_RAN_AWAY = 100.0
+_MOSTLY = 0.5  # share of tasks on which adaptation hurts, above which a warning is due
+# θ has diverged where the support loss is so many times that of the beginning. A moderate rise is
+# normal: θ is trained for its loss after adaptation, not before.
+_DIVERGED = 100.0
 _SAID = {
     "explodes": "the meta-gradient explodes",
     "vanishes": "the meta-gradient vanishes",
@@ -33,7 +32,9 @@ _SAID = {
 }
 
 
-def diagnosis_jobs(experiment: Experiment, iteration: int, num_parameters: int) -> list[Any]:
+def diagnosis_jobs(
+    experiment: Experiment, iteration: int, num_parameters: int
+) -> list[DiagnosisJob]:
     """The jobs that diagnose the first `diagnostics.tasks` validation tasks, chunk by chunk."""
     tasks = experiment.diagnostics.tasks
     chunks = in_chunks(experiment, num_parameters, tasks)
@@ -108,7 +109,7 @@ def warnings_of(experiment: Experiment, metrics: Mapping[str, float]) -> dict[st
             found["explodes"] = (
                 "the meta-gradient is not finite on its way back through "
                 f"{counted(steps, 'inner step')}: try a smaller inner.lr"
-                + "".join(f", {way}" for way in _calmer(experiment))
+                + "".join(f", {way}" for way in _untried_settings(experiment))
             )
         elif growth > EXPLODES:
             found["explodes"] = (
@@ -144,9 +145,9 @@ def verdict(experiment: Experiment, diagnoses: Sequence[Mapping[str, float]]) ->
     return f"warnings in {sum(map(bool, found))} of {number}: {what}"
 
 
-def theta_ran_away(metrics: Mapping[str, float], first_loss: float | None) -> bool:
+def theta_diverged(metrics: Mapping[str, float], first_loss: float | None) -> bool:
     """Whether the support loss before adaptation far exceeds that at the start of the run."""
-    return first_loss is not None and not metrics["support_loss"] <= _RAN_AWAY * first_loss
+    return first_loss is not None and not metrics["support_loss"] <= _DIVERGED * first_loss
 
 
 def why_not_finite(
@@ -160,14 +161,14 @@ def why_not_finite(
     loss, inner = metrics["support_loss"], experiment.inner
     if first_loss is None and not math.isfinite(loss):
         return "The loss is not finite before anything is learned: look at the data of these tasks"
-    if first_loss is not None and theta_ran_away(metrics, first_loss):
+    if first_loss is not None and theta_diverged(metrics, first_loss):
         return (
-            f"θ itself has run away (support loss before adaptation {loss:.3g}, at the beginning "
-            f"{first_loss:.3g}): lower outer.lr, or set outer.clip_norm"
+            f"the meta-parameters have diverged (support loss before adaptation {loss:.3g}, at the "
+            f"beginning {first_loss:.3g}): lower outer.lr, or set outer.clip_norm"
         )
     lower = f"lower inner.lr (it is {inner.lr:g})"
     if math.isfinite(metrics["query_loss"]):
-        ways = "".join(f", {way}" for way in _calmer(experiment))
+        ways = "".join(f", {way}" for way in _untried_settings(experiment))
         return f"Losses are finite, but not their gradient through adaptation: {lower}{ways}"
     fewer = f" or inner.steps (they are {inner.steps})" if inner.steps > 1 else ""
     return (
@@ -194,20 +195,23 @@ def _too_steep(experiment: Experiment, metrics: Mapping[str, float]) -> str:
 def _remedies(experiment: Experiment) -> str:
     """Settings not yet in use that help where gradients explode or vanish, in words."""
     inner = experiment.inner
-    ways = _calmer(experiment)
+    ways = _untried_settings(experiment)
     if not inner.recompute and inner.steps > 1:
         ways.append("inner.recompute=true to afford a larger outer.tasks_per_batch in memory")
     return "try " + ", ".join(ways) if ways else "try another initialisation of the model"
 
 
-def _calmer(experiment: Experiment) -> list[str]:
-    """Settings that shorten the way back through adaptation and that are not in use yet."""
+def _untried_settings(experiment: Experiment) -> list[str]:
+    """Settings that make the meta-gradient steadier and that this experiment does not use yet."""
     inner, outer = experiment.inner, experiment.outer
     ways = []
     if inner.order == "second":
-        ways.append("inner.order=annealed (first order, while gradients are wild)")
+        ways.append("inner.order=annealed (first order, while gradients are large)")
     if outer.query_losses == "last" and inner.steps > 1:
-        ways.append("outer.query_losses=annealed (every step hears from the query set directly)")
+        ways.append(
+            "outer.query_losses=annealed (every inner step gets a gradient of its own from the "
+            "query set)"
+        )
     if inner.steps > 1:
         ways.append("fewer inner.steps")
     return ways

@@ -24,14 +24,15 @@ from pipeline.evaluation.plot_style import (
     shade_bar,
 )
 
-Record = Mapping[str, float]
+Metrics = Mapping[str, float]
+"""One diagnosis: its metrics by name, with their "iteration"."""
 _NEAR = 3  # a bound above this many times the largest value is left out: it would flatten the rest
 
 
-def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) -> list[Path]:
+def plot_health(records: Sequence[Metrics], folder: Path, alpha: float | None) -> list[Path]:
     """Draw the diagnoses of a run; return the files.
 
-    `records` are metrics by name, with their "iteration". `alpha` is the inner rate if adaptation
+    `records` are its diagnoses. `alpha` is the inner rate if adaptation
     is gradient descent with a fixed rate, else None. Each figure is a function that returns whether
     the records have what it shows.
     """
@@ -52,7 +53,7 @@ def plot_health(records: Sequence[Record], folder: Path, alpha: float | None) ->
     return written
 
 
-def _gradient_norm(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+def _gradient_norm(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw the norm of the meta-gradient on its way back, by inner step."""
     return _lines_by_step(
         records,
@@ -65,7 +66,7 @@ def _gradient_norm(records: Sequence[Record], path: Path, alpha: float | None) -
     )
 
 
-def _curvature(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+def _curvature(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw the curvature along the inner gradient, by inner step."""
     caption = "g·Hg / |g|² of the support loss after s inner steps, mean over tasks."
     if alpha is not None:
@@ -85,7 +86,7 @@ def _curvature(records: Sequence[Record], path: Path, alpha: float | None) -> bo
 
 
 def _lines_by_step(
-    records: Sequence[Record],
+    records: Sequence[Metrics],
     path: Path,
     name: str,
     *,
@@ -122,7 +123,7 @@ def _lines_by_step(
     return True
 
 
-def _inner_loss(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+def _inner_loss(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw the support loss by inner step, for five iterations."""
     chosen = sorted({round(i * (len(records) - 1) / 4) for i in range(5)})
     losses = [by_step(dict(records[i]), "inner_loss") for i in chosen]
@@ -138,7 +139,7 @@ def _inner_loss(records: Sequence[Record], path: Path, alpha: float | None) -> b
     return True
 
 
-def _order(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+def _order(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw the meta-gradient of second order against that of first order."""
     if f"{PREFIX}order_cosine" not in records[0]:
         return False
@@ -155,7 +156,7 @@ def _order(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
     return True
 
 
-def _hurt(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+def _hurt(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw the share of tasks whose query loss rises by adaptation."""
     figure, axes = new_figure(7.2, 3.6)
     shares = [record[f"{PREFIX}hurt_share"] for record in records]
@@ -168,7 +169,7 @@ def _hurt(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
     return True
 
 
-def _inner_lr(records: Sequence[Record], path: Path, alpha: float | None) -> bool:
+def _inner_lr(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw learned rates: by step at the last diagnosis, or by iteration where steps share them."""
     prefix = f"{PREFIX}inner_lr/"
     names = [key.removeprefix(prefix) for key in records[-1] if key.startswith(prefix)]
@@ -202,6 +203,6 @@ def _by_iteration(figure: Figure, axes: Axes, path: Path, title: str, caption: s
     finish(figure, axes, path, "iteration", title, caption, integers=True)
 
 
-def _iterations(records: Sequence[Record]) -> list[float]:
+def _iterations(records: Sequence[Metrics]) -> list[float]:
     """The x values of figures by iteration."""
     return [record["iteration"] for record in records]

@@ -24,7 +24,7 @@ from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import Which, parameters_of
 from pipeline.worker.jobs import Evaluated, EvaluationJob, in_chunks
 from pipeline.worker.learner import initial_parameters
-from tasks.base import SPLITS
+from tasks.base import SPLITS, TaskDistribution
 
 _NORMALISATION = {
     "batch": "statistics of the current batch, support and query apart",
@@ -287,7 +287,7 @@ def as_series(curves: Sequence[Curve], metric: str) -> dict[str, dict[str, Any]]
     }
 
 
-def metric_label(task: Any, metric: str) -> tuple[str, bool]:
+def metric_label(task: TaskDistribution, metric: str) -> tuple[str, bool]:
     """The metric's name for people, and whether it is shown in percent."""
     if metric == "loss":
         return task.loss_name, False

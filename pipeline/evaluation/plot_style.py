@@ -20,7 +20,6 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from pipeline.config.wording import counted
@@ -171,9 +170,7 @@ def save(figure: Figure, path: str | Path, caption: str) -> None:
         width, height = figure.get_size_inches()
         lines = textwrap.wrap(caption, int(width * _CAPTION_WIDTH))
         share = (len(lines) * _CAPTION_LINE + 0.1) / height
-        engine = figure.get_layout_engine()
-        assert isinstance(engine, ConstrainedLayoutEngine)
-        engine.set(rect=(0.0, share, 1.0, 1.0 - share))
+        figure.set_layout_engine("constrained", rect=(0.0, share, 1.0, 1.0 - share))
         text = "\n".join(lines)
         figure.text(0.01, 0.01, text, fontsize="x-small", color=GREY, ha="left", va="bottom")
     path = Path(path)

@@ -1,4 +1,5 @@
-"""Draws how a policy acts before and after adaptation: where it goes, or how it fares."""
+"""Draws trajectories before and after adaptation: positions on a plane, or one number per time
+step."""
 
 from __future__ import annotations
 

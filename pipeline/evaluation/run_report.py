@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import singledispatch
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +29,11 @@ from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.learner import adaptation_of, model_of
 from pipeline.worker.task_source import EVALUATION_SEED
 from tasks.base import TaskDistribution
-from tasks.control.mdp import MDPs, Trajectories
+from tasks.control.mdp import MDPs, Trajectories, mdps
 from tasks.sinusoid import Sinusoid
 
 _NUM_FITS = 4  # sinusoid tasks in a figure
-_NUM_TASKS, _MOST_TASKS = 3, 5  # tasks to act in, in a figure: by default, and at most
+_NUM_TASKS, _MOST_TASKS = 3, 5  # tasks in a figure of trajectories: by default, and at most
 _SHOWN_TRAJECTORIES = 5  # of each of them
 
 
@@ -59,7 +58,7 @@ def write_plots(
             caption=f"{_caption(curves)}; bands: CI95 over tasks",
         )
         written.append(path)
-    history = read_history(run_dir, experiment.inner.steps)
+    history = read_history(experiment, run_dir)
     if history.values["iteration"]:
         path = folder / "training.png"
         label, _ = metric_label(task, history.metric)
@@ -68,38 +67,34 @@ def write_plots(
     inner = experiment.inner
     plain = inner.rates == "fixed" and inner.optimizer == "sgd"
     written += plot_health(read_diagnoses(run_dir), folder, inner.lr if plain else None)
-    return written + _pictures_of(task, experiment, theta, folder)
+    for kind, draw in FIGURES.items():
+        if isinstance(task, kind):
+            written.append(draw(task, experiment, theta, folder))
+    return written
 
 
-@singledispatch
-def _pictures_of(
-    task: TaskDistribution, experiment: Experiment, theta: Params, folder: Path
-) -> list[Path]:
-    """Draw the figures that only this class of tasks has, if any; return the files."""
-    return []
+def _trajectories(task: MDPs, experiment: Experiment, theta: Params, folder: Path) -> Path:
+    """Draw trajectories of the policy before and after adaptation."""
+    collected = _collect(experiment, theta, "test", _NUM_TASKS, experiment.report_steps)
+    return _draw_trajectories(experiment, task, collected, "test", folder)
 
 
-@_pictures_of.register(MDPs)
-def _pictures_of_acting(
-    task: MDPs, experiment: Experiment, theta: Params, folder: Path
-) -> list[Path]:
-    """Draw how the policy acts before and after adaptation."""
-    acted = _acted(experiment, theta, "test", _NUM_TASKS, experiment.report_steps)
-    return [_draw_acting(experiment, task, acted, "test", folder)]
-
-
-@_pictures_of.register(Sinusoid)
-def _pictures_of_sinusoids(
-    task: Sinusoid, experiment: Experiment, theta: Params, folder: Path
-) -> list[Path]:
+def _fits(task: Sinusoid, experiment: Experiment, theta: Params, folder: Path) -> Path:
     """Draw the fits before and after adaptation."""
     path = folder / "fits.png"
     steps = (0, 1, experiment.report_steps[-1])
     plot_sinusoid_fits(path, sinusoid_fits(experiment, task, theta, steps))
-    return [path]
+    return path
 
 
-def plot_comparison(task: Any, found: Sequence[PairedComparison], path: Path) -> None:
+FIGURES: dict[type[TaskDistribution], Callable[[Any, Experiment, Params, Path], Path]] = {
+    MDPs: _trajectories,
+    Sinusoid: _fits,
+}
+"""The figures that only some tasks have: (task, experiment, θ, folder) -> the file."""
+
+
+def plot_comparison(task: TaskDistribution, found: Sequence[PairedComparison], path: Path) -> None:
     """Draw the adaptation curves of compared runs, on the first variant of the tasks."""
     first = found[0]
     plot_adaptation_curve(
@@ -111,17 +106,16 @@ def plot_comparison(task: Any, found: Sequence[PairedComparison], path: Path) ->
     )
 
 
-def summary(experiment: Experiment, num_parameters: int, curves: Sequence[Curve] = ()) -> str:
-    """The run in Markdown, the meta-test first: MLflow's page folds longer texts."""
-    outer, pretraining = experiment.outer, experiment.pretraining
-    if pretraining is None:
-        updates = f"meta-updates of {outer.tasks_per_batch} tasks, {experiment.inner.order} order"
-    else:
-        updates = f"updates of {pretraining.batch_size} examples"
+def summary(
+    experiment: Experiment, num_parameters: int, updates: str, curves: Sequence[Curve] = ()
+) -> str:
+    """The run in Markdown, the meta-test first: MLflow's page folds longer texts. `updates` says
+    what one iteration is, in words."""
     what = (
         f"**{experiment.name}**, {experiment.algorithm_name}: {experiment.task.kind} tasks, "
         f"{experiment.model.kind} with {num_parameters:,} parameters, inner steps: "
-        f"{experiment.inner.steps}, {outer.iterations:,} {updates}, seed {experiment.seed}"
+        f"{experiment.inner.steps}, {experiment.outer.iterations:,} {updates}, seed "
+        f"{experiment.seed}"
     )
     results = _results(experiment, curves) if curves else ""
     return "\n\n".join(filter(None, (results, what, experiment.description)))
@@ -155,32 +149,38 @@ class TrainingHistory(NamedTuple):
     """"iteration" and the series by name, all of the same length, as `plot_training` takes them."""
 
 
-def read_history(run_dir: Path, steps: int = 1) -> TrainingHistory:
-    """The training returns of metrics.jsonl or, where there are none, its losses, by iteration.
+def read_history(experiment: Experiment, run_dir: Path) -> TrainingHistory:
+    """The training returns of metrics.jsonl, or its losses where tasks are supervised, by
+    iteration."""
+    series = _training_series(experiment)
+    records = History(run_dir).records()
+    found = [record for record in records if set(series.values()) <= set(record)]
+    return TrainingHistory(
+        "loss" if experiment.reinforcement is None else "return",
+        {
+            "iteration": [record["iteration"] for record in found],
+            **{name: [record[key] for record in found] for name, key in series.items()},
+        },
+    )
 
-    `steps` are the run's inner steps, which name the series of returns.
-    """
-    returns = {
+
+def _training_series(experiment: Experiment) -> dict[str, str]:
+    """The metrics of an update whose course shows how training got on, by their names in a
+    legend."""
+    steps = experiment.inner.steps
+    if experiment.pretraining is not None:
+        return {"pretraining": "train/loss"}
+    if experiment.reinforcement is None:
+        return {
+            "support, before adaptation": "train/support_loss",
+            "query, after adaptation": "train/query_loss",
+        }
+    if steps == 0:
+        return {"one policy for all tasks": "train/return_step0"}
+    return {
         after_steps(steps): f"train/return_step{steps}",
         after_steps(0): "train/return_step0",
     }
-    of_one_policy = {"one policy for all tasks": "train/return_step0"}
-    losses = {
-        "support, before adaptation": "train/support_loss",
-        "query, after adaptation": "train/query_loss",
-    }
-    records = History(run_dir).records()
-    for metric, series in (
-        ("return", returns if steps else of_one_policy),
-        ("loss", losses),
-        ("loss", {"pretraining": "train/loss"}),
-    ):
-        found = [record for record in records if set(series.values()) <= set(record)]
-        if found:
-            iterations = [record["iteration"] for record in found]
-            by_name = {name: [record[key] for record in found] for name, key in series.items()}
-            return TrainingHistory(metric, {"iteration": iterations, **by_name})
-    return TrainingHistory("loss", {"iteration": []})
 
 
 def read_diagnoses(run_dir: Path) -> list[dict[str, float]]:
@@ -223,13 +223,12 @@ def sinusoid_fits(
 
 def check_video(experiment: Experiment) -> MDPs:
     """The tasks that `write_video` shows. Raises ValueError for supervised ones."""
-    task = experiment.build_task()
-    if not isinstance(task, MDPs):
+    if experiment.reinforcement is None:
         raise ValueError(
-            f"--video: shows a policy that acts, and {experiment.task.kind} tasks are supervised; "
-            "leave it out"
+            f"--video: shows the trajectories of a policy, and {experiment.task.kind} tasks are "
+            "supervised; leave it out"
         )
-    return task
+    return mdps(experiment.build_task(), "--video")
 
 
 def write_video(
@@ -241,7 +240,7 @@ def write_video(
     num_tasks: int | None = None,
     steps: tuple[int, ...] | None = None,
 ) -> list[Path]:
-    """Draw how the policy acts in the first tasks of a split, five at most; return the files.
+    """Draw trajectories in the first tasks of a split, five at most; return the files.
 
     All tasks are in one figure; each task on a plane has an animation as well. Raises ValueError
     for supervised tasks.
@@ -249,9 +248,9 @@ def write_video(
     task = check_video(experiment)
     folder.mkdir(parents=True, exist_ok=True)
     count = min(num_tasks or _NUM_TASKS, _MOST_TASKS)
-    acted = _acted(experiment, theta, split, count, steps or experiment.report_steps)
-    written = [_draw_acting(experiment, task, acted, split, folder)]
-    for number, paths in enumerate(_paths(task, acted)):
+    collected = _collect(experiment, theta, split, count, steps or experiment.report_steps)
+    written = [_draw_trajectories(experiment, task, collected, split, folder)]
+    for number, paths in enumerate(_paths(task, collected)):
         written.append(folder / f"task-{number}.gif")
         animate_paths(written[-1], paths, f"{experiment.name}, {split} task {number}")
     return written
@@ -261,12 +260,12 @@ _ByStep = dict[int, Trajectories]
 """A few trajectories of a task, by the number of gradient steps taken before."""
 
 
-def _acted(
+def _collect(
     experiment: Experiment, theta: Params, split: str, num_tasks: int, steps: tuple[int, ...]
 ) -> list[_ByStep]:
-    """Let the policy act in the first tasks of a split; a few trajectories of each."""
+    """Collect a few trajectories of each of the first tasks of a split."""
     computer = ChunkComputer(on_driver(experiment), compile=False)
-    collected = computer.acted_out(flat_vector(theta), split, num_tasks, steps[-1])
+    collected = computer.collect(flat_vector(theta), split, num_tasks, steps[-1])
 
     def few(past: Trajectories, i: int) -> Trajectories:
         first = Trajectories._make(part[i, :_SHOWN_TRAJECTORIES] for part in past)
@@ -278,24 +277,26 @@ def _acted(
     ]
 
 
-def _draw_acting(
-    experiment: Experiment, task: MDPs, acted: Sequence[_ByStep], split: str, folder: Path
+def _draw_trajectories(
+    experiment: Experiment, task: MDPs, collected: Sequence[_ByStep], split: str, folder: Path
 ) -> Path:
-    """Draw where the policy goes or, for tasks without a plane, how it fares over time."""
+    """Draw the trajectories' positions or, for tasks without a plane, their course over time."""
     path = folder / "trajectories.png"
     title = f"{experiment.name}: acting in {'tasks' if split == 'train' else 'new tasks'}"
     shown = f"{_SHOWN_TRAJECTORIES} trajectories each, to their ends"
-    if paths := _paths(task, acted):
+    if paths := _paths(task, collected):
         plot_paths(path, paths, title, f"stars: goals of {split} tasks; {shown}")
     else:
-        plot_courses(path, _courses(task, acted), task.over_time, title, f"{split} tasks; {shown}")
+        plot_courses(
+            path, _courses(task, collected), task.over_time, title, f"{split} tasks; {shown}"
+        )
     return path
 
 
-def _paths(task: MDPs, acted: Sequence[_ByStep]) -> list[Paths]:
+def _paths(task: MDPs, collected: Sequence[_ByStep]) -> list[Paths]:
     """The trajectories as positions; empty for tasks without a plane."""
     found = []
-    for by_step in acted:
+    for by_step in collected:
         paths = {}
         for step, past in by_step.items():
             positions = task.positions(past)
@@ -306,14 +307,14 @@ def _paths(task: MDPs, acted: Sequence[_ByStep]) -> list[Paths]:
     return found
 
 
-def _courses(task: MDPs, acted: Sequence[_ByStep]) -> list[Courses]:
+def _courses(task: MDPs, collected: Sequence[_ByStep]) -> list[Courses]:
     """The trajectories as one number per time step."""
     return [
         Courses(
             task.describe(next(iter(by_step.values())).task.tolist()),
             {step: _cut(task.course(past), past.lengths) for step, past in by_step.items()},
         )
-        for by_step in acted
+        for by_step in collected
     ]
 
 

@@ -5,7 +5,7 @@
                       └ go on, or stop ◀┘ tune.report(value, iteration, checkpoint)
 
 A trial that is resumed continues from its own folder. With population based training, Tune hands it
-the checkpoint of a better trial instead; `opening.inherited` says what it takes over from that.
+the checkpoint of a better trial instead; `opening.first_state_from` says what it takes over.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from pipeline.evaluation.meta_test import Curve
 from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState
 from pipeline.search.space import in_flight, search_of, settings_of
 from pipeline.training.endings import Interrupted
-from pipeline.training.loop import meta_train, validate
-from pipeline.training.opening import open_session, origin
+from pipeline.training.loop import MetaLearning, meta_train
+from pipeline.training.opening import name_of_state, open_session
 from pipeline.training.session import Session, Watcher
+from pipeline.training.validation import validate
 
 WORST = 1e30
 """Replaces a value that is not finite, which schedulers and samplers could not sort."""
@@ -192,10 +193,11 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
         with open_session(
             experiment,
             folder,
+            MetaLearning(),
             resume=own is not None,
             watcher=watcher,
             token=plan.trial_token(trial_id),
-            heir_of=other,
+            start_from=other,
         ) as session:
             if session.iteration == experiment.outer.iterations:
                 validate(session)  # it ended after its last update and before its last report
@@ -232,7 +234,7 @@ def _states(
     if state.extra["tracking_token"] == token:
         return (own, None) if own and own.iteration >= state.iteration else (None, state)
     settings = experiment.model_dump(mode="json")
-    taken = own is not None and own.extra.get("ancestor") == origin(state)
+    taken = own is not None and own.extra.get("ancestor") == name_of_state(state)
     same = own is not None and all(own.config[s] == settings[s] for s in ("inner", "outer"))
     return (own, None) if taken and same else (own, state)
 

@@ -22,4 +22,4 @@ class Interrupted(ReportedError):
 
 
 Interruption = (Interrupted, KeyboardInterrupt)
-"""What a person who stops a run raises in it; for `except`."""
+"""The exceptions by which a person's stop ends a run; for `except`."""

@@ -15,17 +15,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.cluster.dispatch import RayWorkers
+from pipeline.cluster.group import InProcess, WorkerGroup
 from pipeline.cluster.rounds import Total
 from pipeline.config.experiment import Experiment
-from pipeline.evaluation.health import diagnosis_jobs, health, theta_ran_away, warnings_of
-from pipeline.evaluation.meta_test import Curve, EvaluationSpec, adaptation_curve_of, meta_test
+from pipeline.evaluation.health import theta_diverged
+from pipeline.evaluation.meta_test import Curve, meta_test
 from pipeline.training.aggregation import Aggregate, aggregate
 from pipeline.training.endings import Diverged, Interrupted
 from pipeline.training.opening import open_session
 from pipeline.training.outer_step import MetaBatch
-from pipeline.training.pretraining import check_pretraining
-from pipeline.training.ray_train import pretrain
-from pipeline.training.session import Session, Watcher
+from pipeline.training.placement import Placement, decide_compile, decide_workers
+from pipeline.training.session import Method, Session, Updates, Watcher
+from pipeline.training.transfer_learning import TransferLearning
+from pipeline.training.validation import diagnose, validate
 from pipeline.worker.jobs import GradientJob
 
 
@@ -52,14 +55,9 @@ def train(
     computed ValueError, RunFolderError, CheckpointError, StoreError or TrackingError for what is
     wrong with the settings, the folder, the data or the tracking store.
     """
-    check_pretraining(experiment)
-    with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
-        if experiment.pretraining is None:
-            meta_train(session, should_stop)
-        else:
-            pretrain(session, should_stop)
-            validate(session)
-            session.save_theta()
+    method = method_of(experiment)
+    with open_session(experiment, run_dir, method, resume, watcher or Watcher()) as session:
+        method.run(session, should_stop)
         session.watcher.testing(session.experiment)
         curves = meta_test(
             session.workers,
@@ -122,27 +120,6 @@ def meta_update(session: Session) -> None:
     )
 
 
-def validate(session: Session) -> None:
-    """Adapt to the validation tasks; record the curve and the value that ranks checkpoints."""
-    experiment = session.experiment
-    spec = EvaluationSpec(
-        "validation",
-        experiment.evaluation.validation_tasks,
-        tuple(sorted({*experiment.report_steps, experiment.selection_step})),
-    )
-    curve = adaptation_curve_of(session.workers, experiment, session.theta, spec)
-    chosen = curve.steps.index(experiment.selection_step)
-    session.record_validation(curve, curve.mean[session.metric][chosen])
-
-
-def diagnose(session: Session) -> None:
-    """Examine the meta-gradient of some validation tasks; record findings and warnings."""
-    jobs = diagnosis_jobs(session.experiment, session.iteration, session.theta.size)
-    results = session.workers.run(session.theta, jobs)
-    metrics = health(session.experiment, session.optimizer.layout, session.theta, results)
-    session.record_diagnosis(metrics, warnings_of(session.experiment, metrics))
-
-
 def _seconds(total: Total, elapsed: float) -> dict[str, float]:
     """Where the time of a round went, in seconds.
 
@@ -179,10 +156,67 @@ def _stop_if_diverged(session: Session, mean: Aggregate) -> None:
         return
     session.save_checkpoint()
     first_loss = session.history.first("train/support_loss")
-    if session.experiment.diagnostics.every and not theta_ran_away(mean.metrics, first_loss):
+    if session.experiment.diagnostics.every and not theta_diverged(mean.metrics, first_loss):
         diagnose(session)  # a run that diverges early has no diagnosis yet
     advice = session.outer_step.advice(session.experiment, mean.metrics, first_loss)
     raise Diverged(
         f"{what}. {limit} updates in a row were not finite, so training stopped; none was applied. "
         f"{advice}"
     )
+
+
+class MetaLearning:
+    """A `Method`: meta-updates on the tasks of meta-batches."""
+
+    def check(self, experiment: Experiment) -> None:
+        """Nothing: `opening` checks model, tasks and device of every run."""
+
+    def place(self, experiment: Experiment) -> Placement:
+        return decide_workers(experiment)
+
+    def compiles(self, experiment: Experiment) -> bool:
+        return decide_compile(experiment)
+
+    def start_workers(self, session: Session, placement: Placement) -> WorkerGroup:
+        """Start the workers, and tell the watcher where their number is not what one may expect."""
+        experiment, watcher = session.experiment, session.watcher
+        if experiment.cluster.workers == "auto":
+            number = f"{placement.workers} actors" if placement.workers else "in process"
+            watcher.notice(f"workers: {number} ({placement.reason})")
+        if placement.workers == 0:
+            return InProcess(experiment, session.compile, notice=watcher.notice)
+        chunks = session.cut.num_chunks
+        if placement.workers > chunks:
+            watcher.notice(
+                f"{placement.workers} workers share {chunks} chunks per meta-batch: some "
+                "will be idle; a smaller outer.tasks_per_chunk makes more chunks"
+            )
+        return RayWorkers(
+            experiment, session.compile, placement.workers, watcher.notice, session.theta.size
+        )
+
+    def run(self, session: Session, should_stop: Callable[[], bool]) -> None:
+        meta_train(session, should_stop)
+
+    def updates(self, experiment: Experiment) -> Updates:
+        size = experiment.outer.tasks_per_batch
+        words = f"meta-updates of {size} tasks, {experiment.inner.order} order"
+        return Updates(size, "tasks", words)
+
+    def describe(self, session: Session) -> str:
+        inner, outer = session.experiment.inner, session.experiment.outer
+        workers = f"{session.workers.size} Ray actors" if session.workers.size else "in process"
+        return (
+            f"inner steps: {inner.steps}, {inner.order} order; "
+            f"{outer.tasks_per_batch} tasks per meta-batch, {session.cut.per_chunk} per chunk; "
+            f"{workers}; {'compiled' if session.compile else 'not compiled'}"
+        )
+
+    def tags(self, experiment: Experiment) -> dict[str, str]:
+        return {"order": experiment.inner.order}
+
+
+def method_of(experiment: Experiment) -> Method:
+    """What the experiment asks for: transfer learning where it has a section `pretraining`."""
+    settings = experiment.pretraining
+    return MetaLearning() if settings is None else TransferLearning(settings)

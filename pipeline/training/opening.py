@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.cluster.connection import cluster_address
-from pipeline.cluster.dispatch import RayWorkers
-from pipeline.cluster.group import InProcess, WorkerGroup, on_driver, threads_per_chunk
+from pipeline.cluster.group import threads_per_chunk
 from pipeline.config.experiment import Experiment
 from pipeline.evaluation.meta_test import check_tasks
-from pipeline.evaluation.run_report import summary
 from pipeline.maml.flat_vector import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
 from pipeline.runs.files import write_atomically
@@ -30,24 +28,24 @@ from pipeline.runs.tracker import (
     resolve_uri,
 )
 from pipeline.training.endings import Interruption
-from pipeline.training.placement import Placement, decide_compile, decide_workers
-from pipeline.training.session import Session, Watcher
+from pipeline.training.placement import Placement
+from pipeline.training.session import Method, Session, Watcher
 from pipeline.worker.learner import compute_device, initial_parameters
 from tasks.data_root import absolute_root
 
 
-def inherited(state: TrainingState) -> TrainingState:
-    """The state with which a run begins where another one stood.
+def first_state_from(state: TrainingState) -> TrainingState:
+    """The state of a new run that starts from another run's checkpoint.
 
-    It takes over θ, its optimiser, the iteration, and how chunks are computed; it leaves behind the
-    other's MLflow run and its best checkpoint.
+    It takes over θ, the optimiser, the iteration, `compile` and `threads`, not the MLflow run nor
+    the best checkpoint.
     """
-    extra = {**state.extra, "tracking_token": None, "ancestor": origin(state)}
+    extra = {**state.extra, "tracking_token": None, "ancestor": name_of_state(state)}
     return replace(state, best=None, bad_updates=0, mlflow_run_id=None, extra=extra)
 
 
-def origin(state: TrainingState) -> str:
-    """Names the run and the iteration that a state was taken from: "TOKEN@ITERATION"."""
+def name_of_state(state: TrainingState) -> str:
+    """Names the run and the iteration of a checkpoint: "TOKEN@ITERATION"."""
     return f"{state.extra['tracking_token']}@{state.iteration}"
 
 
@@ -55,23 +53,26 @@ def origin(state: TrainingState) -> str:
 def open_session(
     experiment: Experiment,
     run_dir: Path,
+    method: Method,
     resume: bool,
     watcher: Watcher,
     *,
     token: str | None = None,
-    heir_of: TrainingState | None = None,
+    start_from: TrainingState | None = None,
 ) -> Iterator[Session]:
     """Open a new run in `run_dir`, or continue (`resume`) the one there; close it at the end.
 
-    `token` names the run in MLflow, so that it is found again; by default it is a new one.
-    `heir_of` is the state of another run to begin with, whatever is in the folder.
+    `method` says what the run will do. `token` names it in MLflow, so that it is found again; by
+    default it is a new one. `start_from` is the checkpoint of another run to start from, whatever
+    is in the folder.
 
     Raises RunFolderError, CheckpointError, TrackingError, and ValueError for what is wrong with the
     folder, the checkpoints, the tracking address, the model or the data.
     """
+    method.check(experiment)
     store = CheckpointStore.of_run(experiment, run_dir)
-    if heir_of is not None:
-        state: TrainingState | None = inherited(heir_of)
+    if start_from is not None:
+        state: TrainingState | None = first_state_from(start_from)
     elif resume:
         state = state_to_resume(store)
     else:
@@ -80,19 +81,19 @@ def open_session(
     experiment = with_absolute_data(experiment.changed(search=None))
     theta = _first_theta(experiment, run_dir, store)
     watcher.starting(experiment, run_dir)
-    placement = decide_workers(experiment)
+    placement = method.place(experiment)
     write_atomically(run_dir / "config.yaml", experiment.to_yaml())
     # Of Ray Train: decided before the next lines write this process's number into the settings.
     worker_threads = threads_per_chunk(experiment, 1)
     # Both change the last bits of results: a resumed run keeps those of its beginning.
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
     experiment = experiment.changed(compute={"threads": threads})
-    compile = bool(state.extra["compile"]) if state else decide_compile(experiment)
+    compile = bool(state.extra["compile"]) if state else method.compiles(experiment)
     session = Session(
-        experiment, run_dir, theta, state, store, watcher, compile=compile, token=token
+        experiment, run_dir, method, theta, state, store, watcher, compile=compile, token=token
     )
     session.worker_threads = worker_threads
-    session.workers = _start_workers(session, placement)
+    session.workers = method.start_workers(session, placement)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
         session.tracker = _start_tracking(session, state, placement)
@@ -136,27 +137,6 @@ def with_absolute_data(experiment: Experiment) -> Experiment:
     return experiment.changed(data={"root": absolute_root(experiment.data.root)})
 
 
-def _start_workers(session: Session, placement: Placement) -> WorkerGroup:
-    """Start the workers, and tell the watcher where their number is not what one may expect."""
-    experiment, watcher = session.experiment, session.watcher
-    if experiment.cluster.workers == "auto" and experiment.pretraining is None:
-        number = f"{placement.workers} actors" if placement.workers else "in process"
-        watcher.notice(f"workers: {number} ({placement.reason})")
-    if placement.workers == 0:
-        if experiment.pretraining is None:
-            return InProcess(experiment, session.compile, notice=watcher.notice)
-        return InProcess(on_driver(experiment), compile=False, warm_up=False)
-    chunks = session.cut.num_chunks
-    if placement.workers > chunks:
-        watcher.notice(
-            f"{placement.workers} workers share {chunks} chunks per meta-batch: some "
-            "will be idle; a smaller outer.tasks_per_chunk makes more chunks"
-        )
-    return RayWorkers(
-        experiment, session.compile, placement.workers, watcher.notice, session.theta.size
-    )
-
-
 def _start_tracking(session: Session, state: TrainingState | None, placement: Placement) -> Tracker:
     """Open the run's record in MLflow; a resumed run continues its own."""
     experiment = session.experiment
@@ -171,13 +151,13 @@ def _start_tracking(session: Session, state: TrainingState | None, placement: Pl
         tags={
             **environment_tags(),
             "algorithm": experiment.algorithm_name,
-            **({} if experiment.pretraining else {"order": experiment.inner.order}),
+            **session.method.tags(experiment),
             "workers": str(placement.workers),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
             SELECTED_BY: session.metric,
             # MLflow's pages show these as the run's description and its source.
-            "mlflow.note.content": summary(experiment, session.optimizer.layout.size),
+            "mlflow.note.content": session.summary(),
             "mlflow.source.name": experiment.name,
             "mlflow.source.type": "LOCAL",
             **experiment.tracking.tags,

@@ -39,8 +39,6 @@ class Placement(NamedTuple):
 
 def decide_compile(experiment: Experiment) -> bool:
     """Resolve `compute.compile`. The answer follows from the configuration alone."""
-    if experiment.pretraining is not None:
-        return False  # chunk functions run in a few evaluations only
     wanted = experiment.compute.compile
     if wanted != "auto":
         return wanted == "always"
@@ -51,8 +49,6 @@ def decide_compile(experiment: Experiment) -> bool:
 def decide_workers(experiment: Experiment) -> Placement:
     """Resolve `cluster.workers`; `auto` times a chunk here, with the threads of each placement."""
     cluster = experiment.cluster
-    if experiment.pretraining is not None:
-        return Placement(0, "Ray Train has workers of its own")
     if cluster.workers != "auto":
         return Placement(cluster.workers, "as configured")
     computer = ChunkComputer(on_driver(experiment), compile=False)

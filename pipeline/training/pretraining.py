@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.config.components import build_model
 from pipeline.config.experiment import Experiment
+from pipeline.config.settings import Pretraining
 from pipeline.maml.adaptation import matching
 from pipeline.maml.flat_vector import Params
 from pipeline.training.endings import Diverged
@@ -44,13 +45,12 @@ class Pretrainer:
     Raises ValueError for tasks that are not supervised.
     """
 
-    def __init__(self, experiment: Experiment, device: torch.device):
-        assert experiment.pretraining is not None
-        self._experiment, self._settings = experiment, experiment.pretraining
+    def __init__(self, experiment: Experiment, settings: Pretraining, device: torch.device):
+        self._experiment, self._settings = experiment, settings
         self._task = supervised(experiment.build_task(), "pretraining")
         self._device = device
         self._dtype: torch.dtype = getattr(torch, experiment.compute.dtype)
-        self.model = wide_model(experiment).to(device, self._dtype)
+        self.model = wide_model(experiment, settings).to(device, self._dtype)
         params = {name: p.detach() for name, p in self.model.named_parameters()}
         self._optimizer = OuterOptimizer(params, experiment.outer)
         # The model's parameters are views of the memory that the optimiser updates.
@@ -64,6 +64,12 @@ class Pretrainer:
     def theta(self) -> Params:
         """The wide network's parameters by name: views."""
         return self._optimizer.theta
+
+    @property
+    def next_report(self) -> int:
+        """The iteration of the next report: a multiple of `report_every`, or the last one."""
+        every = self._settings.report_every
+        return min(self._experiment.outer.iterations, (self.iteration // every + 1) * every)
 
     def run(
         self, until: int, forward: Callable[[Tensor], Tensor], rank: int = 0, size: int = 1
@@ -154,13 +160,12 @@ class Pretrainer:
             )
 
 
-def wide_model(experiment: Experiment) -> nn.Module:
+def wide_model(experiment: Experiment, settings: Pretraining) -> nn.Module:
     """The experiment's model with an output for every training class, or a head for every task."""
-    assert experiment.pretraining is not None
     task = supervised(experiment.build_task(), "pretraining")
     outputs = task.pooled_size
-    if experiment.pretraining.objective == "multi-task":
-        outputs = experiment.pretraining.tasks * task.output_size
+    if settings.objective == "multi-task":
+        outputs = settings.tasks * task.output_size
     return build_model(
         experiment.model.kind,
         experiment.model.settings,
@@ -170,29 +175,27 @@ def wide_model(experiment: Experiment) -> nn.Module:
     )
 
 
-def narrowed(experiment: Experiment, wide: Params) -> Params:
+def narrowed(experiment: Experiment, settings: Pretraining, wide: Params) -> Params:
     """Make θ for new tasks, on the CPU, from the parameters of the wide network.
 
     The body stays as it was trained. The head is the mean of all heads after multi-task training,
     else the trained one where its shape fits, else a new one.
     """
-    assert experiment.pretraining is not None
     theta = initial_parameters(experiment)
-    several = experiment.pretraining.objective == "multi-task"
-    head = set(matching(wide_model(experiment), ["head"], "pretraining")) if several else set()
+    head: set[str] = set()
+    if settings.objective == "multi-task":
+        head |= set(matching(wide_model(experiment, settings), ["head"], "pretraining"))
     for name, new in theta.items():
         old = wide[name].detach().to("cpu", new.dtype)
         if name in head:
-            theta[name] = old.view(experiment.pretraining.tasks, *new.shape).mean(0)
+            theta[name] = old.view(settings.tasks, *new.shape).mean(0)
         elif old.shape == new.shape:
             theta[name] = old.clone()
     return theta
 
 
-def check_pretraining(experiment: Experiment) -> None:
+def check_pretraining(experiment: Experiment, settings: Pretraining) -> None:
     """Raise ValueError before the start for what would otherwise fail at the end or on a worker."""
-    if experiment.pretraining is None:
-        return
-    if experiment.pretraining.objective == "pooled":
+    if settings.objective == "pooled":
         supervised(experiment.build_task(), "pretraining").pooled(experiment.seed, np.arange(1))
-    narrowed(experiment, dict(wide_model(experiment).named_parameters()))
+    narrowed(experiment, settings, dict(wide_model(experiment, settings).named_parameters()))

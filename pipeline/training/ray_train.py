@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipeline.cluster.connection import connect, lacking, refuse_or_wait, worker_bundle
 from pipeline.config.experiment import Experiment
+from pipeline.config.settings import Pretraining
 from pipeline.maml.flat_vector import Layout
 from pipeline.runs.checkpoint import theta_of
 from pipeline.training.endings import Diverged, Interrupted, TrainingFailed
@@ -66,7 +67,7 @@ class Failure(NamedTuple):
     reason: str
 
 
-def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
+def pretrain(session: Session, settings: Pretraining, should_stop: Callable[[], bool]) -> None:
     """Pretrain in place of the meta-training loop, then put θ for new tasks into the session.
 
     Raises TrainingFailed, Interrupted, and ValueError where the workers do not fit the machine.
@@ -74,45 +75,37 @@ def pretrain(session: Session, should_stop: Callable[[], bool] = lambda: False) 
     experiment = session.experiment
     session.save_checkpoint()
     if session.iteration < experiment.outer.iterations:
-        workers = number_of_workers(experiment)
+        workers = number_of_workers(experiment, settings)
         session.tracker.set_tags({"workers": str(workers)})
         if workers == 0:
-            _in_process(session, should_stop)
+            _in_process(session, settings, should_stop)
         else:
-            _by_ray_train(session, workers, should_stop)
+            _by_ray_train(session, settings, workers, should_stop)
         if session.iteration < experiment.outer.iterations:
             session.save_checkpoint()
             raise Interrupted(f"stopped after iteration {session.iteration}")
-    theta = narrowed(experiment, theta_of(session.pretraining))
+    theta = narrowed(experiment, settings, theta_of(session.pretraining))
     session.optimizer.replace(Layout.of(session.optimizer.theta).join(theta))
 
 
-def number_of_workers(experiment: Experiment) -> int:
+def number_of_workers(experiment: Experiment, settings: Pretraining) -> int:
     """Resolve `cluster.workers`: `auto` fills the room; never more than an update has parts."""
-    settings, cluster = experiment.pretraining, experiment.cluster
-    assert settings is not None
+    cluster = experiment.cluster
     auto = cluster.workers == "auto"
     wanted = max(1, room_for_workers(experiment)) if auto else int(cluster.workers)
     return min(wanted, -(-settings.batch_size // settings.part_size))
 
 
-def _in_process(session: Session, should_stop: Callable[[], bool]) -> None:
+def _in_process(session: Session, settings: Pretraining, should_stop: Callable[[], bool]) -> None:
     """Pretrain in this process, without Ray."""
     experiment = session.experiment
-    trainer = Pretrainer(experiment, compute_device(experiment))
+    trainer = Pretrainer(experiment, settings, compute_device(experiment))
     _restore(trainer, session.pretraining, session.iteration)
     while trainer.iteration < experiment.outer.iterations and not should_stop():
         began = time.perf_counter()
-        means = trainer.run(_next_report(experiment, trainer.iteration), trainer.model)
+        means = trainer.run(trainer.next_report, trainer.model)
         seconds = time.perf_counter() - began
         _take(session, trainer.iteration, means, seconds, trainer.state())
-
-
-def _next_report(experiment: Experiment, iteration: int) -> int:
-    """The iteration of the next report: a multiple of `report_every`, or the last one."""
-    assert experiment.pretraining is not None
-    every = experiment.pretraining.report_every
-    return min(experiment.outer.iterations, iteration - iteration % every + every)
 
 
 def _restore(trainer: Pretrainer, state: Mapping[str, Tensor], iteration: int) -> None:
@@ -132,9 +125,8 @@ def _take(
     updates = iteration - session.iteration
     if updates <= 0:
         return  # these updates were repeated after a worker was lost
-    assert session.experiment.pretraining is not None
     session.iteration, session.pretraining = iteration, state
-    per_second = updates * session.experiment.pretraining.batch_size / seconds
+    per_second = updates * session.method.updates(session.experiment).size / seconds
     metrics = {f"train/{name}": value for name, value in means.items()}
     metrics["examples_per_second"] = per_second
     session.log(metrics)
@@ -169,7 +161,9 @@ class _Board:
         return self._decided.setdefault(iteration, self._stop)
 
 
-def _by_ray_train(session: Session, workers: int, should_stop: Callable[[], bool]) -> None:
+def _by_ray_train(
+    session: Session, settings: Pretraining, workers: int, should_stop: Callable[[], bool]
+) -> None:
     """Pretrain on the workers of Ray Train; connect to Ray, and leave it as it was found.
 
     Raises TrainingFailed, and ValueError where the workers do not fit the cluster.
@@ -187,7 +181,7 @@ def _by_ray_train(session: Session, workers: int, should_stop: Callable[[], bool
         # On the driver's node: it lives as long as the driver, while other nodes may be lost.
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         board = ray.remote(num_cpus=0, scheduling_strategy=here)(_Board).remote()
-        fit = _Fit(session, workers, board, storage, name)
+        fit = _Fit(session, settings, workers, board, storage, name)
         fit.start()
         _watch(session, fit, board, should_stop)
         if fit.error is not None:
@@ -233,7 +227,15 @@ def _watch(session: Session, fit: _Fit, board: Any, should_stop: Callable[[], bo
 class _Fit(threading.Thread):
     """A thread that runs `TorchTrainer.fit`, which blocks; `error` is what it raised."""
 
-    def __init__(self, session: Session, workers: int, board: Any, storage: str, name: str):
+    def __init__(
+        self,
+        session: Session,
+        settings: Pretraining,
+        workers: int,
+        board: Any,
+        storage: str,
+        name: str,
+    ):
         super().__init__(name="ray-train", daemon=True)
         self.error: BaseException | None = None
         experiment, cluster = session.experiment, session.experiment.cluster
@@ -245,6 +247,7 @@ class _Fit(threading.Thread):
             _worker,
             train_loop_config={
                 "experiment": experiment.without_gpu().model_dump_json(),
+                "pretraining": settings.model_dump_json(),
                 "board": board,
                 "import_paths": [os.getcwd()],
                 "state": state,
@@ -292,7 +295,8 @@ def _worker(config: dict[str, Any]) -> None:
     rank, size, board = context.get_world_rank(), context.get_world_size(), config["board"]
     own_gpu = experiment.cluster.gpus_per_worker > 0
     device = ray.train.torch.get_device() if own_gpu else compute_device(experiment)
-    trainer = Pretrainer(experiment, device)
+    settings = Pretraining.model_validate_json(config["pretraining"])
+    trainer = Pretrainer(experiment, settings, device)
     _restore(trainer, *_newest_state(config))
     if rank == 0:
         ray.get(board.put.remote(Start(trainer.iteration)))
@@ -300,7 +304,7 @@ def _worker(config: dict[str, Any]) -> None:
     while trainer.iteration < experiment.outer.iterations:
         began = time.perf_counter()
         try:
-            means = trainer.run(_next_report(experiment, trainer.iteration), forward, rank, size)
+            means = trainer.run(trainer.next_report, forward, rank, size)
         except Diverged as error:  # raised by all workers in the same update
             if rank == 0:
                 ray.get(board.put.remote(Failure(str(error))))

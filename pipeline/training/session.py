@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -25,6 +25,7 @@ from pipeline.runs.folder import History, RunFolderError
 from pipeline.runs.tracker import NullTracker, Tracker
 from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.training.outer_step import outer_step_of
+from pipeline.training.placement import Placement
 from pipeline.worker.jobs import Cut, tasks_per_chunk
 from pipeline.worker.tree import ORDER
 
@@ -56,6 +57,62 @@ class Watcher:
         """Something out of the ordinary happened; `message` is for a person."""
 
 
+class Updates(NamedTuple):
+    """What one iteration of a method is."""
+
+    size: int
+    """Tasks or examples of an update."""
+    unit: str
+    """What `size` counts: 'tasks' or 'examples'."""
+    words: str
+    """In words, for 'N WORDS'."""
+
+
+class Method(Protocol):
+    """What a run does to find θ; `loop.method_of` chooses it once, before the run opens.
+
+    MetaLearning      meta-updates of tasks (`loop`)
+    TransferLearning  one network learns all training tasks at once (`transfer_learning`)
+    """
+
+    def check(self, experiment: Experiment) -> None:
+        """Raise ValueError before the start for what would otherwise fail at the end or on a
+        worker."""
+        ...
+
+    def place(self, experiment: Experiment) -> Placement:
+        """Decide how many actors compute chunks."""
+        ...
+
+    def compiles(self, experiment: Experiment) -> bool:
+        """Whether the functions of chunks are compiled; follows from the configuration alone."""
+        ...
+
+    def start_workers(self, session: Session, placement: Placement) -> WorkerGroup:
+        """Start who computes chunks, and tell the watcher what one may not expect of it."""
+        ...
+
+    def run(self, session: Session, should_stop: Callable[[], bool]) -> None:
+        """Train from the session's iteration to the last one, then write θ.
+
+        `should_stop` is asked now and then; True saves a checkpoint and raises Interrupted. Raises
+        TrainingFailed.
+        """
+        ...
+
+    def updates(self, experiment: Experiment) -> Updates:
+        """What one iteration is."""
+        ...
+
+    def describe(self, session: Session) -> str:
+        """How the run computes, in words."""
+        ...
+
+    def tags(self, experiment: Experiment) -> dict[str, str]:
+        """Tags of the MLflow run that only this method has."""
+        ...
+
+
 class Session:
     """State of a run between two iterations, and the only writer of its results.
 
@@ -66,6 +123,7 @@ class Session:
         self,
         experiment: Experiment,
         run_dir: Path,
+        method: Method,
         theta: Params,
         state: TrainingState | None,
         store: CheckpointStore,
@@ -77,6 +135,7 @@ class Session:
         """`theta` is of a fresh model, `state` that of a checkpoint to continue from, or None."""
         task = experiment.build_task()
         self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
+        self.method = method
         self.optimizer = OuterOptimizer(theta, experiment.outer)
         self.outer_step = outer_step_of(experiment)
         self.iteration = 0
@@ -112,8 +171,9 @@ class Session:
         # Made here, because MLflow answers later: a run that is killed early is found again by it.
         known = state.extra.get("tracking_token") if state else None
         self.tracking_token = str(token or known or uuid.uuid4().hex)
-        self.ancestor = state.extra.get("ancestor") if state else None
-        """`opening.origin` of another run's state with which this run began; None: it has none."""
+        self.started_from = state.extra.get("ancestor") if state else None
+        """`opening.name_of_state` of the other run's checkpoint that this run started from; or
+        None."""
 
     @property
     def theta(self) -> FlatVector:
@@ -188,7 +248,7 @@ class Session:
                     "compile": self.compile,
                     "threads": self.experiment.compute.threads,
                     "tracking_token": self.tracking_token,
-                    "ancestor": self.ancestor,
+                    "ancestor": self.started_from,
                     "order_of_sums": ORDER,
                 },
             ),
@@ -209,9 +269,13 @@ class Session:
             prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
             self.tracker.log_metrics(curve.by_step(prefix), self.iteration)
         self.tracker.log_artifact(self.run_dir / "results.json")
-        note = summary(self.experiment, self.optimizer.layout.size, curves)
-        self.tracker.set_tags({"mlflow.note.content": note})
+        self.tracker.set_tags({"mlflow.note.content": self.summary(curves)})
         self.record_plots(curves)
+
+    def summary(self, curves: Sequence[Curve] = ()) -> str:
+        """The run in Markdown, with its meta-test if there was one."""
+        updates = self.method.updates(self.experiment).words
+        return summary(self.experiment, self.optimizer.layout.size, updates, curves)
 
     def record_plots(self, curves: Sequence[Curve] = ()) -> None:
         """Draw and log the run's plots; `curves` is its meta-test, if there was one."""

@@ -249,7 +249,7 @@ def test_a_run_that_explodes_says_so_once_and_what_to_do(
     ("inner", "outer", "advice"),
     [
         ({"lr": 1e6, "steps": 5}, {}, "lower inner.lr (it is 1e+06) or inner.steps (they are 5)"),
-        ({}, {"lr": 1e25, "optimizer": "sgd"}, "θ itself has run away"),
+        ({}, {"lr": 1e25, "optimizer": "sgd"}, "the meta-parameters have diverged"),
     ],
 )
 def test_a_run_that_diverges_before_its_first_diagnosis(

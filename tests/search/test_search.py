@@ -262,11 +262,11 @@ def test_population_based_training(
         config = load(str(folder / "config.yaml"))
         assert config.inner.lr == trial.settings["inner.lr"] <= 0.6
         assert config.outer.lr == trial.settings["outer.lr"]
-    heirs = {name: state for name, state in states.items() if state.extra["ancestor"]}
-    assert heirs
+    started = {name: state for name, state in states.items() if state.extra["ancestor"]}
+    assert started
     tokens = {state.extra["tracking_token"]: name for name, state in states.items()}
     assert len(tokens) == len({s.mlflow_run_id for s in states.values()}) == 4
-    for name, state in heirs.items():
+    for name, state in started.items():
         assert tokens[state.extra["ancestor"].split("@")[0]] != name
 
 

@@ -11,7 +11,7 @@ import ray.tune
 from pipeline.config.loading import from_dict
 from pipeline.search.space import search_of
 from pipeline.search.trial import Plan, Reporter, ranking_of
-from pipeline.training.loop import meta_train
+from pipeline.training.loop import MetaLearning, meta_train
 from pipeline.training.opening import open_session
 
 
@@ -35,8 +35,9 @@ def test_a_failure_counts_in_the_same_units_as_a_validation(
 ) -> None:
     """Schedulers compare trials by these: six iterations are three validations."""
     plan = plan_of(quick, tmp_path)
-    reporter = Reporter(plan, tmp_path / "run")
-    with open_session(plan.experiment, tmp_path / "run", resume=False, watcher=reporter) as session:
+    folder = tmp_path / "run"
+    reporter = Reporter(plan, folder)
+    with open_session(plan.experiment, folder, MetaLearning(), False, reporter) as session:
         meta_train(session)
     reporter.report()
     reporter.failed("RuntimeError: on purpose")

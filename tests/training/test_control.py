@@ -386,4 +386,7 @@ def test_supervised_runs_are_not_watched(quick: dict[str, Any], tmp_path: Path) 
     video = ["--video", str(tmp_path / "video")]
     refused = CliRunner().invoke(app, ["evaluate", str(tmp_path), *video])
     assert refused.exit_code == 2
-    assert "--video: shows a policy that acts, and sinusoid tasks are supervised" in refused.stderr
+    assert (
+        "--video: shows the trajectories of a policy, and sinusoid tasks are supervised"
+        in refused.stderr
+    )

@@ -12,10 +12,12 @@ import pytest
 import torch
 from torch import nn
 
+from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, load
+from pipeline.config.settings import Pretraining
 from pipeline.evaluation.meta_test import evaluate_run
 from pipeline.runs.checkpoint import load_theta
-from pipeline.training import loop, ray_train
+from pipeline.training import ray_train, transfer_learning
 from pipeline.training.endings import Interrupted, TrainingFailed
 from pipeline.training.loop import train
 from pipeline.training.pretraining import Pretrainer, narrowed, wide_model
@@ -53,10 +55,15 @@ def characters(quick: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def section(experiment: Experiment) -> Pretraining:
+    assert experiment.pretraining is not None
+    return experiment.pretraining
+
+
 def test_an_update_is_that_of_obvious_code(pooled: dict[str, Any]) -> None:
     experiment = experiment_of(pooled)
-    trainer = Pretrainer(experiment, torch.device("cpu"))
-    model = wide_model(experiment).double()
+    trainer = Pretrainer(experiment, section(experiment), torch.device("cpu"))
+    model = wide_model(experiment, section(experiment)).double()
     optimizer = torch.optim.Adam(model.parameters(), lr=experiment.outer.lr)
     for iteration in range(4):
         x, y = experiment.build_task().pooled(0, np.arange(7 * iteration, 7 * iteration + 7))
@@ -81,7 +88,7 @@ def test_parts_add_up_whoever_computes_them(pooled: dict[str, Any], objective: s
     )
 
     def computed(rank: int, size: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        trainer = Pretrainer(experiment, torch.device("cpu"))
+        trainer = Pretrainer(experiment, section(experiment), torch.device("cpu"))
         metrics = trainer._accumulate(trainer.model, rank, size)
         return {n: p.grad.clone() for n, p in trainer.model.named_parameters()}, metrics
 
@@ -100,8 +107,8 @@ def test_each_head_sees_its_own_task(pooled: dict[str, Any]) -> None:
         pretraining={"objective": "multi-task", "tasks": 4, "batch_size": 5, "part_size": 5},
         data={"root": pooled["data"]["root"]},
     )
-    assert wide_model(experiment)[-1].out_features == 12
-    trainer = Pretrainer(experiment, torch.device("cpu"))
+    assert wide_model(experiment, section(experiment))[-1].out_features == 12
+    trainer = Pretrainer(experiment, section(experiment), torch.device("cpu"))
     loss, metrics = trainer.loss_of(np.arange(5, 10), trainer.model)
     task, body = experiment.build_task(), trainer.model[:-1]
     head = trainer.model[-1]
@@ -118,7 +125,7 @@ def test_each_head_sees_its_own_task(pooled: dict[str, Any]) -> None:
         losses.append(nn.functional.cross_entropy(scores, labels))
     torch.testing.assert_close(loss, torch.stack(losses).mean())
     assert 0 <= metrics["accuracy"] <= 1
-    theta = narrowed(experiment, trainer.theta)
+    theta = narrowed(experiment, section(experiment), trainer.theta)
     last = [name for name in theta if name.endswith("weight")][-1]
     blocks = trainer.theta[last].view(4, 3, -1)
     torch.testing.assert_close(theta[last], blocks.mean(0))
@@ -214,7 +221,7 @@ def test_what_is_trained_is_never_lost_at_the_end(
     def stop(session: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "validate", stop)
+    monkeypatch.setattr(transfer_learning, "validate", stop)
     with pytest.raises(KeyboardInterrupt):
         train(experiment_of(pooled), tmp_path / "late")
     monkeypatch.undo()
@@ -291,7 +298,8 @@ def test_workers_that_do_not_fit_are_refused(
     with pytest.raises(ValueError, match=r"2 workers of 0\.5 CPU, 1 GPU, together 2 GPU, and Ray"):
         train(experiment, tmp_path / "run")
     # No more workers than parts.
-    assert number_of_workers(experiment_of(pooled, cluster={"workers": 9})) == 3
+    many = experiment_of(pooled, cluster={"workers": 9})
+    assert number_of_workers(many, section(many)) == 3
 
 
 @pytest.mark.parametrize(
