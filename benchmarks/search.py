@@ -22,7 +22,7 @@ from pathlib import Path
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load, with_settings
 from pipeline.search.run import run_search
-from pipeline.search.trial import base_experiment
+from pipeline.search.trial import sized_as_trial
 from pipeline.training.loop import MetaLearning, meta_train
 from pipeline.training.opening import open_session
 from pipeline.training.session import Watcher
@@ -55,7 +55,7 @@ def experiment(iterations: int, scheduler: str) -> Experiment:
 
 def one_after_the_other(folder: Path, iterations: int) -> None:
     """Train the settings in a plain loop."""
-    base = base_experiment(experiment(iterations, "none"))
+    base = sized_as_trial(experiment(iterations, "none"))
     for number, settings in enumerate(settings_of_trials()):
         run_dir = folder / "runs" / str(number)
         with open_session(

@@ -120,6 +120,17 @@ class DyingSinusoid(Sinusoid):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ThreadsSinusoid(Sinusoid):
+    """Writes down with how many threads of torch its pooled examples are computed on."""
+
+    seen: str = ""
+
+    def pooled(self, seed: int, indices: npt.NDArray[np.int64]) -> Examples:
+        Path(self.seen).write_text(str(torch.get_num_threads()))
+        return super().pooled(seed, indices)
+
+
+@dataclass(frozen=True, kw_only=True)
 class DeadlySinusoid(Sinusoid):
     """Every process that samples training task `at` ends, as one that runs out of memory."""
 

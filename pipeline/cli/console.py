@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,13 +25,14 @@ from pipeline.training.session import Session, Updates, Watcher
 
 if TYPE_CHECKING:
     from pipeline.config.experiment import Experiment
+    from tasks.base import TaskDistribution
 
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 _PLAIN_SECONDS = 10.0  # between progress lines where there is no terminal
 _LIVE_SECONDS = 0.1
-_SHOWN = {
+_LOSSES = {
     "train/query_loss": "query loss",
     "train/support_loss": "support loss",
     "train/loss": "loss",
@@ -104,7 +105,7 @@ class ConsoleWatcher(LiveLine, Watcher):
         self._first = 0
         self._updates = Updates(0, "tasks", "")
         self._metric, self._metric_name, self._percent = "loss", "loss", False
-        self._shown = _SHOWN
+        self._shown_metrics: dict[str, str] = {}
 
     def starting(self, experiment: Experiment, run_dir: Path) -> None:
         out.print(f"{experiment.name} -> {run_dir}", style="bold", markup=False, soft_wrap=True)
@@ -121,7 +122,7 @@ class ConsoleWatcher(LiveLine, Watcher):
         task = experiment.build_task()
         self._metric = task.primary_metric
         self._metric_name, self._percent = metric_label(task, self._metric)
-        self._shown = _shown(experiment)
+        self._shown_metrics = _shown_metrics(experiment)
         self._total, self._first = experiment.outer.iterations, session.iteration
         self._updates = session.method.updates(experiment)
         self.begin()
@@ -135,7 +136,7 @@ class ConsoleWatcher(LiveLine, Watcher):
             f"iteration {iteration:,}/{self._total:,}  "
             + "".join(
                 f"{name} {metrics[key]:.4g}  "
-                for key, name in self._shown.items()
+                for key, name in self._shown_metrics.items()
                 if key in metrics
             )
             + f"{per_second * self._updates.size:,.0f} {self._updates.unit}/s  "
@@ -156,18 +157,17 @@ class ConsoleWatcher(LiveLine, Watcher):
         out.print(f"meta-test on {experiment.evaluation.tasks} tasks ...")
 
 
-def _shown(experiment: Experiment) -> dict[str, str]:
-    """The metrics of an update that the live line shows, and what they are called there: of
-    policies the returns, which say more than the surrogate loss."""
+def _shown_metrics(experiment: Experiment) -> dict[str, str]:
+    """The metrics of an update that the live line shows where they are there, and what they are
+    called: in reinforcement learning returns, which say more than the surrogate loss."""
     if experiment.reinforcement is None:
-        return _SHOWN
-    return {
-        "train/return_step0": "return",
-        f"train/return_step{experiment.inner.steps}": "return after adaptation",
-    }
+        return _LOSSES
+    steps = experiment.inner.steps
+    adapted = {f"train/return_step{steps}": "return after adaptation"} if steps else {}
+    return {"train/return_step0": "return", **adapted}
 
 
-def curves_table(task: Any, curves: Sequence[Curve]) -> Table:
+def curves_table(task: TaskDistribution, curves: Sequence[Curve]) -> Table:
     """A table of adaptation curves: a row per curve, a column per gradient step, mean ± CI95."""
     metric = task.primary_metric
     label, percent = metric_label(task, metric)
@@ -198,7 +198,7 @@ def recipes_table(found: Sequence[PairedComparison]) -> Table | None:
     return plain_table([header, *([name, *values] for name, values in different.items())])
 
 
-def differences_table(task: Any, comparison: PairedComparison) -> Table:
+def differences_table(task: TaskDistribution, comparison: PairedComparison) -> Table:
     """A table of paired differences: a row per pair of runs, a column per gradient step, each with
     the difference ± CI95 and its p-value."""
     label, percent = metric_label(task, comparison.metric)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.exit_codes import reporting_errors
 from tasks.data_root import DATA_ROOT
+
+if TYPE_CHECKING:
+    from tasks.image_store import ImageStore
 
 data_app = typer.Typer(no_args_is_help=True, help="Prepare image stores.")
 prepare_app = typer.Typer(no_args_is_help=True, help="Build an image store.")
@@ -102,15 +105,15 @@ def prepare_glyphs(
     _prepare(lambda progress: prepare(_folder(root), num_classes=classes, on_progress=progress))
 
 
-def _prepare(build: Callable[[Callable[[str, int, int], None]], Any]) -> None:
+def _prepare(build: Callable[[Callable[[str, int, int], None]], ImageStore]) -> None:
     """Run a preparation with a progress bar and say what was made."""
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+    from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
     from pipeline.cli.console import out
 
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), TaskProgressColumn())
     with Progress(*columns, console=out, disable=not out.is_terminal) as bars:
-        shown: dict[str, Any] = {}
+        shown: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
             if what not in shown:

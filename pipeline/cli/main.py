@@ -53,7 +53,7 @@ def options(
         ),
     ] = False,
 ) -> None:
-    """Options of the command itself; `_print_version` does what the only one asks for."""
+    """Options of `maml` itself; the callback `_print_version` handles --version."""
 
 
 def main() -> None:

@@ -1,9 +1,12 @@
-"""What a person may type next, as commands end by saying it."""
+"""The commands that `maml train`, `search` and `compare` suggest at their end."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.config.experiment import Experiment
 
 
 def typed(path: Path) -> str:
@@ -11,7 +14,7 @@ def typed(path: Path) -> str:
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
 
 
-def ui_command(experiment: Any, run_dir: Path) -> str:
+def ui_command(experiment: Experiment, run_dir: Path) -> str:
     """The command, or the address, that shows a run in MLflow. Raises TrackingError."""
     from pipeline.config.loading import runs_folder
     from pipeline.runs.tracker import resolve_uri

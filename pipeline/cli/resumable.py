@@ -8,12 +8,13 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from pipeline.cli.exit_codes import show_tracebacks
 from pipeline.cli.next_commands import typed
 
 if TYPE_CHECKING:
+    from pipeline.cli.console import LiveLine
     from pipeline.config.experiment import Experiment
 
 T = TypeVar("T")
@@ -46,7 +47,7 @@ def carry_out(
     folder: Path,
     *,
     resume: bool,
-    watcher: Any,
+    watcher: LiveLine,
     command: str,
     on_stop: str,
 ) -> T:
@@ -70,7 +71,7 @@ def carry_out(
 class StopRequest:
     """Handles Ctrl-C and SIGTERM: the first one asks for a checkpoint, the second ends at once."""
 
-    def __init__(self, watcher: Any, message: str):
+    def __init__(self, watcher: LiveLine, message: str):
         """`message` is shown at the first signal, if `watcher.training` says that there is a state
         to be saved."""
         self.requested = False
@@ -88,7 +89,7 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def resumable(watcher: Any, command: str) -> Iterator[None]:
+def resumable(watcher: LiveLine, command: str) -> Iterator[None]:
     """Says by which command the work goes on, if it ends early after it has started.
 
     Errors before the start pass unchanged; later ones become TrainingFailed, except Interrupted

@@ -5,12 +5,18 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.cli.arguments import StoreUri
 from pipeline.cli.exit_codes import reporting_errors
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from pipeline.maml.confidence import Estimate
+    from pipeline.runs.catalog import Run, SideBySide
 
 runs_app = typer.Typer(help="List runs and searches, newest first; compare some of them.")
 
@@ -87,7 +93,7 @@ def compare_some(
         _print_wide(_comparison_table(comparison))
 
 
-def _print_runs(runs: list[Any], text: str) -> None:
+def _print_runs(runs: list[Run], text: str) -> None:
     """Print the runs: a line for each, or two if the terminal is too narrow for one."""
     from pipeline.cli.console import out
 
@@ -104,7 +110,7 @@ def _print_runs(runs: list[Any], text: str) -> None:
     _print_wide(table)
 
 
-def _rows(runs: list[Any], text: str) -> Iterator[list[str]]:
+def _rows(runs: list[Run], text: str) -> Iterator[list[str]]:
     """The rows of runs and searches, with the best trials below a search."""
     from pipeline.config.wording import counted
 
@@ -122,7 +128,7 @@ def _rows(runs: list[Any], text: str) -> Iterator[list[str]]:
             yield ["", f"[dim]└ {hidden} more: --filter {run.short_id}[/]", *[""] * 5]
 
 
-def _row(run: Any, name: str, validation: str) -> list[str]:
+def _row(run: Run, name: str, validation: str) -> list[str]:
     """The cells of one run."""
     from pipeline.cli.console import duration
 
@@ -147,7 +153,7 @@ def _row(run: Any, name: str, validation: str) -> list[str]:
     ]
 
 
-def _table(*columns: str) -> Any:
+def _table(*columns: str) -> Table:
     """An empty table in which long names are folded."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
@@ -164,7 +170,7 @@ def _table(*columns: str) -> Any:
     return table
 
 
-def _comparison_table(comparison: Any) -> Any:
+def _comparison_table(comparison: SideBySide) -> Table:
     """A column per run; rows of settings that differ, then of metrics."""
     from pipeline.cli.console import duration
 
@@ -190,7 +196,7 @@ def _comparison_table(comparison: Any) -> Any:
     return table
 
 
-def _validation(run: Any) -> str:
+def _validation(run: Run) -> str:
     """The last validation of a run and its number of gradient steps, or a dash."""
     found = run.validation
     if found is None:
@@ -204,7 +210,7 @@ def _day_and_time(moment: datetime.datetime) -> str:
     return moment.strftime("%d %b %H:%M" if this_year else "%d %b %Y")
 
 
-def _estimate(value: Any, percent: bool) -> str:
+def _estimate(value: Estimate | None, percent: bool) -> str:
     """A mean ± CI95, or a dash."""
     from pipeline.maml.confidence import interval
 
@@ -223,7 +229,7 @@ def _plain(text: str) -> str:
     return escape(text)
 
 
-def _print_wide(table: Any) -> None:
+def _print_wide(table: Table) -> None:
     """Print a table. Without a terminal a row stays one line, for grep and for files."""
     from rich.console import Console
 
@@ -232,7 +238,7 @@ def _print_wide(table: Any) -> None:
     (out if out.is_terminal else Console(width=_natural_width(table))).print(table)
 
 
-def _natural_width(table: Any) -> int:
+def _natural_width(table: Table) -> int:
     """The width of a table, in characters, if nothing has to be folded."""
     from rich.measure import Measurement
 

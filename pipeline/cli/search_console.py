@@ -27,9 +27,11 @@ _LIVE_SECONDS = 0.25
 class SearchConsole(LiveLine, SearchWatcher):
     """Shows a person how a search gets on."""
 
+    _plan: Plan
+    """Set by `started`, which comes before `progress` and `ended`."""
+
     def __init__(self) -> None:
         super().__init__(_LIVE_SECONDS, _PLAIN_SECONDS)
-        self._plan: Plan | None = None
         self._total = 0
         self._ended = 0
         self._counted_from: tuple[float, float] | None = None
@@ -56,7 +58,6 @@ class SearchConsole(LiveLine, SearchWatcher):
         self.begin()
 
     def progress(self, results: Sequence[TrialResult], running: int) -> None:
-        assert self._plan is not None
         over = [r for r in results if r.outcome != UNFINISHED]
         begun = [r for r in results if r.outcome == UNFINISHED and r.iteration]
         iterations = self._plan.experiment.outer.iterations
@@ -90,7 +91,6 @@ class SearchConsole(LiveLine, SearchWatcher):
         return f"  ETA {duration((self._total - done) * (now - then) / (done - before))}"
 
     def ended(self, result: TrialResult) -> None:
-        assert self._plan is not None
         self._ended += 1
         known = not math.isnan(result.value)
         value = value_text(self._plan.ranking, result.value, result.ci95) if known else ""

@@ -57,8 +57,8 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
-class Params:
-    """Settings of the run."""
+class RunParams:
+    """Settings of the run: MLflow's params."""
 
     values: dict[str, str]
 
@@ -86,8 +86,15 @@ class RunStatus:
     time: int
 
 
-Record = Metrics | Params | Tags | Artifact | RunStatus
-_KINDS: dict[str, Any] = {c.__name__: c for c in (Metrics, Params, Tags, Artifact, RunStatus)}
+Record = Metrics | RunParams | Tags | Artifact | RunStatus
+_KINDS: dict[str, type[Record]] = {
+    "Metrics": Metrics,
+    "Params": RunParams,
+    "Tags": Tags,
+    "Artifact": Artifact,
+    "RunStatus": RunStatus,
+}
+"""Records by the name that they have in a file of unsent ones."""
 
 
 @dataclass(frozen=True)
@@ -249,7 +256,7 @@ class Sender:
                 ]
                 new = [e for e in entries if (e[0], e[3]) not in self._recorded]
                 self._log("metrics", [Metric(*entry) for entry in new])
-            case Params(values):
+            case RunParams(values):
                 self._log(
                     "params",
                     [Param(_name(k), _short(v, _LONGEST_PARAM)) for k, v in values.items()],
@@ -368,7 +375,8 @@ def now() -> int:
 def write_unsent(path: Path, destination: Destination, records: Sequence[Record]) -> None:
     """Write records that MLflow has not confirmed, one per line. Raises WriteError."""
     lines = [asdict(destination)]
-    lines += [{"kind": type(record).__name__, **asdict(record)} for record in records]
+    names = {kind: name for name, kind in _KINDS.items()}
+    lines += [{"kind": names[type(record)], **asdict(record)} for record in records]
     write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
 
 

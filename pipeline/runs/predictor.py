@@ -63,7 +63,7 @@ class Recipe:
     def of(cls, experiment: Experiment) -> Recipe:
         """Make the recipe of an experiment; its data are read only for the size of images.
 
-        Raises ValueError for reinforcement learning tasks.
+        Raises ValueError for tasks of reinforcement learning.
         """
         task = supervised(experiment.build_task(), "an exported model")
         return cls(
@@ -125,7 +125,7 @@ class Adapter:
         """Load a run's final parameters from its folder, or a model from one that `save` wrote.
 
         Raises ConfigError if `folder` is neither, FileNotFoundError if the run has no final
-        parameters yet, ValueError if they do not fit the model or reinforcement learning tasks.
+        parameters yet, ValueError if they do not fit the model, or for reinforcement learning.
         """
         folder = Path(folder)
         path = folder / RECIPE

@@ -28,8 +28,8 @@ from pipeline.runs.mlflow_sender import (
     Artifact,
     Destination,
     Metrics,
-    Params,
     Record,
+    RunParams,
     RunStatus,
     Sender,
     Tags,
@@ -166,7 +166,7 @@ class MlflowTracker:
         self._queue.append(Metrics({k: float(v) for k, v in metrics.items()}, step, now()))
 
     def log_params(self, params: Mapping[str, Any]) -> None:
-        self._queue.append(Params({name: str(value) for name, value in params.items()}))
+        self._queue.append(RunParams({name: str(value) for name, value in params.items()}))
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         self._queue.append(Tags(dict(tags)))

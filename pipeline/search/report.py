@@ -335,7 +335,7 @@ def _is_axis(values: Sequence[Any]) -> bool:
     )
 
 
-def _cell(value: Any) -> Any:
+def _cell(value: Any) -> int | float | str:
     """A value for a column of the table; lists and sections become JSON."""
     return value if isinstance(value, int | float | str) else json.dumps(value)
 

@@ -186,7 +186,7 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"
     trial_id = tune.get_context().get_trial_id()
     folder = plan.trial_dir(trial_id)
-    watcher = _Reporter(plan, folder)
+    watcher = Reporter(plan, folder)
     try:
         experiment = trial_experiment(plan, trial_id, settings_of(plan.search, draw))
         own, other = _states(experiment, folder, plan.trial_token(trial_id), tune.get_checkpoint())
@@ -239,7 +239,7 @@ def _states(
     return (own, None) if taken and same else (own, state)
 
 
-class _Reporter(Watcher):
+class Reporter(Watcher):
     """Reports validations to Ray Tune, and keeps notices in the trial's folder."""
 
     _session: Session

@@ -1,4 +1,4 @@
-"""Drives Ray Tune: builds scheduler and algorithm, runs the trials, hears what happens to them."""
+"""Builds Ray Tune's scheduler and search algorithm, runs the trials, and has Tune's callbacks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from pipeline.search.trial_records import TrialRuns
 from tasks.errors import first_line
 
 _RESTARTS = 3  # of a trial whose process died
-_STARVING = 120.0  # seconds without a running trial until the watcher is told
+_IDLE = 120.0  # seconds without a running trial until the watcher is told why
 
 ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # state is saved often: a killed search loses little
@@ -188,7 +188,7 @@ def conductor_of(
     class Conductor(tune.Callback):  # type: ignore[misc]
         def __init__(self) -> None:
             self.trials: list[Any] = []
-            self._fed = time.monotonic()
+            self._last_running = time.monotonic()
 
         def results(self, over: bool = False) -> list[TrialResult]:
             return [result_of(plan, trial, over) for trial in self.trials]
@@ -202,7 +202,7 @@ def conductor_of(
             self.trials = trials
             running = sum(trial.status == "RUNNING" for trial in trials)
             watcher.progress(self.results(), running)
-            self._complain_of_starvation()
+            self._tell_why_none_runs()
             if should_stop():
                 _ask_tune_to_stop()
 
@@ -217,14 +217,14 @@ def conductor_of(
             runs.end(result)
             watcher.ended(result)
 
-        def _complain_of_starvation(self) -> None:
+        def _tell_why_none_runs(self) -> None:
             now = time.monotonic()
             if any(trial.status == "RUNNING" for trial in self.trials):
-                self._fed = now
-            elif now - self._fed > _STARVING:
-                self._fed = now
+                self._last_running = now
+            elif now - self._last_running > _IDLE:
+                self._last_running = now
                 short = trial_lacks(sized_as_trial(plan.experiment))
-                watcher.notice(short or f"no trial has run for {_STARVING:.0f} s: waiting for room")
+                watcher.notice(short or f"no trial has run for {_IDLE:.0f} s: waiting for room")
 
     return Conductor()
 

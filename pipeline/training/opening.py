@@ -83,6 +83,8 @@ def open_session(
     watcher.starting(experiment, run_dir)
     placement = method.place(experiment)
     write_atomically(run_dir / "config.yaml", experiment.to_yaml())
+    # Of Ray Train: decided before the next lines write this process's number into the settings.
+    worker_threads = threads_per_chunk(experiment, 1)
     # Both change the last bits of results: a resumed run keeps those of its beginning.
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
     experiment = experiment.changed(compute={"threads": threads})
@@ -90,6 +92,7 @@ def open_session(
     session = Session(
         experiment, run_dir, method, theta, state, store, watcher, compile=compile, token=token
     )
+    session.worker_threads = worker_threads
     session.workers = method.start_workers(session, placement)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:

@@ -252,6 +252,7 @@ class _Fit(threading.Thread):
                 "import_paths": [os.getcwd()],
                 "state": state,
                 "iteration": session.iteration,
+                "threads": session.worker_threads,
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
@@ -289,7 +290,7 @@ def _worker(config: dict[str, Any]) -> None:
 
     sys.path += [path for path in config["import_paths"] if path not in sys.path]
     experiment = Experiment.model_validate_json(config["experiment"])
-    torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
+    torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, size, board = context.get_world_rank(), context.get_world_size(), config["board"]
     own_gpu = experiment.cluster.gpus_per_worker > 0

@@ -152,6 +152,9 @@ class Session:
         self.compile = compile
         self.workers: WorkerGroup
         """Set by `opening`: how they start depends on the number of chunks."""
+        self.worker_threads: int
+        """Threads of a worker of Ray Train, set by `opening`; `experiment.compute` has those that
+        compute chunks."""
         self.tracker: Tracker = NullTracker()
         self._store = store
         self._improved = False

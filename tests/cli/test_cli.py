@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ import yaml
 from pipeline.config.algorithms import PRESETS
 from pipeline.runs.checkpoint import CheckpointStore, load_theta
 from tests.commands import clean_environment, maml
+from tests.waiting import wait_for
 
 
 @pytest.fixture
@@ -80,11 +80,7 @@ def recorded(tmp_path: Path, run: Path) -> None:
     (found,) = client.search_runs([experiment.experiment_id])
     assert found.info.status == "FINISHED"
     assert found.data.params["inner.lr"] == "0.01"
-    assert {"git_commit", "algorithm", "order", "workers"} & set(found.data.tags) >= {
-        "algorithm",
-        "order",
-        "workers",
-    }
+    assert {"algorithm", "order", "workers", "selected_by"} <= set(found.data.tags)
     for metric in (
         "train/query_loss",
         "train/support_loss",
@@ -127,9 +123,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
         text=True,
         env=clean_environment(),
     )
-    deadline = time.monotonic() + 150
-    while time.monotonic() < deadline and not (run / "metrics.jsonl").exists():
-        time.sleep(0.05)
+    wait_for(lambda: (run / "metrics.jsonl").exists() or process.poll() is not None)
     process.send_signal(number)
     out, err = process.communicate(timeout=90)
     assert process.returncode == 130, err

@@ -30,18 +30,37 @@ def tracked() -> list[Path]:
     return [name for name in names if (ROOT / name).is_file()]
 
 
+# Not isolated: nothing has to be fetched.
+OFFLINE = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
+DROPPED = ("PYTHONPATH", "PYTHONSAFEPATH", "MLFLOW_TRACKING_URI", "MAML_RUNS", "MAML_DEBUG")
+"""Variables of the tests' own environment that a newcomer does not have."""
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: in the checkout, what is left of an older build would be packed too."""
-    source, out = (tmp_path_factory.mktemp(name) for name in ("source", "wheel"))
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout: what is left of an older build there would be packed too."""
+    source = tmp_path_factory.mktemp("source")
     for name in tracked():
         (source / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, source / name)
-    # Not isolated: nothing has to be fetched.
-    options = ["--no-deps", "--no-index", "--no-build-isolation", "--quiet"]
-    run([sys.executable, "-m", "pip", "wheel", *options, "-w", str(out), str(source)], source)
+    return source
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
+    run([sys.executable, "-m", "pip", "wheel", *OFFLINE, "-w", str(out), str(source)], source)
     (built,) = out.glob("*.whl")
     return built
+
+
+def dependencies() -> list[str]:
+    """The folders of packages of the environment of the tests."""
+    return sorted({sysconfig.get_path(name) for name in ("purelib", "platlib")})
+
+
+def newcomers_environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in DROPPED}
 
 
 class Installed:
@@ -55,11 +74,8 @@ class Installed:
         (self.packages,) = folder.glob("lib/python*/site-packages")
         # A folder on PYTHONPATH has no .pth files, by which an editable install of the checkout
         # would be found.
-        dependencies = {sysconfig.get_path(name) for name in ("purelib", "platlib")}
-        path = os.pathsep.join([str(self.packages), *sorted(dependencies)])
-        dropped = ("PYTHONPATH", "PYTHONSAFEPATH", "MLFLOW_TRACKING_URI", "MAML_RUNS", "MAML_DEBUG")
-        kept = {name: value for name, value in os.environ.items() if name not in dropped}
-        self.environment = {**kept, "PYTHONPATH": path}
+        path = os.pathsep.join([str(self.packages), *dependencies()])
+        self.environment = {**newcomers_environment(), "PYTHONPATH": path}
 
 
 @pytest.fixture(scope="module")
@@ -152,7 +168,36 @@ def test_tasks_of_somebody_else_on_the_path_are_named(installed: Installed, tmp_
     )
 
 
-def test_a_folder_called_tasks_does_no_harm(installed: Installed, tmp_path: Path) -> None:
-    """Without __init__.py it comes last."""
+def test_a_folder_called_tasks_does_no_harm_to_a_wheel(
+    installed: Installed, tmp_path: Path
+) -> None:
+    """Without __init__.py it comes after every package on the path."""
     (tmp_path / "tasks").mkdir()
     run([str(installed.python), "-m", "pipeline.cli", "--version"], tmp_path, installed.environment)
+
+
+@pytest.fixture(scope="module")
+def editable(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of an environment that has the checkout as `pip install -e .` installs it."""
+    folder = tmp_path_factory.mktemp("editable")
+    run([sys.executable, "-m", "venv", "--without-pip", str(folder)], folder)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # Not PYTHONPATH, which would come before what is installed here.
+    (packages / "dependencies.pth").write_text("\n".join(dependencies()))
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python")]
+    run([*pip, "install", *OFFLINE, "-e", str(source)], folder, newcomers_environment())
+    return folder / "bin"
+
+
+def test_a_folder_called_tasks_hides_an_editable_install(editable: Path, tmp_path: Path) -> None:
+    """Which is not on the path: Python asks for it after it has looked there."""
+    module = [str(editable / "python"), "-m", "pipeline.cli"]
+    for command in ([str(editable / "maml")], module):
+        run([*command, "--version"], tmp_path, newcomers_environment())
+    (tmp_path / "tasks").mkdir()
+    for command in ([str(editable / "maml")], module):
+        refused = run([*command, "--version"], tmp_path, newcomers_environment(), code=2)
+        assert refused.stderr == (
+            f"error: {tmp_path / 'tasks'} hides the project's own package tasks: rename it, or "
+            "start in another folder\n"
+        )

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,11 +27,10 @@ from pipeline.runs.tracker import (
     resolve_uri,
 )
 from tests.ports import free_port
+from tests.waiting import PATIENCE, wait_for
 
 mlflow = pytest.importorskip("mlflow")
 from mlflow import MlflowClient  # noqa: E402
-
-PATIENCE = 120.0  # seconds; generous, since nothing here is about speed
 
 
 @pytest.fixture(autouse=True)
@@ -99,15 +97,34 @@ def test_a_run_arrives_complete(store: str, tmp_path: Path) -> None:
     assert not list(tmp_path.glob("**/*.jsonl"))
 
 
-def test_logging_does_not_wait_and_training_needs_no_run_id(store: str, tmp_path: Path) -> None:
+def test_many_records_arrive(store: str, tmp_path: Path) -> None:
     tracker = start(tmp_path / "run", uri=store)
-    begin = time.perf_counter()
     for step in range(2000):
         tracker.log_metrics({f"metric{i}": float(i) for i in range(12)}, step)
-    assert time.perf_counter() - begin < 5
     assert tracker.wait_for_run_id(PATIENCE) is not None
     tracker.close("FINISHED", PATIENCE)
     assert len(history(store, str(tracker.run_id), "metric11")) == 2000
+
+
+def test_logging_waits_for_nobody(tmp_path: Path) -> None:
+    """All is logged while the server has taken the first request and says nothing: it answers only
+    when the last record is in the queue."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        silent.settimeout(PATIENCE)
+        tracker = start(tmp_path / "run", uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        connection, _ = silent.accept()
+        for step in range(100):
+            tracker.log_metrics({"loss": float(step)}, step)
+        tracker.log_params({"seed": 0})
+        tracker.set_tags({"a": "b"})
+        tracker.log_artifact(tmp_path / "theta.safetensors")
+        assert tracker.run_id is None
+        connection.close()
+    left = tracker.close("KILLED", timeout=0.5)
+    assert left is not None
+    kinds = [json.loads(line).get("kind") for line in left.read_text().splitlines()]
+    assert kinds.count("Metrics") == 100
+    assert {"Params", "Tags", "Artifact", "RunStatus"} <= set(kinds)
 
 
 def test_a_resumed_run_is_the_same_run_without_repetition(store: str, tmp_path: Path) -> None:
@@ -185,13 +202,6 @@ def test_processes_that_create_the_store_at_once(tmp_path: Path) -> None:
     assert sorted(run.info.run_name for run in runs) == ["run0", "run1"]
     assert experiment.artifact_location == (tmp_path / "mlartifacts").as_uri()
     assert all(len(history(uri, run.info.run_id, "loss")) == 50 for run in runs)
-
-
-def wait_for(condition) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -384,10 +394,8 @@ def test_flush_delivers_now(store: str, tmp_path: Path) -> None:
 
 
 def test_flush_gives_up(tmp_path: Path) -> None:
-    """A server that is away costs the time that was allowed, and no record."""
+    """Although the server never comes back; no record is lost."""
     tracker = start(tmp_path / "run", uri="http://127.0.0.1:1")
     tracker.log_metrics({"loss": 1.0}, 1)
-    before = time.monotonic()
     assert not tracker.flush(0.3)
-    assert time.monotonic() - before < 5
     assert tracker.close("KILLED", 0.1) == tmp_path / "run" / UNSENT

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ import pytest
 import yaml
 
 from tests.commands import clean_environment, maml
+from tests.waiting import wait_for
 
 pytestmark = pytest.mark.long
-
-PATIENCE = 150.0
 
 
 @pytest.fixture
@@ -53,13 +51,11 @@ def start(folder: Path) -> subprocess.Popen[str]:
 
 
 def wait_until_the_second_trial_is_under_way(folder: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
+    def under_way() -> bool:
         trials = sorted((folder / "trials").glob("*"))
-        if len(trials) == 2 and list((trials[1] / "checkpoints").glob("iteration-*20.json")):
-            return
-        time.sleep(0.1)
-    raise AssertionError("the second trial has not begun")
+        return len(trials) == 2 and any((trials[1] / "checkpoints").glob("iteration-*20.json"))
+
+    wait_for(under_way)
 
 
 def updates(trial: Path) -> list[str]:

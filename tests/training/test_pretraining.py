@@ -277,6 +277,20 @@ def test_a_worker_that_always_dies_ends_the_run(
         train(experiment_of({**pooled, "task": failing}, cluster={"workers": 1}), tmp_path / "run")
 
 
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("threads", "expected"), [(3, "3"), (None, "1")])
+def test_workers_of_ray_train_have_the_threads_that_were_asked_for(
+    threads: int | None, expected: str, pooled: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """By default one per CPU of a worker, which has half of one."""
+    task = {"kind": "tests.helpers:ThreadsSinusoid", "shots": 5, "queries": 5}
+    settings = {**pooled, "task": {**task, "seen": str(tmp_path / "threads")}}
+    sections = {"cluster": {"workers": 1}, "compute": {"threads": threads}}
+    train(experiment_of(settings, **sections), tmp_path / "run")
+    assert (tmp_path / "threads").read_text() == expected
+
+
 def test_workers_that_do_not_fit_are_refused(
     pooled: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:

@@ -1,0 +1,46 @@
+"""What a person sees of a run while it trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.cli.console import ConsoleWatcher
+from pipeline.training.loop import train
+from tests.conftest import experiment_of
+
+
+def last_line(settings: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """The line of the last iteration."""
+    experiment = experiment_of(settings, outer={"iterations": 2})
+    train(experiment, folder / "run", watcher=ConsoleWatcher())
+    lines = capsys.readouterr().out.splitlines()
+    return next(line for line in lines if line.startswith("iteration 2/2"))
+
+
+def test_losses_of_supervised_tasks(
+    quick: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = last_line(quick, tmp_path, capsys)
+    assert "query loss" in line
+    assert "support loss" in line
+    assert "return" not in line
+
+
+def test_returns_of_policies(
+    moving: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = last_line(moving, tmp_path, capsys)
+    assert "  return -" in line
+    assert "  return after adaptation -" in line
+    assert "loss" not in line
+
+
+def test_a_policy_that_does_not_adapt_has_one_return(
+    moving: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = last_line({**moving, "inner": {"lr": 0.1, "steps": 0}}, tmp_path, capsys)
+    assert "  return -" in line
+    assert "after adaptation" not in line
