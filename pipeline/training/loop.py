@@ -17,6 +17,7 @@ from pathlib import Path
 
 from pipeline.cluster.rounds import Total
 from pipeline.config.experiment import Experiment
+from pipeline.config.loading import absolute_path
 from pipeline.evaluation.health import diagnosis_jobs, health, theta_ran_away, warnings_of
 from pipeline.evaluation.meta_test import Curve, EvaluationSpec, adaptation_curve_of, meta_test
 from pipeline.training.aggregation import Aggregate, aggregate
@@ -31,7 +32,7 @@ from pipeline.worker.jobs import GradientJob
 
 def train(
     experiment: Experiment,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     resume: bool = False,
     watcher: Watcher | None = None,
@@ -53,7 +54,7 @@ def train(
     wrong with the settings, the folder, the data or the tracking store.
     """
     check_pretraining(experiment)
-    with open_session(experiment, run_dir, resume, watcher or Watcher()) as session:
+    with open_session(experiment, absolute_path(run_dir), resume, watcher or Watcher()) as session:
         if experiment.pretraining is None:
             meta_train(session, should_stop)
         else:
