@@ -42,7 +42,7 @@ _KINDS = {
     },
 }
 POLICIES = {"continuous": "gaussian-policy", "discrete": "categorical-policy"}
-"""The built-in policy for reinforcement learning tasks, by the kind of their actions."""
+"""The built-in model for reinforcement learning tasks, by the kind of their actions."""
 # Parameters that the pipeline fills in, so that they are no settings.
 _SUPPLIED = {"self", "data_root", "input_shape", "output_size"}
 

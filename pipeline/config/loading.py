@@ -188,15 +188,20 @@ def from_dict(data: dict[str, Any], source: str = "the configuration") -> Experi
         raise ConfigError(source, readable(error.errors())) from None
 
 
+def absolute_path(path: str | Path) -> Path:
+    """A path as a person gives it, with `~` and from the current folder, made absolute."""
+    return Path(path).expanduser().absolute()
+
+
 def runs_folder() -> Path:
     """The absolute folder of runs that name no `run_dir`."""
-    return Path(os.environ.get(RUNS) or "runs").expanduser().absolute()
+    return absolute_path(os.environ.get(RUNS) or "runs")
 
 
 def new_run_dir(experiment: Experiment) -> Path:
     """The absolute folder of a new run: `run_dir`, else one that does not exist yet."""
     if experiment.run_dir is not None:
-        return Path(experiment.run_dir).expanduser().absolute()
+        return absolute_path(experiment.run_dir)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder = runs_folder() / f"{experiment.name}-{stamp}"
     attempt = 2

@@ -41,13 +41,17 @@ _REPTILE = (
     Rule(
         "outer.query_losses",
         lambda e: e.outer.query_losses != "last",
-        "reptile looks at no query loss",
+        "reptile uses no query losses",
     ),
 )
 _PRETRAINING = (
-    Rule("algorithm", lambda e: e.algorithm != "maml", "pretraining has none of the family"),
+    Rule(
+        "algorithm",
+        lambda e: e.algorithm != "maml",
+        "pretraining does not meta-learn",
+    ),
     Rule("inner.rates", lambda e: e.inner.rates != "fixed", "pretraining learns no inner rates"),
-    Rule("inner.per_step", lambda e: e.inner.per_step, "pretraining knows no steps"),
+    Rule("inner.per_step", lambda e: e.inner.per_step, "pretraining has no inner steps"),
     Rule("diagnostics.every", lambda e: e.diagnostics.every, "pretraining has no meta-gradient"),
     Rule(
         "search",
@@ -65,7 +69,7 @@ _REINFORCEMENT = (
     Rule(
         "outer.query_losses",
         lambda e: e.outer.query_losses != "last",
-        "trajectories of the query come from the last step alone",
+        "query trajectories are collected after the last step alone",
     ),
     Rule(
         "inner.batch_size",
@@ -86,7 +90,8 @@ _REINFORCEMENT = (
     Rule(
         "inner.per_step",
         lambda e: e.inner.per_step,
-        "trajectories would not be those of the policy that a step looks at",
+        "is for supervised tasks: the policy that collects a step's trajectories would have other "
+        "values for the step than the one whose loss is taken",
     ),
     Rule(
         "inner.rates",

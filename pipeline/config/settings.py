@@ -73,7 +73,7 @@ class Inner(Section):
         "learning: one policy for all tasks",
     )
     later_lr_factor: float = Field(
-        1.0, gt=0, description="on the rate of steps at test beyond those of meta-training"
+        1.0, gt=0, description="factor on the inner rate of steps at test beyond inner.steps"
     )
     order: Literal["second", "first", "annealed"] = Field(
         "second", description="first: inner gradients are constants of the meta-gradient (FOMAML)"
@@ -98,8 +98,10 @@ class Inner(Section):
         "fixed", description="learned rates start at inner.lr"
     )
     optimizer: Literal["sgd", "momentum", "adam"] = "sgd"
-    momentum: float = Field(0.9, ge=0, lt=1, description="of momentum")
-    beta1: float = Field(0.9, ge=0, lt=1, description="of adam")
+    momentum: float = Field(
+        0.9, ge=0, lt=1, description="momentum: coefficient of the previous update"
+    )
+    beta1: float = Field(0.9, ge=0, lt=1, description="adam: decay of the first moment")
     batch_size: int | None = Field(
         None, ge=1, description="support examples per step, in turns; null: all"
     )
@@ -130,7 +132,7 @@ class Outer(Section):
         description="tasks that a worker adapts at once; null: from the meta-batch and the model",
     )
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
-    momentum: float = Field(0.0, ge=0, lt=1, description="of sgd")
+    momentum: float = Field(0.0, ge=0, lt=1, description="sgd: coefficient of the previous update")
     weight_decay: float = Field(0.0, ge=0)
     scheduler: str | None = Field(
         None, description="a class of torch.optim.lr_scheduler, stepped once per iteration"
@@ -215,8 +217,9 @@ class Reinforcement(Section):
 
     estimator: Literal["naive", "lvc", "dice"] = Field(
         "lvc",
-        description="what the meta-gradient knows of θ deciding what is sampled: nothing (as in "
-        "the original code), low variance curvature, or its whole second derivative (noisy)",
+        description="how the meta-gradient accounts for θ changing which trajectories are "
+        "sampled; naive: not at all (as in the original code); lvc: the part of low variance; "
+        "dice: exactly, with high variance",
     )
     discount: float = Field(0.99, gt=0, le=1, description="γ of rewards")
     gae_lambda: float = Field(1.0, ge=0, le=1, description="λ of generalised advantages")
@@ -235,11 +238,16 @@ class Reinforcement(Section):
     )
     damping: float = Field(1e-5, ge=0, description="trpo: added to the Fisher matrix's diagonal")
     backtrack: float = Field(0.8, gt=0, lt=1, description="trpo: a refused step is cut by this")
-    backtracks: int = Field(15, ge=1, description="trpo: so often at most; then θ stays")
-    clip: float = Field(0.3, gt=0, lt=1, description="promp: how far ratios count")
+    backtracks: int = Field(15, ge=1, description="trpo: at most so many cuts; after that θ stays")
+    clip: float = Field(
+        0.3, gt=0, lt=1, description="promp: probability ratios count within [1 - clip, 1 + clip]"
+    )
     outer_steps: int = Field(5, ge=1, description="promp: updates on the same trajectories")
     inner_kl: float = Field(
-        5e-4, ge=0, description="promp: weight of how far θ moves from the policies that acted"
+        5e-4,
+        ge=0,
+        description="promp: weight of the KL from the policies that collected the support "
+        "trajectories",
     )
 
     rules = tuple(_only_of(update, name) for update, names in _OF_UPDATE.items() for name in names)
@@ -254,7 +262,10 @@ class Compute(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["float32", "float64"] = "float32"
     threads: int | None = Field(
-        None, ge=1, description="per chunk; null: all cores in process, one per CPU of an actor"
+        None,
+        ge=1,
+        description="per chunk; null: in process the CPUs that this process may use, in an actor "
+        "cluster.cpus_per_worker",
     )
 
 
@@ -336,8 +347,8 @@ class Pretraining(Section):
     part_size: int = Field(
         64,
         ge=1,
-        description="of these, what is computed at once: what batch normalisation sees together, "
-        "and the unit of distribution",
+        description="examples (multi-task: tasks) per forward pass: batch normalisation sees one "
+        "part at a time, and workers share out parts",
     )
     report_every: int = Field(
         100, ge=1, description="iterations between records, which are also checkpoints"

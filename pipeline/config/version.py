@@ -11,8 +11,8 @@ _PYPROJECT = Path(__file__).resolve().parents[2] / "pyproject.toml"
 
 
 def _version() -> str:
-    """What is installed says it, else the checkout; 'unknown' for packages without either, as a
-    job of a cluster has them."""
+    """The version of the installed distribution, else the one in the checkout's pyproject.toml;
+    'unknown' in a job's working directory, which has neither."""
     try:
         return importlib.metadata.version(DISTRIBUTION)
     except importlib.metadata.PackageNotFoundError:

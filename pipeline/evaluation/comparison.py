@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipeline.cluster.group import InProcess
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import ConfigError, load_run
+from pipeline.config.loading import ConfigError, absolute_path, load_run
 from pipeline.evaluation.meta_test import Curve, EvaluationSpec, check_tasks, curve_of, task_by_task
 from pipeline.maml.confidence import mean_and_ci95
 from pipeline.maml.flat_vector import Params, flat_vector
@@ -58,7 +58,7 @@ class PairedComparison:
 
 
 def compare_runs(
-    run_dirs: Sequence[Path],
+    run_dirs: Sequence[str | Path],
     *,
     split: str = "test",
     num_tasks: int | None = None,
@@ -80,8 +80,9 @@ def compare_runs(
     a folder holds no run or the tasks of the runs differ, CheckpointError if parameters cannot be
     read, ValueError or StoreError if such tasks cannot be sampled.
     """
-    experiments = [load_run(run_dir, overrides) for run_dir in run_dirs]
-    names = _names(run_dirs, experiments)
+    folders = [absolute_path(run_dir) for run_dir in run_dirs]
+    experiments = [load_run(folder, overrides) for folder in folders]
+    names = _names(folders, experiments)
     _refuse_other_tasks(names, experiments)
     variants = [
         variant
@@ -95,8 +96,8 @@ def compare_runs(
     count = num_tasks or min(e.evaluation.tasks for e in experiments)
     specs = [EvaluationSpec(split, count, report, variant) for variant in variants]
     thetas = [
-        parameters_of(experiment, run_dir, checkpoint)
-        for experiment, run_dir in zip(experiments, run_dirs, strict=True)
+        parameters_of(experiment, folder, checkpoint)
+        for experiment, folder in zip(experiments, folders, strict=True)
     ]
     for experiment in experiments:
         check_tasks(experiment, (split,))
@@ -155,13 +156,13 @@ def _p_value(mean: float, standard_error: float) -> float:
     return 2 * float(stats.norm.sf(abs(mean) / standard_error))
 
 
-def _names(run_dirs: Sequence[Path], experiments: Sequence[Experiment]) -> list[str]:
+def _names(folders: Sequence[Path], experiments: Sequence[Experiment]) -> list[str]:
     """The names of the experiments if they are all different, else those of the folders."""
     names = [experiment.name for experiment in experiments]
     if len(set(names)) == len(names):
         return names
-    folders = [run_dir.absolute().name for run_dir in run_dirs]
-    return folders if len(set(folders)) == len(folders) else [str(path) for path in run_dirs]
+    last = [folder.name for folder in folders]
+    return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
 
 
 def _refuse_other_tasks(names: Sequence[str], experiments: Sequence[Experiment]) -> None:

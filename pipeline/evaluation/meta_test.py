@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from pipeline.cluster.group import InProcess, WorkerGroup
 from pipeline.config.experiment import Experiment
+from pipeline.config.loading import absolute_path
 from pipeline.maml.confidence import interval, mean_and_ci95
 from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.runs.files import write_atomically
@@ -178,7 +179,7 @@ def meta_test(
 
 def evaluate_run(
     experiment: Experiment,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     split: str = "test",
     num_tasks: int | None = None,
@@ -198,7 +199,7 @@ def evaluate_run(
     CheckpointError if the parameters cannot be read or do not fit the model, ValueError or
     StoreError if such tasks cannot be sampled.
     """
-    theta = parameters_of(experiment, run_dir, checkpoint)
+    theta = parameters_of(experiment, absolute_path(run_dir), checkpoint)
     check_tasks(experiment, (split,))
     with InProcess(experiment, compile=False, warm_up=False) as workers:
         return meta_test(

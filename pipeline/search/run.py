@@ -23,7 +23,7 @@ from typing import Literal
 
 from pipeline.cluster.connection import connect, refuse_or_wait
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import ConfigError, load
+from pipeline.config.loading import ConfigError, absolute_path, load
 from pipeline.config.search import Search
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.runs.files import write_atomically
@@ -83,7 +83,7 @@ class SearchResult:
 
 def run_search(
     experiment: Experiment,
-    folder: Path,
+    folder: str | Path,
     *,
     resume: bool = False,
     watcher: SearchWatcher | None = None,
@@ -103,7 +103,7 @@ def run_search(
     ValueError, RunFolderError, StoreError or TrackingError for what is wrong with the space, the
     folder, the data or the tracking store.
     """
-    watcher = watcher or SearchWatcher()
+    watcher, folder = watcher or SearchWatcher(), absolute_path(folder)
     experiment = with_absolute_data(experiment)
     search, possible = search_of(experiment), possible_experiments(experiment)
     _check_tasks(possible)

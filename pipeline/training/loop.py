@@ -19,6 +19,7 @@ from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.group import InProcess, WorkerGroup
 from pipeline.cluster.rounds import Total
 from pipeline.config.experiment import Experiment
+from pipeline.config.loading import absolute_path
 from pipeline.evaluation.health import theta_diverged
 from pipeline.evaluation.meta_test import Curve, meta_test
 from pipeline.training.aggregation import Aggregate, aggregate
@@ -34,7 +35,7 @@ from pipeline.worker.jobs import GradientJob
 
 def train(
     experiment: Experiment,
-    run_dir: Path,
+    run_dir: str | Path,
     *,
     resume: bool = False,
     watcher: Watcher | None = None,
@@ -56,7 +57,8 @@ def train(
     wrong with the settings, the folder, the data or the tracking store.
     """
     method = method_of(experiment)
-    with open_session(experiment, run_dir, method, resume, watcher or Watcher()) as session:
+    folder = absolute_path(run_dir)
+    with open_session(experiment, folder, method, resume, watcher or Watcher()) as session:
         method.run(session, should_stop)
         session.watcher.testing(session.experiment)
         curves = meta_test(

@@ -275,7 +275,7 @@ def test_every_broken_rule_is_an_error_of_its_own() -> None:
     assert caught.value.errors == [
         "inner.order: reptile has no second order",
         "inner.rates: reptile has no gradient by which rates could be learned",
-        "outer.query_losses: reptile looks at no query loss",
+        "outer.query_losses: reptile uses no query losses",
         "outer.weight_decay: would pull the learned inner.rates to zero",
     ]
 

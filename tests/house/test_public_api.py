@@ -9,18 +9,14 @@ import pydoc
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 import pipeline
 from tests.places import ROOT
+from tests.readme import README, blocks
 
 NAMES = sorted(set(pipeline.__all__) - {"__version__"})
-
-
-def python_blocks(readme: Path) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", readme.read_text(), flags=re.S)
 
 
 def imported_names(code: str) -> set[str]:
@@ -36,7 +32,7 @@ def imported_names(code: str) -> set[str]:
 def test_the_table_is_what_is_promised() -> None:
     assert set(pipeline._HOMES) == set(pipeline.__all__)
     assert len(set(pipeline.__all__)) == len(pipeline.__all__)
-    assert set(pipeline.__all__) <= set(dir(pipeline))
+    assert dir(pipeline) == sorted(pipeline.__all__)
 
 
 def test_checkers_see_the_same_names() -> None:
@@ -52,19 +48,29 @@ def test_checkers_see_the_same_names() -> None:
     assert seen == pipeline._HOMES
 
 
+def test_tasks_that_readmes_import_from_are_promised() -> None:
+    trees = [ast.parse(code) for code in blocks("python")]
+    modules = {
+        node.module
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("tasks")
+    }
+    assert modules
+    for text in (pipeline.__doc__ or "", README.read_text()):
+        assert not [module for module in modules if f"`{module}`" not in text]
+
+
 def test_no_name_hides_a_wing() -> None:
     wings = {path.name for path in (ROOT / "pipeline").iterdir() if path.is_dir()}
     assert not wings & set(pipeline.__all__)
 
 
 def test_readmes_name_what_is_promised() -> None:
-    readmes = [path for depth in ("", "*/", "*/*/") for path in ROOT.glob(f"{depth}README.md")]
-    shown = {
-        name for path in readmes for code in python_blocks(path) for name in imported_names(code)
-    }
+    shown = {name for code in blocks("python") for name in imported_names(code)}
     assert shown
     assert shown <= set(pipeline.__all__)
-    text = (ROOT / "README.md").read_text()
+    text = README.read_text()
     assert not [name for name in NAMES if not re.search(rf"\b{name}\b", text)]
 
 

@@ -1,6 +1,10 @@
-"""The versions that pyproject.toml promises are those that CI tries."""
+"""pyproject.toml names what the code imports, in versions that CI installs."""
 
+import ast
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
@@ -10,11 +14,56 @@ from packaging.version import Version
 from tests.places import ROOT
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+NEEDED = PROJECT["dependencies"]
+EXTRAS = PROJECT["optional-dependencies"]
+USERS = {
+    "pipeline": (NEEDED, EXTRAS["search"]),
+    "tasks": (NEEDED, EXTRAS["mujoco"]),
+    "tests": (NEEDED, EXTRAS["dev"]),
+    "benchmarks": (NEEDED, EXTRAS["mujoco"], EXTRAS["bench"]),
+}
+"""Every folder of code, and the lists that it may import from."""
 PROMISED = [
     requirement
     for line in (*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"])
     if (requirement := Requirement(line)).specifier
 ]
+
+
+def imported(path: Path) -> set[str]:
+    """The packages that a file imports anywhere, without those of the language and of the house."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    neighbours = {other.stem for other in path.parent.glob("*.py")}
+    return found - set(sys.stdlib_module_names) - set(USERS) - neighbours
+
+
+@pytest.mark.parametrize("folder", USERS)
+def test_what_is_imported_is_named(folder: str) -> None:
+    """Not found by way of another package, which may do without it tomorrow."""
+    named = {canonicalize_name(Requirement(line).name) for part in USERS[folder] for line in part}
+    by_module = packages_distributions()
+    files = list((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        for module in imported(path):
+            distributions = {canonicalize_name(name) for name in by_module.get(module, [module])}
+            assert distributions & named, f"{path} imports {module}"
+
+
+def test_what_is_named_is_imported() -> None:
+    used = {
+        canonicalize_name(name)
+        for folder in ("pipeline", "tasks")
+        for path in (ROOT / folder).rglob("*.py")
+        for module in imported(path)
+        for name in packages_distributions().get(module, [module])
+    }
+    assert {canonicalize_name(Requirement(line).name) for line in NEEDED} <= used
 
 
 def pinned(name: str) -> dict[str, Version]:

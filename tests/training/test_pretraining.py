@@ -305,7 +305,7 @@ def test_workers_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"algorithm": "anil"}, "pretraining has none of the family"),
+        ({"algorithm": "anil"}, "pretraining does not meta-learn"),
         ({"inner": {"rates": "per-parameter"}}, "inner.rates: pretraining learns no"),
         ({"diagnostics": {"every": 1}}, "diagnostics.every: pretraining has no"),
         ({"pretraining": {"objective": "both"}}, "pretraining.objective"),

@@ -211,7 +211,7 @@ def test_a_policy_that_explodes_is_reported(moving: dict[str, Any], tmp_path: Pa
         ("outer.query_losses=all", "outer.query_losses"),
         ("diagnostics.every=5", "diagnostics.every"),
         ("inner.order=annealed", "inner.order: annealed is for supervised tasks"),
-        ("inner.per_step=normalisation", "inner.per_step: trajectories would not be"),
+        ("inner.per_step=normalisation", "inner.per_step: is for supervised tasks"),
         ("inner.recompute=true", "inner.recompute: is for supervised tasks"),
         ("outer.lr=0.01", "outer.lr: reinforcement.update=trpo has its own way to move"),
         ("outer.clip_norm=1", "outer.clip_norm: reinforcement.update=trpo has its own way"),
@@ -304,7 +304,7 @@ def test_supervised_tasks_take_at_least_one_step_and_no_policy_settings(
         from_dict({**quick, "reinforcement": {}})
     for kind in ("gaussian-policy", "categorical-policy"):
         with pytest.raises(
-            ConfigError, match=rf"model\.kind: {kind} is for reinforcement learning"
+            ConfigError, match=rf"model\.kind: {kind} is for reinforcement learning tasks"
         ):
             from_dict({**quick, "model": {"kind": kind}})
 
