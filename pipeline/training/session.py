@@ -89,7 +89,7 @@ class Method(Protocol):
         ...
 
     def start_workers(self, session: Session, placement: Placement) -> WorkerGroup:
-        """Start who computes chunks, and tell the watcher what one may not expect of it."""
+        """Start who computes chunks, and tell the watcher where that may surprise."""
         ...
 
     def run(self, session: Session, should_stop: Callable[[], bool]) -> None:

@@ -87,13 +87,13 @@ def jobs_of_update(settings: Reinforcement, iteration: int) -> list[tuple[ChunkJ
     """The jobs with which `policy_update` asks about the first chunk, and how often each; with a
     line search that accepts its first step. All are about some vector [D]. For measuring them."""
     first = Span(0, 1)
-    judged = CandidateJob(iteration, first)
+    evaluated = CandidateJob(iteration, first)
     if settings.update == "trpo":
-        return [(FisherJob(iteration, first), settings.cg_iterations), (judged, 1)]
+        return [(FisherJob(iteration, first), settings.cg_iterations), (evaluated, 1)]
     if settings.update == "promp":
         moved = CandidateJob(iteration, first, settings.inner_kl)
-        return [(moved, settings.outer_steps - 1), (judged, 1)]
-    return [(judged, 1)]
+        return [(moved, settings.outer_steps - 1), (evaluated, 1)]
+    return [(evaluated, 1)]
 
 
 def policy_update(
