@@ -282,7 +282,7 @@ def _draw_trajectories(
 ) -> Path:
     """Draw the trajectories' positions or, for tasks without a plane, their course over time."""
     path = folder / "trajectories.png"
-    title = f"{experiment.name}: acting in {'tasks' if split == 'train' else 'new tasks'}"
+    title = f"{experiment.name}: trajectories in {'tasks' if split == 'train' else 'new tasks'}"
     shown = f"{_SHOWN_TRAJECTORIES} trajectories each, to their ends"
     if paths := _paths(task, collected):
         plot_paths(path, paths, title, f"stars: goals of {split} tasks; {shown}")
