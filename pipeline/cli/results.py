@@ -135,7 +135,6 @@ def compare(
     out.print(f"plot  {typed(plot)}", markup=False, soft_wrap=True)
 
 
-# Long: every option of the command is a parameter with its help.
 @reporting_errors
 def analyze(
     run_dir: RunDir,

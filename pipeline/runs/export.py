@@ -49,7 +49,6 @@ class Exported(NamedTuple):
     """A shell command that asks the model when it is served at HOST:PORT."""
 
 
-# Long: two calls of MLflow with many arguments, between checks and what must be set and reset.
 def export_run(
     experiment: Experiment,
     run_dir: Path,
