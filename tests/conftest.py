@@ -14,9 +14,7 @@ from matplotlib.figure import Figure
 
 from tests.places import REAL_DATA
 
-# Read when Ray is imported or starts. The first is what Ray warns will be its default, and warnings
-# are errors here; with the second no test joins a cluster that runs on this machine.
-os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+# No test joins a Ray that runs on this machine already.
 os.environ["RAY_ADDRESS"] = "local"
 # As the pipeline does where it starts Ray: or workers get nothing beside three processes of tests.
 os.environ.setdefault("RAY_worker_niceness", "0")

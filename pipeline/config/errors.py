@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any, get_args
 
 from pipeline.config.experiment import Experiment
-from pipeline.config.settings import Section
+from pipeline.config.section import Section
 
 _TYPE = re.compile(r"int|(literal|tuple)\[.*\]")
 """Parts of an error's path that name a type: pydantic adds them for settings of several types."""

@@ -16,6 +16,7 @@ from pipeline.config.component_checks import component_faults, scheduler_faults
 from pipeline.config.components import ComponentError, build_task, check_settings, resolve
 from pipeline.config.rules import EXPERIMENT_RULES
 from pipeline.config.search import Search
+from pipeline.config.section import Section
 from pipeline.config.settings import (
     Checkpointing,
     Cluster,
@@ -28,7 +29,6 @@ from pipeline.config.settings import (
     Outer,
     Pretraining,
     Reinforcement,
-    Section,
     Tracking,
 )
 from pipeline.config.yaml_text import write

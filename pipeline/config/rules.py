@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.config.settings import Outer, Rule
+from pipeline.config.section import Rule
+from pipeline.config.settings import Outer
 
 _ANY = (
     Rule(

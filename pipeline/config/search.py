@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_serializer
 
-from pipeline.config.settings import Rule, Section
+from pipeline.config.section import Rule, Section
 
 
 class Domain(Section):

@@ -1,0 +1,43 @@
+"""The base of all sections of an experiment, and the rules that a section keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple, Self
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+
+class Rule(NamedTuple):
+    """A condition that makes a section wrong, and the message for it."""
+
+    where: str
+    """The path of the setting that the message names."""
+    when: Callable[[Any], object]
+    """Called with the section; a true value means that the section breaks the rule."""
+    why: str | Callable[[Any], str]
+    """The message, or a function that makes it from the section's values."""
+
+    def message(self, section: Any) -> str:
+        """The line for a section that breaks the rule: 'where: why'."""
+        return f"{self.where}: {self.why if isinstance(self.why, str) else self.why(section)}"
+
+
+class Section(BaseModel):
+    """Base of all sections: unknown keys are errors, values cannot be changed afterwards.
+
+    Once every field is right by itself, each of the section's `faults` is a line of one ValueError.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    rules: ClassVar[tuple[Rule, ...]] = ()
+
+    def faults(self) -> list[str]:
+        """What is wrong with the fields together, as 'path: why': a line for each broken rule."""
+        return [rule.message(self) for rule in self.rules if rule.when(self)]
+
+    @model_validator(mode="after")
+    def _has_no_faults(self) -> Self:
+        if faults := self.faults():
+            raise ValueError("\n".join(faults))
+        return self
