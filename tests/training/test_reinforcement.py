@@ -27,7 +27,7 @@ from pipeline.maml.flat_vector import flat_vector
 from pipeline.rl import rollouts
 from pipeline.rl.policy_loss import SurrogateEstimator
 from pipeline.search.space import possible_experiments
-from pipeline.search.trial import criterion
+from pipeline.search.trial import ranking_of
 from pipeline.training.endings import Diverged
 from pipeline.training.loop import train
 from pipeline.training.placement import decide_compile, decide_workers
@@ -332,7 +332,7 @@ def test_runs_are_compared_and_searched_by_their_returns(
     )
     names = ChunkComputer(experiment, compile=False).metric_names()
     assert experiment.search is not None
-    chosen = criterion(experiment.search, experiment, names)
+    chosen = ranking_of(experiment.search, experiment, names)
     assert (chosen.metric, chosen.mode) == ("return", "max")
 
 
