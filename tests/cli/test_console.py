@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 
 from pipeline.cli.console import ConsoleWatcher
-from pipeline.training.loop import train
+from pipeline.training.loop import MetaLearning, meta_train
+from pipeline.training.opening import open_session
 from tests.conftest import experiment_of
 
 
 def last_line(settings: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """The line of the last iteration."""
     experiment = experiment_of(settings, outer={"iterations": 2})
-    train(experiment, folder / "run", watcher=ConsoleWatcher())
+    watcher = ConsoleWatcher()
+    with open_session(experiment, folder / "run", MetaLearning(), False, watcher) as session:
+        meta_train(session)
     lines = capsys.readouterr().out.splitlines()
     return next(line for line in lines if line.startswith("iteration 2/2"))
 

@@ -25,7 +25,8 @@ EXIT_CODES = {
     "WorkersLost": 1,
     "WriteError": 2,
 }
-INTERNAL = {"ComponentError"}  # becomes part of a ConfigError
+# Part of a ConfigError; an actor's answer to the driver, which sends the vector again.
+INTERNAL = {"ComponentError", "StaleVector"}
 
 
 def errors() -> dict[str, type[Exception]]:

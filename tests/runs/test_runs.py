@@ -148,36 +148,36 @@ def test_trials_are_ranked_by_what_their_search_asks_for(tmp_path: Path) -> None
     assert search.trials[0].validation[:2] == ("loss", 9)
 
 
-@pytest.mark.parametrize(
-    ("tags", "best_first"),
-    [
-        ({"search.ranked_by": "return", "search.ranked_mode": "max"}, ["b", "c", "a"]),
-        ({"search.ranked_by": "return_step0", "search.ranked_mode": "max"}, ["a", "c", "b"]),
-        ({"search.ranked_by": "return", "search.ranked_mode": "min"}, ["a", "c", "b"]),
-        ({}, ["b", "c", "a"]),
-    ],
-)
-def test_trials_of_policies_are_ranked_by_their_returns(
-    tags: dict[str, str], best_first: list[str], tmp_path: Path
-) -> None:
-    """The larger return is the better one, also where the settings leave metric and mode out."""
+def test_trials_of_policies_are_ranked_by_their_returns(tmp_path: Path) -> None:
+    """The larger return is the better one, also where the record does not say so."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
-    params = {"name": "move", "search.metric": None, "search.mode": None}
-    parent = record(tmp_path / "sweep", uri, params=params, tags={"kind": "search", **tags})
-    for name, value in (("a", -30.0), ("b", -10.0), ("c", -20.0)):
-        values = {"validation/return_step1": value, "validation/return_step0": -40.0 - value}
-        settings = {"inner.steps": 1}
-        record(
-            tmp_path / name,
-            uri,
-            params=settings,
-            metrics={**values, "validation/loss_step1": value},
-            parent_run_id=parent,
-        )
-    (search,) = list_runs(uri)
-    assert [trial.name for trial in search.trials] == best_first
-    assert search.trials[0].validation is not None
-    assert search.trials[0].validation.metric == "return"
+    searches: dict[str, tuple[dict[str, str], list[str]]] = {
+        "tasks": ({"search.ranked_by": "return", "search.ranked_mode": "max"}, ["b", "c", "a"]),
+        "step": (
+            {"search.ranked_by": "return_step0", "search.ranked_mode": "max"},
+            ["a", "c", "b"],
+        ),
+        "mode": ({"search.ranked_by": "return", "search.ranked_mode": "min"}, ["a", "c", "b"]),
+        "unsaid": ({}, ["b", "c", "a"]),
+    }
+    for sweep, (tags, _) in searches.items():
+        params = {"name": "move", "search.metric": None, "search.mode": None}
+        parent = record(tmp_path / sweep, uri, params=params, tags={"kind": "search", **tags})
+        for name, value in (("a", -30.0), ("b", -10.0), ("c", -20.0)):
+            returns = {"validation/return_step1": value, "validation/return_step0": -40.0 - value}
+            record(
+                tmp_path / sweep / name,
+                uri,
+                params={"inner.steps": 1},
+                metrics={**returns, "validation/loss_step1": value},
+                parent_run_id=parent,
+            )
+    found = {search.name: search for search in list_runs(uri)}
+    for sweep, (_, best_first) in searches.items():
+        assert [trial.name for trial in found[sweep].trials] == best_first, sweep
+        shown = found[sweep].trials[0].validation
+        assert shown is not None
+        assert shown.metric == "return"
 
 
 def test_the_metric_that_chooses_a_checkpoint_is_the_one_shown(uri: str, tmp_path: Path) -> None:
