@@ -284,7 +284,7 @@ def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
     moving: dict[str, Any], update: str, inner: dict[str, Any]
 ) -> None:
     """By a Fisher product always, by promp for the second order."""
-    settings = {**moving, "model": {"kind": "tests.test_control:backward_only"}}
+    settings = {**moving, "model": {"kind": "tests.training.test_control:backward_only"}}
     experiment = experiment_of(settings, inner=inner, reinforcement={"update": update})
     computer = ChunkComputer(experiment, compile=False)
     if update == "trpo" or (update == "promp" and not inner):
