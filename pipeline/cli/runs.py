@@ -186,11 +186,11 @@ def _comparison_table(comparison: SideBySide) -> Table:
     if not comparison.settings:
         table.add_row("[dim]all settings are the same[/]")
     table.add_section()
-    for name, values in comparison.metrics.items():
-        if "oracle" in name and not any(value and value.mean for value in values):
+    for name, estimates in comparison.metrics.items():
+        if "oracle" in name and not any(value and value.mean for value in estimates):
             continue  # one that makes no mistake: the same zeros after every step
         label = _plain(name.replace("/", " ").replace("_step", ", step "))
-        table.add_row(label, *(_estimate(value, "accuracy" in name) for value in values))
+        table.add_row(label, *(_estimate(value, "accuracy" in name) for value in estimates))
     if not comparison.metrics:
         table.add_row("[dim]no validation or meta-test yet[/]")
     return table
