@@ -71,13 +71,7 @@ def open_session(
     """
     method.check(experiment)
     store = CheckpointStore.of_run(experiment, run_dir)
-    if start_from is not None:
-        state: TrainingState | None = first_state_from(start_from)
-    elif resume:
-        state = state_to_resume(store)
-    else:
-        refuse_to_overwrite(run_dir, store)
-        state = None
+    state = _state_at_start(store, run_dir, resume, start_from)
     experiment = with_absolute_data(experiment.changed(search=None))
     theta = _first_theta(experiment, run_dir, store)
     watcher.starting(experiment, run_dir)
@@ -113,6 +107,21 @@ def open_session(
                     f"MLflow could not be reached; what it missed is in {unsent} "
                     f"(maml resend {unsent})"
                 )
+
+
+def _state_at_start(
+    store: CheckpointStore, run_dir: Path, resume: bool, start_from: TrainingState | None
+) -> TrainingState | None:
+    """The state that a run begins with; None: that of a fresh model.
+
+    Raises RunFolderError, CheckpointError.
+    """
+    if start_from is not None:
+        return first_state_from(start_from)
+    if resume:
+        return state_to_resume(store)
+    refuse_to_overwrite(run_dir, store)
+    return None
 
 
 def _first_theta(experiment: Experiment, run_dir: Path, store: CheckpointStore) -> Params:
