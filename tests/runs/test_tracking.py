@@ -107,8 +107,7 @@ def test_many_records_arrive(store: str, tmp_path: Path) -> None:
 
 
 def test_logging_waits_for_nobody(tmp_path: Path) -> None:
-    """All is logged while the server has taken the first request and says nothing: it answers only
-    when the last record is in the queue."""
+    """All is logged while the server has taken the first request, and does not answer it."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         silent.settimeout(PATIENCE)
         tracker = start(tmp_path / "run", uri=f"http://127.0.0.1:{silent.getsockname()[1]}")
