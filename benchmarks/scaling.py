@@ -28,6 +28,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,17 +39,18 @@ from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
 from pipeline.cluster.actor import ChunkActor
-from pipeline.cluster.dispatch import _JOBS_AHEAD, RayWorkers
+from pipeline.cluster.dispatch import RayWorkers
+from pipeline.cluster.remote_worker import AHEAD
+from pipeline.cluster.roster import Roster
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load
 from pipeline.config.phases import Phase
-from pipeline.maml.flat_vector import FlatVector
+from pipeline.maml.flat_vector import flat_vector
 from pipeline.maml.meta_gradient import ChunkFunction, Knobs
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.training.loop import MetaLearning, meta_update
 from pipeline.training.session import Session, Watcher
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import ChunkResult, Job
 from pipeline.worker.learner import initial_parameters
 from tasks.base import TaskBatch
 
@@ -59,7 +61,7 @@ TASKS_PER_CHUNK = 4
 FILTERS = {"small": 64, "large": 426}  # conv4 with 112 thousand and 5 million parameters
 SECONDS = 6.0  # of measurement per row, and at least so many iterations
 ITERATIONS = 5
-TARGET = ("small", 0.2, 64, 0.9)
+TARGET = ("small", 0.2, 64, 0.75)
 
 
 class WaitingComputer(ChunkComputer):
@@ -100,11 +102,8 @@ class Process:
     def __init__(self, number: int, *arguments: Any):
         self._actors = [WaitingActor(*arguments) for _ in range(number)]
 
-    def ready(self, slot: int) -> tuple[int, list[str]]:
-        return self._actors[slot].ready()
-
-    def run(self, slot: int, theta: FlatVector, job: Job) -> ChunkResult:
-        return self._actors[slot].run(theta, job)
+    def call(self, slot: int, method: str, *arguments: Any) -> Any:
+        return getattr(self._actors[slot], method)(*arguments)
 
     def set_wait(self, seconds: float) -> None:
         for actor in self._actors:
@@ -115,8 +114,10 @@ class Slot:
     """One of the actors of a process, called as the handle of an actor of its own would be."""
 
     def __init__(self, process: Any, slot: int):
-        self.run = SimpleNamespace(remote=lambda *given: process.run.remote(slot, *given))
-        self.ready = SimpleNamespace(remote=lambda: process.ready.remote(slot))
+        self._process, self._slot = process, slot
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=partial(self._process.call.remote, self._slot, method))
 
 
 class WaitingWorkers(RayWorkers):
@@ -126,20 +127,18 @@ class WaitingWorkers(RayWorkers):
         import ray
 
         remote = ray.remote(Process).options(
-            num_cpus=per_process, max_concurrency=per_process * (_JOBS_AHEAD + 1)
+            num_cpus=per_process, max_concurrency=per_process * (AHEAD + 1)
         )
         self.processes = [
-            remote.remote(per_process, experiment, False, [])
-            for _ in range(-(-size // per_process))
+            remote.remote(per_process, f"process {number}", experiment, False, [])
+            for number in range(-(-size // per_process))
         ]
-        slots = [Slot(p, slot) for slot in range(per_process) for p in self.processes]
-        self._slots = iter(slots)
-        super().__init__(experiment, False, size, print)
-        while len(self.pids()) < size:
+        slots = iter([Slot(p, slot) for p in self.processes for slot in range(per_process)])
+        Roster._new_actor = lambda self, number: next(slots)  # the one thing that is simulated
+        theta = flat_vector(initial_parameters(experiment))
+        super().__init__(experiment, False, size, print, theta.size)
+        while len(self.pids()) < size or not all(w.attached for w in self._roster.workers.values()):
             self._wait()
-
-    def _new_actor(self) -> Any:
-        return next(self._slots)
 
     def set_wait(self, seconds: float) -> None:
         """Change the wait of all actors."""
@@ -210,7 +209,7 @@ def iterate(session: Session, seconds: float, at_least: int) -> list[float]:
 
 def measured(size: str, wait: float, session: Session) -> Row:
     """Measure the iterations of a session."""
-    actors = session.num_chunks
+    actors = session.cut.num_chunks
     meta_update(session)
     clock, processor, ray_processor = time.perf_counter(), time.process_time(), nodes_time()
     busy, total = machine_time()
@@ -290,7 +289,8 @@ def simulated_nodes(
 @contextlib.contextmanager
 def ready_actors(experiment: Experiment, number: int) -> Iterator[RayWorkers]:
     """Actors of this machine, once all of them are ready."""
-    workers = RayWorkers(experiment, False, number, print)
+    size = flat_vector(initial_parameters(experiment)).size
+    workers = RayWorkers(experiment, False, number, print, size)
     try:
         while len(workers.pids()) < number:
             workers._wait()

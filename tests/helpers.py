@@ -143,6 +143,17 @@ class DeadlySinusoid(Sinusoid):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CrashingSinusoid(Sinusoid):
+    """No process but the driver's can look at it."""
+
+    driver: int = 0
+
+    def __post_init__(self) -> None:
+        if os.getpid() != self.driver:
+            os._exit(9)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SpoiltOnceSinusoid(Sinusoid):
     """The first process that samples training task `at` fails at it, and no other one does."""
 

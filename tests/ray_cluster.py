@@ -93,6 +93,8 @@ class Cluster:
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": TOKEN,
+            # Or workers would get nothing beside the other processes of the tests.
+            "RAY_worker_niceness": "0",
             # A node that is gone is noticed after a second or two instead of fifteen; one that is
             # only slow, because the machine is busy, is left alone.
             "RAY_health_check_initial_delay_ms": "0",

@@ -11,7 +11,6 @@ from concurrent.futures import Future
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
 
 from pipeline.cluster.group import threads_per_chunk, warm_up_once
@@ -30,8 +29,8 @@ class Ready(NamedTuple):
     """A worker has built everything."""
 
     pid: int
-    attached: bool
-    """Whether it shares memory with the driver, and reads and writes vectors there."""
+    node: str
+    """Ray's id of the node that it is on."""
     warnings: list[str]
     """For the driver: what an actor writes to its log nobody reads."""
 
@@ -67,23 +66,26 @@ class ChunkActor:
         self._computer: ChunkComputer | None = None
         self._broadcast: SharedVectors | None = None
         self._results: SharedVectors | None = None
-        self._read: dict[int, tuple[InMemory, FlatVector]] = {}
-        """What was read from the broadcast last, by kind: θ, and the vector of a question."""
         self._work: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
         threading.Thread(target=self._compute, name="compute", daemon=True).start()
 
     def __repr__(self) -> str:
         return self._name
 
-    def ready(self, broadcast: Address | None, results: Address | None) -> Ready:
-        """Build and warm up everything; map the driver's memory where that is this machine's."""
+    def ready(self) -> Ready:
+        """Build and warm up everything."""
+        import ray
 
-        def work() -> Ready:
-            warnings = self._build()
-            self._broadcast = SharedVectors.attach(broadcast) if broadcast else None
-            self._results = SharedVectors.attach(results) if results else None
-            attached = self._broadcast is not None and self._results is not None
-            return Ready(os.getpid(), attached, warnings)
+        node = ray.get_runtime_context().get_node_id()
+        return self._computed(lambda: Ready(os.getpid(), node, self._build()))
+
+    def attach(self, memory: tuple[Address, Address]) -> bool:
+        """Map the memory of this node that θ is read from and the one that answers are put into;
+        whether that was possible."""
+
+        def work() -> bool:
+            self._broadcast, self._results = (SharedVectors.attach(each) for each in memory)
+            return self._broadcast is not None and self._results is not None
 
         return self._computed(work)
 
@@ -101,11 +103,13 @@ class ChunkActor:
             self._build()
             assert self._computer is not None
             try:
-                at, about = self._taken(0, theta), self._taken(1, vector)
+                at, about = self._taken(theta), self._taken(vector)
             except StaleVector:
                 return Reply(None, False)
             assert at is not None
             answer = self._computer.run(at, job, about)
+            if not self._still_there(theta) or not self._still_there(vector):
+                return Reply(None, False)  # computed at what was being overwritten
             if result is None or self._results is None or not self._results.takes(answer.gradient):
                 return Reply(answer, False)
             assert answer.gradient is not None
@@ -114,15 +118,19 @@ class ChunkActor:
 
         return self._computed(work)
 
-    def _taken(self, kind: int, given: FlatVector | InMemory | None) -> FlatVector | None:
-        """θ (kind 0) or the vector of a question (1), from wherever it is. Raises StaleVector."""
-        if given is None or isinstance(given, np.ndarray):
+    def _taken(self, given: FlatVector | InMemory | None) -> FlatVector | None:
+        """A vector from wherever it is. Raises StaleVector."""
+        if not isinstance(given, tuple):
             return given
-        if kind not in self._read or self._read[kind][0] != given:
-            if self._broadcast is None:
-                raise StaleVector("this process has just been restarted")
-            self._read[kind] = (given, self._broadcast.read(*given))
-        return self._read[kind][1]
+        if self._broadcast is None:
+            raise StaleVector("this process has just been restarted")
+        return self._broadcast.awaited(*given)
+
+    def _still_there(self, given: FlatVector | InMemory | None) -> bool:
+        """Whether a vector that was taken has not been overwritten meanwhile."""
+        if not isinstance(given, tuple):
+            return True
+        return self._broadcast is not None and self._broadcast.holds(*given)
 
     def _computed(self, work: Callable[[], _T]) -> _T:
         """What `work` returns or raises on the computing thread."""
@@ -158,7 +166,8 @@ class ChunkActor:
         logging.getLogger("pipeline").addHandler(warnings)
         try:
             computer = ChunkComputer(self._experiment, self._compile)
-            warm_up_once(computer, self._experiment, self._compile, warnings.lines.append)
+            # Whom it waits for nobody hears in time: the answer to `ready` comes afterwards.
+            warm_up_once(computer, self._experiment, self._compile, notice=lambda line: None)
         finally:
             logging.getLogger("pipeline").removeHandler(warnings)
         self._computer = computer

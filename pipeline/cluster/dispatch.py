@@ -22,14 +22,26 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from pipeline.cluster.connection import connect, lacking, refuse_or_wait, worker_bundle
+from pipeline.cluster.capacity import lacking, refuse_or_wait, worker_bundle
+from pipeline.cluster.connection import connect
 from pipeline.cluster.group import Notice, WorkersLost
-from pipeline.cluster.remote_worker import AHEAD, Broadcast, Call, RemoteWorker
-from pipeline.cluster.roster import Roster, in_words
-from pipeline.cluster.rounds import ChunkSum, JobList, Piece, Round, Total, block_size
+from pipeline.cluster.node_memory import NodeMemory
+from pipeline.cluster.relay import Kept
+from pipeline.cluster.remote_worker import AHEAD, Call, RemoteWorker
+from pipeline.cluster.roster import Roster
+from pipeline.cluster.rounds import ChunkSum, JobList, Piece, Round, Total, block_size, span_of
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
-from pipeline.worker.jobs import ChunkJob, GradientJob, Job, JobResult, described, units
+from pipeline.worker.jobs import (
+    ChunkJob,
+    Cut,
+    GradientJob,
+    Job,
+    JobResult,
+    described,
+    tasks_per_chunk,
+    units,
+)
 from pipeline.worker.tree import Span, blocks_of
 
 _TICK = 0.5  # seconds between looks at what is overdue
@@ -37,6 +49,7 @@ _SHORTEST_TIMEOUT = 30.0
 _FIRST_TIMEOUT = 600.0  # while nothing is known of how long a chunk takes
 _REPLACED_AFTER = 3  # timeouts without an answer
 _DEADLY = 3  # processes that a single chunk may end
+_SECOND_OPINION = 60.0  # seconds that a piece waits for another worker than the one that failed
 _MANY = 8  # calls under way, from which on answers are collected together
 
 
@@ -61,9 +74,13 @@ class RayWorkers:
         """Ready workers by the number of their calls; entries may be out of date."""
         self._second: deque[Call] = deque()
         """Calls that waited behind another one when they were made."""
+        per_batch = experiment.outer.tasks_per_batch
+        self._cut = Cut(per_batch, tasks_per_chunk(experiment, numbers))
         self._started_ray = connect(experiment, size)
-        self._roster = Roster(ray, experiment, compile, size, notice, numbers)
-        self._broadcast = Broadcast(ray, self._roster.shared)
+        self._roster = Roster(ray, experiment, compile, size, notice)
+        self._memory = NodeMemory(
+            ray, self._roster.workers, numbers, experiment.compute.dtype, notice
+        )
         try:
             refuse_or_wait(
                 experiment, lacking("a worker takes", [worker_bundle(experiment)]), notice
@@ -114,27 +131,49 @@ class RayWorkers:
 
     def close(self) -> None:
         self._roster.close()
+        self._memory.close()
         if self._started_ray:
             self._ray.shutdown()
 
     def _finish(self, round: Round, theta: FlatVector, vector: FlatVector | None) -> None:
-        self._broadcast.set(theta, vector)
+        self._memory.set(theta, vector)
+        self._line_up()
         replaced = self._roster.replaced
         while not round.done:
             self._assign(round)
+            self._memory.fetch_sums(round)
             for call, answer in self._wait():
-                if call.round is not round or call.piece is None:
-                    continue
-                if answer is not None:
-                    round.accept(call.piece, answer, call.worker.number)
-                elif round.needs(call.piece):
-                    round.waiting.extendleft(reversed(round.parts(call.piece)))
+                if call.round is round and call.piece is not None:
+                    self._take_in(round, call, call.piece, answer)
             if time.monotonic() - self._looked > _TICK:
                 self._looked = time.monotonic()
                 self._issue_overdue_again(round)
+                self._roster.look_for_leaving()
                 self._roster.tell_of_missing()
         if self._roster.replaced == replaced:
             self._roster.replaced = 0  # time-outs come back
+
+    def _line_up(self) -> None:
+        """Workers of a node stand together: they get neighbouring blocks, whose sum is one vector.
+        In every round it is the same order, so that who prepared for a block gets it."""
+        for free in self._free:
+            free.clear()
+        for worker in sorted(self._roster.workers.values(), key=lambda w: (w.node, w.number)):
+            self._note_free(worker)
+
+    def _take_in(self, round: Round, call: Call, piece: Piece, answer: JobResult | None) -> None:
+        if answer is None:
+            if call.relay is not None and call.relay is call.worker.relay:
+                self._memory.share_again(call.worker)
+            if round.needs(piece):
+                round.waiting.extendleft(reversed(round.parts(piece)))
+        elif answer.gradient is None and call.slot is not None and call.relay is not None:
+            assert isinstance(round, ChunkSum)
+            if round.note(piece, answer, call.worker.number):
+                kept = Kept(call.worker.memory, call.slot, call.number, span_of(piece))
+                call.relay.kept.append(kept)
+        else:
+            round.accept(piece, answer, call.worker.number)
 
     def _assign(self, round: Round) -> None:
         """Give pieces to the workers that have the fewest, while there are pieces."""
@@ -142,7 +181,7 @@ class RayWorkers:
             unsuited = []
             while free:
                 worker = free[0]
-                if worker.pid is None or len(worker.calls) != load:
+                if not self._roster.takes(worker) or len(worker.calls) != load:
                     free.popleft()  # out of date
                     continue
                 piece = self._next(round, worker)
@@ -154,7 +193,9 @@ class RayWorkers:
                     unsuited.append(free.popleft())  # for it alone there is nothing
                     continue
                 free.popleft()
-                ref, call = worker.ask(round, piece, self._broadcast, time.monotonic())
+                ref, call = worker.ask(
+                    round, piece, *self._memory.arguments(worker), time.monotonic()
+                )
                 self._calls[ref] = call
                 if load:
                     self._second.append(call)
@@ -174,8 +215,9 @@ class RayWorkers:
 
     def _suits(self, piece: Piece, worker: RemoteWorker) -> bool:
         """Not who failed at it while there are others; who has what it asks about, if anybody."""
-        if piece.refused_by == worker.number and len(self._roster.pids) > 1:
-            return False
+        if piece.refused_by == worker.number and len(self._roster.workers) > 1:
+            # Others may still be starting, but they may also never find room.
+            return time.monotonic() - piece.refused_at > _SECOND_OPINION
         holder = self._roster.workers.get(piece.held_by) if piece.held_by is not None else None
         return holder in (None, worker) or holder.pid is None
 
@@ -194,23 +236,27 @@ class RayWorkers:
         return None
 
     def _note_free(self, worker: RemoteWorker) -> None:
-        if worker.pid is not None and len(worker.calls) < AHEAD:
+        if self._roster.takes(worker) and len(worker.calls) < AHEAD:
             self._free[len(worker.calls)].append(worker)
 
     def _wait(self) -> list[tuple[Call, JobResult | None]]:
         """Calls of rounds that have ended, with the answer, or None where the piece was lost."""
         for worker in self._roster.to_ask():
-            ref, call = worker.ask_ready(self._roster.shared, time.monotonic())
+            ref, call = worker.ask_ready(time.monotonic())
             self._calls[ref] = call
-        if not self._calls:
+        refs = [*self._calls, *self._memory.errands]
+        if not refs:
             time.sleep(0.05)
             return []
-        done, rest = self._ray.wait(list(self._calls), num_returns=1, timeout=_TICK)
+        done, rest = self._ray.wait(refs, num_returns=1, timeout=_TICK)
         if len(rest) > _MANY:
             # Others may be there too; asking once for all is cheaper than asking for each.
             done += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
         settled = []
         for ref, reply in zip(done, self._fetched(done), strict=True):
+            if ref in self._memory.errands:
+                self._memory.errands.pop(ref)(reply)
+                continue
             if ref not in self._calls:
                 continue  # its worker was replaced
             call = self._calls.pop(ref)
@@ -221,6 +267,7 @@ class RayWorkers:
                 self._lost(call, reply, begun)
             elif call.round is None:
                 self._roster.ready(call.worker, reply)
+                self._memory.share(call.worker)
             else:
                 answer = call.worker.answer_of(call, reply)
             if answer is not None and call.piece is not None:
@@ -252,7 +299,7 @@ class RayWorkers:
         elif isinstance(error, errors.RayError):
             if begun and call.piece is not None and call.worker.pid is not None:
                 self._blame(call, error)
-            self._roster.lost(call.worker, error, call.started if call.piece is None else None)
+            self._roster.lost(call.worker, error)
         else:
             raise error
 
@@ -263,16 +310,17 @@ class RayWorkers:
         call.piece.deaths += 1
         if call.piece.deaths >= _DEADLY and len(call.round.parts(call.piece)) == 1:
             raise WorkersLost(
-                f"{described(call.piece.job)} ended {call.piece.deaths} processes in turn, and "
-                f"would end the next one, too; the last one: {in_words(error)}"
+                f"{described(call.piece.job, self._cut)} ended {call.piece.deaths} processes in "
+                "turn, and would end the next one, too; the last one: "
+                f"{self._roster.why_lost(call.worker, error)}"
             )
 
     def _failed(self, call: Call, cause: Exception) -> None:
         """An error of a computation is believed, and raised, when a second worker meets it."""
         if call.piece is None:
             self._roster.refused(call.worker, cause)
-        elif call.piece.refused_by is None and self.ready > 1:
-            call.piece.refused_by = call.worker.number
+        elif call.piece.refused_by is None and len(self._roster.workers) > 1:
+            call.piece.refused_by, call.piece.refused_at = call.worker.number, time.monotonic()
             why = f"{type(cause).__name__}: {cause}"
             self._notice(f"{call.worker} failed ({why}); another one tries the same")
         else:

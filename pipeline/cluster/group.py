@@ -18,6 +18,7 @@ from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.cpus import available_cpus
 from pipeline.worker.jobs import ChunkJob, Job, JobResult
+from pipeline.worker.program_cache import identity
 from pipeline.worker.tree import Span
 from tasks.errors import ReportedError
 
@@ -141,8 +142,6 @@ def warm_up_once(
     if not compile:
         computer.warm_up()
         return
-    # Everything that decides what is compiled; the rest says how long, where and for whom.
-    settings = experiment.model_dump_json(include={"task", "model", "inner", "outer", "compute"})
-    threads = str(torch.get_num_threads())
-    with first_to_compile(program_key(settings, torch.__version__, threads), notice):
+    program = program_key(identity(experiment), torch.__version__, str(torch.get_num_threads()))
+    with first_to_compile(program, notice):
         computer.warm_up()

@@ -6,18 +6,17 @@ import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from pipeline.cluster.actor import Ready, Reply
+from pipeline.cluster.relay import Relay
 from pipeline.cluster.rounds import Piece, Round
-from pipeline.cluster.shared_vectors import SharedVectors, StaleVector
-from pipeline.maml.flat_vector import FlatVector
+from pipeline.cluster.shared_vectors import SharedVectors, StaleVector, shared_vectors
 from pipeline.worker.jobs import JobResult
 
 AHEAD = 2
 """Calls that a worker has at once: it goes on with the second while the answer to the first
 travels."""
-_DIRECT_BYTES = 100_000  # a vector up to this size travels within the call
+SLOTS = AHEAD + 1
+"""Answers that the memory of a worker holds: those to its calls, and one that a relay keeps."""
 
 _numbers = itertools.count(1)
 
@@ -32,120 +31,115 @@ class Call:
     round: Round | None = None
     """None: the question whether the worker is ready."""
     piece: Piece | None = None
-    slot: int = 0
+    slot: int | None = None
+    """Where in memory the answer is to be put; None: it comes with its vector."""
+    relay: Relay | None = None
+    """In whose memory; None: in that of this process."""
     number: int = field(default_factory=lambda: next(_numbers))
     issued_again: bool = False
-
-
-class Broadcast:
-    """θ, and the vector that a question is about, on their way to the workers.
-
-    Workers of this machine read them from shared memory, others from Ray's object store; each is
-    written once per value, however many questions follow.
-    """
-
-    def __init__(self, ray: Any, shared: SharedVectors | None):
-        """`shared` has four slots of the size of θ: two for θ, two for the other vector."""
-        self._ray, self._shared = ray, shared
-        self._values: list[FlatVector | None] = [None, None]
-        self._written = [0, 0]
-        self._references: list[Any] = [None, None]
-
-    def set(self, theta: FlatVector, vector: FlatVector | None) -> None:
-        """What the next calls are to be computed at and about."""
-        for kind, value in enumerate((theta, vector)):
-            before = self._values[kind]
-            if value is None or (before is not None and np.array_equal(before, value)):
-                continue
-            # A copy, because θ is updated in place.
-            self._values[kind], self._references[kind] = value.copy(), None
-            self._written[kind] += 1
-            if self._shared is not None:
-                self._shared.write(self._slot(kind), self._written[kind], value)
-        self._about = vector is not None
-
-    def arguments(self, attached: bool) -> tuple[Any, Any]:
-        """θ and the vector as a worker is told of them."""
-        return self._one(0, attached), self._one(1, attached) if self._about else None
-
-    def _one(self, kind: int, attached: bool) -> Any:
-        if attached:
-            return self._slot(kind), self._written[kind]
-        if self._references[kind] is None:
-            value = self._values[kind]
-            assert value is not None
-            small = value.nbytes <= _DIRECT_BYTES
-            self._references[kind] = value if small else self._ray.put(value)
-        return self._references[kind]
-
-    def _slot(self, kind: int) -> int:
-        # In turns, so that who still reads the value before is not disturbed.
-        return 2 * kind + self._written[kind] % 2
 
 
 class RemoteWorker:
     """An actor, and the calls that it has."""
 
-    def __init__(self, number: int, handle: Any, vectors: SharedVectors | None):
-        """`vectors`: memory for the answers of this worker, a slot for each call it may have."""
-        self.number, self.handle = number, handle
+    def __init__(self, number: int, handle: Any):
+        self.number, self.handle, self.memory = number, handle, next(_numbers)
+        """`memory`: a number for its memory at a relay; unlike `number` no successor has it."""
         self.pid: int | None = None
         """None until it answered that it is ready."""
+        self.node = ""
+        """Ray's id of the node that it is on."""
         self.attached = False
-        """Whether it has mapped the memory of this process."""
+        """Whether it has mapped the memory of this process, or of its relay."""
+        self.relay: Relay | None = None
+        """Whose memory it has mapped; None: that of this process, or none."""
         self.ready_again = 0.0
         """When to ask a restarting worker next (time.monotonic)."""
-        self.failed_starts = 0
-        """How often its process ended before it was ready, in a row."""
+        self.restarts_when_ready = -1
+        """How often Ray had restarted it when it was ready last; -1 before it was."""
         self.calls: list[Call] = []
         """What it has been asked and not answered yet, in this order."""
-        self._vectors = vectors
+        self._vectors: SharedVectors | None = None
+        """Memory of this process for its answers, a slot for each call it may have."""
 
     def __str__(self) -> str:
         process = "" if self.pid is None else f" (process {self.pid})"
         return f"worker {self.number}{process}"
 
-    def ask_ready(self, broadcast: SharedVectors | None, now: float) -> tuple[Any, Call]:
+    def ask_ready(self, now: float) -> tuple[Any, Call]:
         """Ask whether it is ready; its first answer comes when everything is compiled."""
         call = Call(self, now)
-        addresses = [v.address if v is not None else None for v in (broadcast, self._vectors)]
         self.calls.append(call)
-        return self.handle.ready.remote(*addresses), call
+        return self.handle.ready.remote(), call
 
-    def ask(self, round: Round, piece: Piece, broadcast: Broadcast, now: float) -> tuple[Any, Call]:
-        """Give it a piece of a round."""
-        call = Call(self, now, round, piece, self._free_slot())
+    def share(self, relay: Relay | None, broadcast: SharedVectors | None) -> Any:
+        """Have it map the memory of its relay, or else of this process, whose `broadcast` has θ.
+
+        Returns the reference of whether it could; None where there is no memory to share.
+        """
+        if relay is not None:
+            return self.handle.attach.remote(relay.handle.open.remote(self.memory, SLOTS))
+        if broadcast is None:
+            return None
+        if self._vectors is None:
+            size, dtype = broadcast.address.size, broadcast.address.dtype
+            self._vectors = shared_vectors(AHEAD, size, dtype)
+        if self._vectors is None:
+            return None
+        return self.handle.attach.remote((broadcast.address, self._vectors.address))
+
+    def ask(
+        self, round: Round, piece: Piece, theta: Any, vector: Any, now: float
+    ) -> tuple[Any, Call]:
+        """Give it a piece of a round, and the other arguments of `ChunkActor.run`."""
+        call = Call(self, now, round, piece, self._free_slot(round), self.relay)
         self.calls.append(call)
-        theta, vector = broadcast.arguments(self.attached)
-        slot = (call.slot, call.number) if self.attached else None
-        return self.handle.run.remote(theta, vector, piece.job, slot), call
+        if self.relay is not None:
+            self.relay.under_way.add(call.number)
+            self.relay.full |= call.slot is None
+        place = None if call.slot is None else (call.slot, call.number)
+        return self.handle.run.remote(theta, vector, piece.job, place), call
 
     def answered(self, call: Call, now: float) -> None:
         """A call has ended; the next one begins."""
         self.calls.remove(call)
+        if call.relay is not None:
+            call.relay.under_way.discard(call.number)
         for following in self.calls[:1]:
             following.started = now
 
     def is_ready(self, ready: Ready) -> None:
         """Take in the answer to `ask_ready`."""
-        self.pid, self.attached, self.failed_starts = ready.pid, ready.attached, 0
+        self.pid, self.node = ready.pid, ready.node
+        self.attached, self.relay = False, None
 
     def answer_of(self, call: Call, reply: Reply) -> JobResult | None:
-        """The answer with its vector; None where what was asked about had gone meanwhile."""
+        """The answer with its vector, unless that is kept by a relay (see `kept`); None where what
+        was asked about, or the vector, has gone meanwhile."""
         if reply.answer is None or not reply.in_slot:
             return reply.answer
+        if call.relay is not None:
+            return reply.answer if call.relay is self.relay else None
         assert self._vectors is not None
+        assert call.slot is not None
         try:
             vector = self._vectors.read(call.slot, call.number)
         except StaleVector:
             return None
         return reply.answer.with_gradient(vector)
 
-    def _free_slot(self) -> int:
-        taken = {call.slot for call in self.calls if call.round is not None}
-        return next(slot for slot in range(AHEAD) if slot not in taken)
-
     def close(self) -> None:
-        """Let go of its memory."""
+        """Give back the memory of its answers."""
         if self._vectors is not None:
             self._vectors.close()
+
+    def _free_slot(self, round: Round) -> int | None:
+        """A slot that no call is to answer into, and nothing that is to be fetched lies in."""
+        if not self.attached or (self.relay is not None and not round.adds):
+            return None
+        taken = {call.slot for call in self.calls}
+        for slot in range(AHEAD if self.relay is None else SLOTS):
+            kept = self.relay is not None and self.relay.holds(self.memory, slot)
+            if slot not in taken and not kept:
+                return slot
+        return None

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from typing import Any
 
 from pipeline.cluster.actor import ChunkActor, Ready
-from pipeline.cluster.connection import has_room, waiting_for_room, worker_bundle
+from pipeline.cluster.capacity import (
+    actor_options,
+    has_room,
+    waiting_for_room,
+    worker_bundle,
+)
+from pipeline.cluster.connection import cluster_address
 from pipeline.cluster.group import Notice, WorkersLost
+from pipeline.cluster.ray_state import exit_of, leaving_nodes, restarts_of
 from pipeline.cluster.remote_worker import AHEAD, RemoteWorker
-from pipeline.cluster.shared_vectors import SharedVectors
 from pipeline.config.experiment import Experiment
 
 _AGAIN = 0.5  # seconds until a lost worker is asked whether it has come back
@@ -18,7 +25,6 @@ _QUIET = 20.0  # seconds without a worker at the start until somebody is told
 _MINUTE = 60.0  # seconds between notices that workers are missing
 _PATIENCE = 1200.0  # seconds without any worker: its successor may wait to compile, then compile
 _STARTS = 3  # processes of a worker that may end in a row before they are ready
-_AT_ONCE = 1.0  # seconds; what ends sooner is Ray that has no process yet, not one that ended
 
 
 class Roster:
@@ -31,16 +37,15 @@ class Roster:
         compile: bool,
         size: int,
         notice: Notice,
-        numbers: int,
     ):
-        """Starts nobody yet. `numbers`: the size of θ."""
+        """Starts nobody yet."""
         self.size, self.replaced = size, 0
         """`replaced`: workers since the last round that needed none."""
         self.workers: dict[int, RemoteWorker] = {}
-        self.shared = shared_vectors(4, numbers, experiment.compute.dtype)
-        """θ and another vector, twice each, for the workers of this machine."""
         self._ray, self._experiment, self._compile = ray, experiment, compile
-        self._notice, self._numbers = notice, numbers
+        self._notice = notice
+        self._leaving: set[RemoteWorker] = set()
+        """Workers on nodes that are about to be taken away."""
         self._away: set[RemoteWorker] = set()
         """Workers that are not ready."""
         self._cause = ""
@@ -76,21 +81,19 @@ class Roster:
     def ready(self, worker: RemoteWorker, ready: Ready) -> None:
         """A worker has built everything."""
         worker.is_ready(ready)
+        worker.restarts_when_ready = restarts_of(worker.handle)
         self._away.discard(worker)
         self._lost_since = None
         for line in set(ready.warnings) - self._warned:
             self._warned.add(line)
             self._notice(line)
 
-    def lost(
-        self, worker: RemoteWorker, error: BaseException, starting_since: float | None
-    ) -> None:
-        """A worker's process ended, or cannot be reached. `starting_since`: when it was asked
-        whether it is ready (time.monotonic), if that was the question.
+    def lost(self, worker: RemoteWorker, error: BaseException) -> None:
+        """A worker's process ended, or cannot be reached.
 
         Raises WorkersLost if it was the last one that could be started.
         """
-        why = in_words(error)
+        why = self.why_lost(worker, error)
         self._cause = f"; the last one that was lost: {why}"
         if worker.pid is not None:
             left = len(self.pids) - 1
@@ -98,13 +101,16 @@ class Roster:
                 f"{worker} was lost ({why}); its chunks are computed elsewhere, {left} of "
                 f"{self.size} workers go on"
             )
-        elif starting_since is not None and time.monotonic() - starting_since > _AT_ONCE:
-            worker.failed_starts += 1
         self._gone(worker, time.monotonic() + _AGAIN)
-        if isinstance(error, self._ray.exceptions.ActorDiedError) or (
-            worker.failed_starts >= _STARTS
-        ):
+        died = isinstance(error, self._ray.exceptions.ActorDiedError)
+        # One restart is that of the process that was lost.
+        if died or restarts_of(worker.handle) - worker.restarts_when_ready > _STARTS:
             self._give_up(worker, why)
+
+    def why_lost(self, worker: RemoteWorker, error: BaseException) -> str:
+        """Why a worker's process ended, in words."""
+        known = "" if worker.pid is None else exit_of(worker.pid, worker.node)
+        return known or in_words(error)
 
     def refused(self, worker: RemoteWorker, cause: Exception) -> None:
         """A worker could not be built; believed, and raised, when a second one says so, too."""
@@ -124,6 +130,24 @@ class Roster:
         self.replaced += 1
         self._start(worker.number)
 
+    def takes(self, worker: RemoteWorker) -> bool:
+        """Whether a worker may be given work."""
+        return worker.pid is not None and worker not in self._leaving
+
+    def look_for_leaving(self) -> None:
+        """See which nodes are about to be taken away: their workers finish what they have, and get
+        no more, unless there are no others."""
+        if cluster_address(self._experiment) is None:
+            return
+        nodes = leaving_nodes()
+        ready = [worker for worker in self.workers.values() if worker.pid is not None]
+        leaving = {worker for worker in ready if worker.node in nodes}
+        if len(leaving) == len(ready):
+            leaving = set()
+        for worker in leaving - self._leaving:
+            self._notice(f"the node of {worker} is about to be taken away: it gets no more work")
+        self._leaving = leaving
+
     def tell_of_missing(self) -> None:
         """Say once a minute how many of the workers are there, while some are not."""
         ready, now = len(self.pids), time.monotonic()
@@ -139,7 +163,11 @@ class Roster:
         self._told = now
         workers = "the worker" if self.size == 1 else f"the first of {self.size} workers"
         if self._had_room:
-            work = "import torch and compile" if self._compile else "import torch"
+            work = (
+                "import torch and compile, or wait until another one has compiled the same"
+                if self._compile
+                else "import torch"
+            )
             self._notice(
                 f"{workers} is starting, for {now - began:.0f} s now: processes {work}{self._cause}"
             )
@@ -152,23 +180,23 @@ class Roster:
         for worker in self.workers.values():
             self._ray.kill(worker.handle)
             worker.close()
-        if self.shared is not None:
-            self.shared.close()
 
     def _start(self, number: int) -> None:
-        """A new actor with memory of its own: its predecessor may still write into the old."""
-        cluster, name = self._experiment.cluster, f"{self._experiment.name} worker {number}"
+        """A new actor; with new memory: its predecessor may still write into the old."""
+        self.workers[number] = RemoteWorker(number, self._new_actor(number))
+        self._gone(self.workers[number], 0.0)
+
+    def _new_actor(self, number: int) -> Any:
+        name = f"{self._experiment.name} worker {number}"
         actor = self._ray.remote(ChunkActor).options(
-            num_cpus=cluster.cpus_per_worker,
-            num_gpus=cluster.gpus_per_worker,
+            # Two runs of a cluster, and a worker and its successor, have different names.
+            name=f"{name} ({secrets.token_hex(3)})",
             max_restarts=-1,
             max_concurrency=AHEAD + 1,
+            **actor_options(self._experiment),
         )
         # Small plain arguments: a restart must not need an object that may be gone.
-        handle = actor.remote(name, self._experiment, self._compile, [os.getcwd()])
-        vectors = shared_vectors(AHEAD, self._numbers, self._experiment.compute.dtype)
-        self.workers[number] = RemoteWorker(number, handle, vectors)
-        self._gone(self.workers[number], 0.0)
+        return actor.remote(name, self._experiment, self._compile, [os.getcwd()])
 
     def _gone(self, worker: RemoteWorker, ready_again: float) -> None:
         worker.pid, worker.ready_again = None, ready_again
@@ -187,14 +215,6 @@ class Roster:
             raise WorkersLost(f"no worker is left, and none can be started: {why}")
         left = f"{len(self.workers)} of {self.size} go on"
         self._notice(f"worker {worker.number} is given up ({why}); {left}")
-
-
-def shared_vectors(slots: int, size: int, dtype: str) -> SharedVectors | None:
-    """Memory that workers of this machine can map; None where the system has none of the kind."""
-    try:
-        return SharedVectors.create(slots, size, dtype)
-    except (OSError, AttributeError):  # no memory left; no Linux
-        return None
 
 
 def in_words(error: BaseException) -> str:

@@ -31,6 +31,8 @@ class Piece:
     """Processes that ended while they computed it, or a larger piece that it was part of."""
     refused_by: int | None = None
     """Number of the worker whose computation raised an error."""
+    refused_at: float = 0.0
+    """When (time.monotonic)."""
     held_by: int | None = None
     """Number of the worker that has kept what the job asks about; others have to make it again."""
 
@@ -56,10 +58,17 @@ class Round(Protocol):
 
     waiting: deque[Piece]
     """Pieces that nobody works on, the next one first."""
+    adds: bool
+    """Whether the answers are added up."""
 
     @property
     def done(self) -> bool:
-        """Whether everything has been answered."""
+        """Whether everything has been answered, and is here."""
+        ...
+
+    @property
+    def covered(self) -> bool:
+        """Whether everything has been answered; vectors may still be elsewhere."""
         ...
 
     def needs(self, piece: Piece) -> bool:
@@ -78,6 +87,8 @@ class Round(Protocol):
 class JobList:
     """Separate jobs."""
 
+    adds = False
+
     def __init__(self, jobs: Sequence[Job]):
         self._jobs = list(jobs)
         self._answers: dict[int, JobResult] = {}
@@ -87,6 +98,8 @@ class JobList:
     @property
     def done(self) -> bool:
         return len(self._answers) == len(self._jobs)
+
+    covered = done
 
     def needs(self, piece: Piece) -> bool:
         return id(piece.job) not in self._answers
@@ -105,6 +118,8 @@ class JobList:
 class ChunkSum:
     """One question to all chunks of a meta-batch; a piece is a block of them."""
 
+    adds = True
+
     def __init__(
         self,
         ask: Callable[[Span], ChunkJob],
@@ -113,8 +128,10 @@ class ChunkSum:
     ):
         """`blocks`: nodes of the tree that together are all chunks, each with the number of the
         worker that holds what is asked about, or None."""
-        self._ask, self._num_chunks = ask, num_chunks
+        self._ask, self.num_chunks = ask, num_chunks
         self._tree = TreeSum(num_chunks)
+        self._there = np.zeros(num_chunks, bool)
+        """Chunks that have been answered, whether or not their vector is here."""
         self._answers: dict[Span, tuple[int, JobResult]] = {}
         self._has_vectors = False
         self._busy: dict[int, float] = {}
@@ -124,21 +141,43 @@ class ChunkSum:
     def done(self) -> bool:
         return self._tree.complete
 
+    @property
+    def covered(self) -> bool:
+        return bool(self._there.all())
+
     def needs(self, piece: Piece) -> bool:
-        return not self._tree.has(_span(piece))
+        span = span_of(piece)
+        return not self._there[span.first : span.end].all()
 
     def accept(self, piece: Piece, answer: JobResult, worker: int) -> None:
-        span = _span(piece)
-        vector = NO_VECTOR if answer.gradient is None else answer.gradient
-        if self._tree.add(span, vector):
-            self._has_vectors = answer.gradient is not None
-            # Its vector is in the sum now: what is kept is small.
-            self._answers[span] = (worker, replace(answer, gradient=None))
-            seconds = answer.seconds_sampling + answer.seconds_computing
-            self._busy[worker] = self._busy.get(worker, 0.0) + seconds
+        if self.note(piece, answer, worker):
+            self.add(span_of(piece), NO_VECTOR if answer.gradient is None else answer.gradient)
+
+    def note(self, piece: Piece, answer: JobResult, worker: int) -> bool:
+        """Take in an answer whose vector goes to `add` later; False for one that came too late."""
+        if not self.needs(piece):
+            return False
+        span = span_of(piece)
+        self._there[span.first : span.end] = True
+        # Its vector goes into the sum: what is kept is small.
+        self._answers[span] = (worker, replace(answer, gradient=None))
+        seconds = answer.seconds_sampling + answer.seconds_computing
+        self._busy[worker] = self._busy.get(worker, 0.0) + seconds
+        return True
+
+    def add(self, span: Span, vector: FlatVector) -> None:
+        """Take in the vector of a node of the tree whose chunks have been answered."""
+        self._has_vectors |= vector is not NO_VECTOR
+        self._tree.add(span, vector)
+
+    def lost(self, span: Span) -> None:
+        """A vector that was to be given to `add` is gone: its chunks are to be computed again."""
+        if not self._tree.has(span):
+            self._there[span.first : span.end] = False
+            self.waiting.append(Piece(self._ask(span)))
 
     def parts(self, piece: Piece) -> list[Piece]:
-        span = _span(piece)
+        span = span_of(piece)
         if span.size == 1:
             return [piece]
         return [replace(piece, job=self._ask(half)) for half in halves(span)]
@@ -201,6 +240,7 @@ def block_size(num_chunks: int, workers: int, chunk_seconds: float | None) -> in
     return size
 
 
-def _span(piece: Piece) -> Span:
+def span_of(piece: Piece) -> Span:
+    """The chunks of a piece of a `ChunkSum`."""
     assert isinstance(piece.job, ChunkJob)
     return piece.job.chunks

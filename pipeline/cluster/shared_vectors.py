@@ -14,17 +14,25 @@ looked at before and after reading, so a reader never takes a vector that is hal
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import math
 import mmap
 import os
 import secrets
-from typing import NamedTuple
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.maml.flat_vector import FlatVector
+if TYPE_CHECKING:
+    from pipeline.maml.flat_vector import FlatVector
 
 _PAGE = mmap.PAGESIZE
 _UNWRITTEN = -1
+_PATIENCE = 30.0  # seconds for a vector to arrive on the node
+_TICK = 0.05  # seconds between looks at whether its writer is alive
 
 
 class Address(NamedTuple):
@@ -62,8 +70,11 @@ class SharedVectors:
 
     @classmethod
     def create(cls, slots: int, size: int, dtype: str) -> SharedVectors:
-        """New memory of this process. Raises OSError where there is none to be had."""
+        """New memory of this process. Raises OSError where it would take more than half of what is
+        left: the system gives all that it has, and then ends processes."""
         length = _PAGE + slots * _stride(size, np.dtype(dtype))
+        if length > _memory_left() / 2:
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
         descriptor = os.memfd_create("maml-vectors", os.MFD_CLOEXEC)
         try:
             os.posix_fallocate(descriptor, 0, length)  # an error now, not a signal later
@@ -118,11 +129,33 @@ class SharedVectors:
 
     def read(self, slot: int, call: int) -> FlatVector:
         """A copy of the vector of a call. Raises StaleVector where the slot has another one."""
-        if self._calls[slot][0] == call:
+        if self.holds(slot, call):
             vector: FlatVector = self._vectors[slot].copy()
-            if self._calls[slot][0] == call:
+            if self.holds(slot, call):
                 return vector
         raise StaleVector(f"slot {slot} has no vector of call {call}")
+
+    def holds(self, slot: int, call: int) -> bool:
+        """Whether a slot has the vector of a call."""
+        return bool(self._calls[slot][0] == call)
+
+    def awaited(self, slot: int, call: int) -> FlatVector:
+        """The vector of a call, not copied, to be read only; waits for one that is not there yet.
+        Whoever uses it asks `holds` afterwards whether it was there all the time.
+
+        Raises StaleVector where the slot has that of a later call, or where the writer has ended or
+        does not write.
+        """
+        began = time.monotonic()
+        while not self.holds(slot, call):
+            waited = time.monotonic() - began
+            if self._calls[slot][0] > call or waited > _PATIENCE:
+                raise StaleVector(f"slot {slot} has no vector of call {call}")
+            if waited > _TICK and not os.path.exists(self.address.path):
+                raise StaleVector(f"the process that writes slot {slot} has ended")
+            time.sleep(_TICK if waited > _TICK else _TICK / 100)
+        vector: FlatVector = self._vectors[slot]
+        return vector
 
     def close(self) -> None:
         """Let go of the descriptor; the memory lives until nobody maps it."""
@@ -131,6 +164,28 @@ class SharedVectors:
             self._descriptor = None
 
     _descriptor: int | None = None
+
+
+def shared_vectors(slots: int, size: int, dtype: str) -> SharedVectors | None:
+    """Memory that workers of this machine can map; None where the system has none of the kind."""
+    try:
+        return SharedVectors.create(slots, size, dtype)
+    except (OSError, AttributeError):  # no memory left; no Linux
+        return None
+
+
+def _memory_left() -> float:
+    """Bytes that this machine, and this container, may still use."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return math.inf
+    (left,) = (1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    with contextlib.suppress(OSError, ValueError):  # 'max' where the container has no limit
+        cgroup = Path("/sys/fs/cgroup")
+        limit = int((cgroup / "memory.max").read_text())
+        left = min(left, limit - int((cgroup / "memory.current").read_text()))
+    return left
 
 
 def _stride(size: int, dtype: np.dtype[np.generic]) -> int:

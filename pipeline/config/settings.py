@@ -241,7 +241,20 @@ class Cluster(Section):
         "auto", description="Ray actors; 0: in process; auto: measured at the start"
     )
     cpus_per_worker: float = Field(1.0, ge=0)
-    gpus_per_worker: float = Field(0.0, ge=0)
+    gpus_per_worker: float = Field(0.0, ge=0, description="0.5: two workers share a GPU")
+    resources_per_worker: dict[str, float] = Field(
+        default_factory=dict, description="of the cluster's own kinds, by name"
+    )
+    accelerator: str | None = Field(
+        None, description="the kind of GPU that workers need, by Ray's name, as in A100"
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict,
+        description="of the nodes that workers may be on, as Ray selects them",
+    )
+    spread: bool = Field(
+        False, description="over as many nodes as there are; else nodes are filled one by one"
+    )
     address: str | None = Field(
         None, description="of a running Ray cluster; null: RAY_ADDRESS, else a local Ray"
     )

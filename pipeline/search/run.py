@@ -21,7 +21,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.cluster.connection import connect, refuse_or_wait
+from pipeline.cluster.capacity import refuse_or_wait
+from pipeline.cluster.connection import connect
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, absolute_path, load
 from pipeline.config.search import Search

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pipeline.cluster.connection import worker_bundle
+from pipeline.cluster.capacity import worker_bundle
 from pipeline.cluster.group import threads_per_chunk
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import with_settings

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.cluster.connection import lacking
+from pipeline.cluster.capacity import lacking
 from pipeline.config.experiment import Experiment
 from pipeline.config.search import Search
 from pipeline.search.space import draws, in_flight, is_random, settings_of, within

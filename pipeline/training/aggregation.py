@@ -32,7 +32,7 @@ def aggregate(total: Total, cut: Cut) -> Aggregate:
     """The mean of a meta-batch that was cut so. Raises ValueError for a sum without a gradient."""
     if total.gradient is None:
         raise ValueError("only gradients can be aggregated")
-    gradient = torch.from_numpy(total.gradient) / total.num_tasks
+    gradient = torch.from_numpy(total.gradient / total.num_tasks)
     metrics = {name: float(values.mean(dtype=np.float64)) for name, values in total.metrics.items()}
     bad: tuple[int, ...] = ()
     if not all_finite(gradient):

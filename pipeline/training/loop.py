@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pipeline.cluster.capacity import too_many_workers
 from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.group import InProcess, WorkerGroup
 from pipeline.cluster.rounds import Total
@@ -117,6 +118,7 @@ def meta_update(session: Session) -> None:
             **_seconds(total, answered - began),
             "seconds/aggregating": aggregated - answered,
             "seconds/updating": updated - aggregated,
+            **({"workers": session.workers.ready} if session.workers.size else {}),
         },
         began,
     )
@@ -193,6 +195,9 @@ class MetaLearning:
                 f"{placement.workers} workers share {chunks} chunks per meta-batch: some "
                 "will be idle; a smaller outer.tasks_per_chunk makes more chunks"
             )
+        crowded = too_many_workers(experiment, placement.workers)
+        if crowded:
+            watcher.notice(crowded)
         return RayWorkers(
             experiment, session.compile, placement.workers, watcher.notice, session.theta.size
         )

@@ -71,7 +71,7 @@ def open_session(
     """
     method.check(experiment)
     store = CheckpointStore.of_run(experiment, run_dir)
-    state = _state_at_start(store, run_dir, resume, start_from)
+    state = _state_to_begin_with(store, run_dir, resume, start_from)
     experiment = with_absolute_data(experiment.changed(search=None))
     theta = _first_theta(experiment, run_dir, store)
     watcher.starting(experiment, run_dir)
@@ -109,10 +109,10 @@ def open_session(
                 )
 
 
-def _state_at_start(
+def _state_to_begin_with(
     store: CheckpointStore, run_dir: Path, resume: bool, start_from: TrainingState | None
 ) -> TrainingState | None:
-    """The state that a run begins with; None: that of a fresh model.
+    """The state of a checkpoint, or None for a run that begins at the beginning.
 
     Raises RunFolderError, CheckpointError.
     """

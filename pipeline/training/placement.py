@@ -12,13 +12,12 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.cluster.connection import cluster_address, connect, worker_bundle
+from pipeline.cluster.capacity import ray_knows, room_for_workers
 from pipeline.cluster.group import on_driver, threads_per_chunk
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.cpus import available_cpus
 from pipeline.worker.jobs import ChunkJob, GradientJob
 from pipeline.worker.learner import initial_parameters
 from pipeline.worker.tree import Span
@@ -52,16 +51,16 @@ def decide_workers(experiment: Experiment) -> Placement:
     if cluster.workers != "auto":
         return Placement(cluster.workers, "as configured")
     computer = ChunkComputer(on_driver(experiment), compile=False)
-    chunks = computer.num_chunks
-    fitting = room_for_workers(experiment)
-    if _in_cluster(experiment):
-        return Placement(
-            max(1, min(chunks, fitting)),
-            f"the cluster has room for {fitting}, a meta-batch has {chunks} chunks",
-        )
-    workers = min(chunks, fitting)
+    chunks, room = computer.num_chunks, room_for_workers(experiment)
+    if ray_knows(experiment):
+        # Workers that wait are what makes a cluster grow.
+        workers = max(1, min(chunks, room.now + room.to_come))
+        grows = f" and may grow by {room.to_come}" if room.to_come else ""
+        has = f"the cluster has room for {room.now}{grows}"
+        return Placement(workers, f"{has}, a meta-batch has {chunks} chunks")
+    workers = min(chunks, room.now)
     if workers < 2:
-        return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {fitting} actor(s)")
+        return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {room.now} actor(s)")
     alone, actor = (
         _iteration_seconds(computer, experiment, threads_per_chunk(experiment, size))
         for size in (0, workers)
@@ -117,24 +116,3 @@ def _seconds(computer: ChunkComputer, theta: FlatVector, job: ChunkJob) -> float
     started = time.perf_counter()
     computer.run(theta, job, theta)  # any vector takes as long
     return time.perf_counter() - started
-
-
-def room_for_workers(experiment: Experiment) -> int:
-    """How many actors fit into the Ray cluster, or into this machine where there is no cluster."""
-    import ray
-
-    bundle = worker_bundle(experiment)
-    there = {"CPU": float(available_cpus())}
-    if _in_cluster(experiment):
-        started = connect(experiment, 1)
-        there = ray.cluster_resources()
-        if started:
-            ray.shutdown()
-    return int(
-        min((there.get(k, 0.0) / n for k, n in bundle.items()), default=there.get("CPU", 1.0))
-    )
-
-
-def _in_cluster(experiment: Experiment) -> bool:
-    """Whether Ray knows the resources: in a cluster, and for GPUs, which Ray detects itself."""
-    return cluster_address(experiment) is not None or experiment.cluster.gpus_per_worker > 0

@@ -27,13 +27,13 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from pipeline.cluster.connection import connect, lacking, refuse_or_wait, worker_bundle
+from pipeline.cluster.capacity import lacking, refuse_or_wait, room_for_workers, worker_bundle
+from pipeline.cluster.connection import connect
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Pretraining
 from pipeline.maml.flat_vector import Layout
 from pipeline.runs.checkpoint import theta_of
 from pipeline.training.endings import Diverged, Interrupted, TrainingFailed
-from pipeline.training.placement import room_for_workers
 from pipeline.training.pretraining import Pretrainer, narrowed
 from pipeline.training.session import Session
 from pipeline.worker.learner import compute_device
@@ -92,7 +92,7 @@ def number_of_workers(experiment: Experiment, settings: Pretraining) -> int:
     """Resolve `cluster.workers`: `auto` fills the room; never more than an update has parts."""
     cluster = experiment.cluster
     auto = cluster.workers == "auto"
-    wanted = max(1, room_for_workers(experiment)) if auto else int(cluster.workers)
+    wanted = max(1, room_for_workers(experiment).now) if auto else int(cluster.workers)
     return min(wanted, -(-settings.batch_size // settings.part_size))
 
 

@@ -85,15 +85,6 @@ def units(job: Job) -> int:
     return job.chunks.size if isinstance(job, ChunkJob) else 1
 
 
-def described(job: Job) -> str:
-    """A job as people know it."""
-    if isinstance(job, EvaluationJob | DiagnosisJob):
-        split = job.split if isinstance(job, EvaluationJob) else "validation"
-        return f"{split} tasks {job.first} to {job.first + job.count - 1}"
-    first, last = job.chunks.first, job.chunks.end - 1
-    return f"iteration {job.iteration}, chunk {first}{f' to {last}' if last > first else ''}"
-
-
 @dataclass(frozen=True)
 class JobResult:
     """What a worker returns for a job; arrays are on the host."""
@@ -142,6 +133,17 @@ class Cut(NamedTuple):
         """Positions of a chunk's tasks in the meta-batch, counted from 0, [B]."""
         first = chunk * self.per_chunk
         return np.arange(first, min(first + self.per_chunk, self.per_batch))
+
+
+def described(job: Job, cut: Cut) -> str:
+    """A job as people know it, with the tasks that it is about."""
+    if isinstance(job, EvaluationJob | DiagnosisJob):
+        split = job.split if isinstance(job, EvaluationJob) else "validation"
+        return f"{split} tasks {job.first} to {job.first + job.count - 1}"
+    first, last = job.chunks.first, job.chunks.end - 1
+    chunks = f"chunk {first}" if last == first else f"chunks {first} to {last}"
+    tasks = f"tasks {cut.members(first)[0]} to {cut.members(last)[-1]} of the meta-batch"
+    return f"iteration {job.iteration}, {chunks} ({tasks})"
 
 
 def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int) -> int:

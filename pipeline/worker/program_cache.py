@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeline.config.components import resolve
 from pipeline.config.experiment import Experiment
-from pipeline.config.phases import Phase
+from pipeline.config.phases import Phase, phases
 from pipeline.maml.compilation import Compiler
 from pipeline.maml.flat_vector import Params
 from pipeline.maml.meta_gradient import ChunkFunction, chunk_function
@@ -85,20 +85,35 @@ def fisher_program_of(
     return _shared(key, lambda: Compiler().compiled(fisher))
 
 
+def identity(experiment: Experiment) -> str:
+    """All that a run may compile, as text. Runs have the same if they differ only in what their
+    programs have arguments for: rates, seeds, numbers of iterations."""
+    outer, reinforcement = experiment.outer, experiment.reinforcement
+    others = [
+        phases(experiment),
+        outer.direction,
+        outer.tasks_per_batch,
+        outer.tasks_per_chunk,
+        reinforcement and reinforcement.model_dump(mode="json"),
+        experiment.compute.device,
+    ]
+    return json.dumps([_settings(experiment), others])
+
+
 def _frozen(experiment: Experiment) -> tuple[Any, ...]:
-    """The settings that every program of an experiment freezes: it has no argument for them."""
+    """What every program of an experiment freezes: it has no argument for it."""
+    task, model = resolve("task", experiment.task.kind), resolve("model", experiment.model.kind)
+    return _settings(experiment), task, model
+
+
+def _settings(experiment: Experiment) -> str:
+    """The settings that every program of an experiment freezes, as text."""
     task, model = experiment.task, experiment.model
     inner = experiment.inner.model_dump(mode="json", exclude={"lr", "order", "second_order_from"})
     # A program freezes what a model or task of the user's own holds besides parameters.
-    own = ":" in task.kind + model.kind
-    return (
-        experiment.seed if own else None,
-        experiment.data.root,
-        resolve("task", task.kind),
-        resolve("model", model.kind),
-        json.dumps([task.settings, model.settings, inner], sort_keys=True),
-        experiment.compute.dtype,
-    )
+    seed = experiment.seed if ":" in task.kind + model.kind else None
+    names = [task.kind, model.kind, experiment.data.root, experiment.compute.dtype, seed]
+    return json.dumps([*names, task.settings, model.settings, inner], sort_keys=True)
 
 
 def _shared(key: Any, make: Callable[[], _Program]) -> _Program:

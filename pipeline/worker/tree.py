@@ -10,11 +10,12 @@ such as TBIK, arXiv 2511.17826; here only sums of subtrees travel.)
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from pipeline.maml.flat_vector import FlatVector
+if TYPE_CHECKING:
+    from pipeline.maml.flat_vector import FlatVector
 
 ORDER = "binary tree over the chunks"
 """In which order sums are made; a checkpoint says so, because their last bits depend on it."""

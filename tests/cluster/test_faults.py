@@ -18,7 +18,7 @@ import pytest
 import torch
 import yaml
 
-from pipeline.cluster import roster
+from pipeline.cluster import dispatch, roster
 from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.group import WorkersLost
 from pipeline.maml.flat_vector import flat_vector
@@ -118,14 +118,24 @@ def test_the_only_worker_may_stall(quick: dict[str, Any], tmp_path: Path, ray_lo
 def test_a_chunk_that_ends_every_worker_ends_the_run(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
-    """Otherwise it would be given out for ever. Ten tasks per batch: task 143 is chunk 1 of 14."""
-    settings = {**quick, "task": {"kind": "tests.helpers:DeadlySinusoid", "at": 143}}
+    """Otherwise it would be given out for ever. Tasks are sampled for all chunks of an iteration at
+    once, so it may be any of these."""
+    settings = {**quick, "task": {"kind": "tests.helpers:DeadlySinusoid", "at": 4}}
     recorder = Recorder()
-    experiment = experiment_of(settings, outer={"iterations": 30}, cluster={"workers": 2})
-    with pytest.raises(WorkersLost, match=r"iteration 14, chunk 1 .*ended 3 processes") as failure:
+    experiment = experiment_of(settings, cluster={"workers": 2})
+    said = r"iteration 0, chunk \d \(tasks \d to \d of the meta-batch\) ended 3 processes .*exit"
+    with pytest.raises(WorkersLost, match=said):
         train(experiment, tmp_path / "run", watcher=recorder)
-    assert "exit" in str(failure.value)
     assert any("1 of 2 workers go on" in notice for notice in recorder.notices)
+
+
+def test_workers_that_cannot_start_end_the_run(
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
+) -> None:
+    """A library that crashes when it is imported, say: Ray would start processes for ever."""
+    settings = {**quick, "task": {"kind": "tests.helpers:CrashingSinusoid", "driver": os.getpid()}}
+    with pytest.raises(WorkersLost, match="no worker is left, and none can be started"):
+        train(experiment_of(settings, cluster={"workers": 1}), tmp_path / "run")
 
 
 def test_an_error_of_one_machine_alone_is_not_believed(
@@ -265,21 +275,29 @@ def test_one_bad_update_is_passed_over(quick: dict[str, Any], tmp_path: Path) ->
     assert np.isfinite(recorder.metrics[3]["meta_gradient_norm"])
 
 
-def test_answers_of_an_earlier_round_are_discarded(quick: dict[str, Any], ray_local: None) -> None:
+def test_answers_of_an_earlier_round_are_discarded(
+    quick: dict[str, Any], ray_local: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A chunk issued twice answers twice; the second answer must not be taken for the next θ."""
+    monkeypatch.setattr(dispatch, "_TICK", 0.05)
     experiment = experiment_of(
-        {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.06}},
-        cluster={"workers": 2, "chunk_timeout": 0.15},
+        {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.2}},
+        cluster={"workers": 2, "chunk_timeout": 0.5},
     )
-    flat = flat_vector(initial_parameters(experiment))
-    workers = RayWorkers(experiment, False, 2, lambda line: None, flat.size)
+    flat, said, late = flat_vector(initial_parameters(experiment)), [], 0
+    workers = RayWorkers(experiment, False, 2, said.append, flat.size)
     try:
+        while workers.ready < 2:
+            workers._wait()
         for iteration in range(3):
             scaled = flat * (iteration + 1)
             job = GradientJob(iteration, Span(0, 1))
             (result,) = workers.run(scaled, [job])
+            late += len(workers._calls)
             expected = ChunkComputer(experiment, compile=False).run(scaled, job)
             assert result.job == job
             assert np.array_equal(result.gradient, expected.gradient)
     finally:
         workers.close()
+    assert any("issued again" in line for line in said)
+    assert late > 0

@@ -149,3 +149,35 @@ def test_separate_jobs_are_answered_in_their_order() -> None:
 )
 def test_size_of_blocks(chunks: int, workers: int, seconds: float | None, size: int) -> None:
     assert block_size(chunks, workers, seconds) == size
+
+
+def test_a_sum_may_come_from_elsewhere_or_be_lost_there() -> None:
+    """Answers are noted, their vectors come as the sums of a relay; what does not come is asked for
+    again."""
+    round = gradients(2)
+    kept: dict[Span, np.ndarray] = {}
+    while round.waiting:
+        piece = round.waiting.popleft()
+        answered = answer(piece)
+        assert answered.gradient is not None
+        assert round.note(piece, answered.with_gradient(None), 0)
+        assert not round.note(piece, answered.with_gradient(None), 1)  # too late
+        kept[piece.job.chunks] = answered.gradient
+    assert round.covered
+    assert not round.done
+    relay = TreeSum(COUNT)
+    lost = Span(4, 6)
+    for span, vector in kept.items():
+        if span != lost:
+            relay.add(span, vector)
+    for span, vector in relay.nodes.items():
+        round.add(span, vector)
+    for span in kept:
+        round.lost(span)
+    assert not round.covered
+    (again,) = round.waiting
+    assert again.job.chunks == lost
+    round.accept(again, answer(again), 2)
+    assert round.done
+    assert np.array_equal(round.total().gradient, undisturbed())
+    assert list(round.total().metrics["query_loss"]) == list(range(COUNT))

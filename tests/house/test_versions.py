@@ -30,6 +30,10 @@ PROMISED = [
 ]
 
 
+BY_MODULE = packages_distributions()
+"""Which packages a module may come from; reading all packages takes a second."""
+
+
 def imported(path: Path) -> set[str]:
     """The packages that a file imports anywhere, without those of the language and of the house."""
     found = set()
@@ -46,12 +50,11 @@ def imported(path: Path) -> set[str]:
 def test_what_is_imported_is_named(folder: str) -> None:
     """Not found by way of another package, which may do without it tomorrow."""
     named = {canonicalize_name(Requirement(line).name) for part in USERS[folder] for line in part}
-    by_module = packages_distributions()
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
         for module in imported(path):
-            distributions = {canonicalize_name(name) for name in by_module.get(module, [module])}
+            distributions = {canonicalize_name(name) for name in BY_MODULE.get(module, [module])}
             assert distributions & named, f"{path} imports {module}"
 
 
@@ -61,7 +64,7 @@ def test_what_is_named_is_imported() -> None:
         for folder in ("pipeline", "tasks")
         for path in (ROOT / folder).rglob("*.py")
         for module in imported(path)
-        for name in packages_distributions().get(module, [module])
+        for name in BY_MODULE.get(module, [module])
     }
     assert {canonicalize_name(Requirement(line).name) for line in NEEDED} <= used
 
