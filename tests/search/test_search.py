@@ -319,7 +319,7 @@ def test_progress_says_what_is_new_and_how_long_it_takes(
 
 
 def test_orders_are_compared_in_pairs() -> None:
-    """By hand: losses 2 / 1 and 6 / 4, so a geometric mean of √3; t(0.975, 1) = 12.706."""
+    """By hand: losses 2 / 1 and 6 / 4, so a geometric mean of √3; t(0.975, 1) = 12.7062047."""
     results = [
         trial("a", "first", 0.1, speed=20.0),
         trial("b", "second", 0.1),
@@ -333,7 +333,7 @@ def test_orders_are_compared_in_pairs() -> None:
     assert found is not None
     assert (found.pairs, found.left_out) == (2, 0)
     assert found.metric.mean == pytest.approx(math.sqrt(3))
-    half = 12.706 * (math.log(2) - math.log(1.5)) / math.sqrt(2) / math.sqrt(2)
+    half = 12.7062047 * (math.log(2) - math.log(1.5)) / math.sqrt(2) / math.sqrt(2)
     assert found.metric.high == pytest.approx(math.sqrt(3) * math.exp(half))
     assert found.cost.mean == pytest.approx(0.5)
     points = compare_orders(results, curves, Ranking("accuracy", 1, "max"))

@@ -280,7 +280,7 @@ class Closing(PointMass):
 
 
 def test_what_was_given_back_can_be_acted_in_again() -> None:
-    task = task_of("gymnasium", **{**MINE, "make": "tests.test_mujoco:Closing"}, horizon=3)
+    task = task_of("gymnasium", **{**MINE, "make": "tests.tasks.test_mujoco:Closing"}, horizon=3)
     first = acted(task, [0, 1])
     keys = task_keys(0, "train", [0])
     environment = task.environment(torch.from_numpy(task.parameters(keys)), keys, 1, LIKE)
@@ -313,7 +313,7 @@ def test_the_example_of_the_readme_learns(quick: dict[str, Any], tmp_path: Path)
 
 
 def test_discrete_actions_and_ends() -> None:
-    steps = {"make": "tests.test_mujoco:Steps", "ranges": {"size": [1.0, 2.0]}}
+    steps = {"make": "tests.tasks.test_mujoco:Steps", "ranges": {"size": [1.0, 2.0]}}
     task = task_of("gymnasium", horizon=9, **steps)
     assert (task.actions, task.num_actions, task.input_shape) == ("discrete", 2, (2,))
     past = acted(task, [0, 1, 2], trajectories=20)
@@ -332,17 +332,20 @@ def test_discrete_actions_and_ends() -> None:
     ("changes", "message"),
     [
         (
-            {"make": "tests.test_mujoco:NoTask"},
+            {"make": "tests.tasks.test_mujoco:NoTask"},
             r"task\.make: NoTask has no method set_task",
         ),
-        ({"make": "tests.test_mujoco:Nothing"}, r"task\.make: tests.test_mujoco:Nothing fails"),
+        (
+            {"make": "tests.tasks.test_mujoco:Nothing"},
+            r"task\.make: tests.tasks.test_mujoco:Nothing fails",
+        ),
         ({"make": "PointMass"}, r"task\.make: must look like my_module:MyEnvironment"),
         ({"make": "pathlib:Path"}, r"task\.make: pathlib:Path makes PosixPath"),
         ({"ranges": {}}, r"task\.ranges: name at least one"),
         ({"ranges": {"goal": [1, -1]}}, r"task\.ranges\.goal: must be \[low, high\]"),
         ({"ranges": {"gaol": [0, 1]}}, r"task\.ranges: set_task\({'gaol': 0.0}\) fails: KeyError"),
         (
-            {"make": "tests.test_mujoco:Steps", "ranges": {"size": [0, 1]}},
+            {"make": "tests.tasks.test_mujoco:Steps", "ranges": {"size": [0, 1]}},
             "discrete actions need",
         ),
     ],
@@ -355,7 +358,10 @@ def test_what_cannot_be_acted_in_is_refused(
 
 
 def test_a_time_limit_of_its_own_is_refused_where_it_would_count() -> None:
-    settings: dict[str, Any] = {"make": "tests.test_mujoco:hurried", "ranges": {"goal": (0.0, 1.0)}}
+    settings: dict[str, Any] = {
+        "make": "tests.tasks.test_mujoco:hurried",
+        "ranges": {"goal": (0.0, 1.0)},
+    }
     acted(task_of("gymnasium", horizon=5, **settings), [0])
     with pytest.raises(ValueError, match=r"task\.horizon: 6 is more than .* at time step 5"):
         acted(task_of("gymnasium", horizon=6, **settings), [0])
