@@ -237,6 +237,10 @@ def of_algorithm(quick: dict[str, Any], name: str, **cluster: Any) -> Any:
     return experiment_of(settings, outer=schedule, inner=inner, cluster=cluster)
 
 
+OWN_WAYS = ("maml++", "meta-sgd", "reptile")
+"""What reaches a worker differs here: phases and weights, learned rates, another direction."""
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_the_same_bits_with_actors_and_after_an_interruption(
     name: str, quick: dict[str, Any], tmp_path: Path, ray_local: None
@@ -246,7 +250,9 @@ def test_the_same_bits_with_actors_and_after_an_interruption(
     train(experiment, tmp_path / "alone")
     before = Layout.of(initial_parameters(experiment))
     assert final_theta(tmp_path / "alone").numel() == before.size
-    train(of_algorithm(quick, name, workers=2), tmp_path / "actors")
+    if name in OWN_WAYS:
+        train(of_algorithm(quick, name, workers=2), tmp_path / "actors")
+        assert torch.equal(final_theta(tmp_path / "alone"), final_theta(tmp_path / "actors"))
     recorder = Recorder()
     with pytest.raises(Interrupted):
         train(
@@ -256,8 +262,7 @@ def test_the_same_bits_with_actors_and_after_an_interruption(
             should_stop=lambda: len(recorder.metrics) == 3,
         )
     train(experiment, tmp_path / "cut", resume=True)
-    for other in ("actors", "cut"):
-        assert torch.equal(final_theta(tmp_path / "alone"), final_theta(tmp_path / other))
+    assert torch.equal(final_theta(tmp_path / "alone"), final_theta(tmp_path / "cut"))
 
 
 @pytest.mark.parametrize("name", PRESETS)
