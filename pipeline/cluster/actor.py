@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from pipeline.cluster.channel import ChannelAddress, listen
 from pipeline.cluster.group import threads_per_chunk, warm_up_once
 from pipeline.cluster.shared_vectors import Address, SharedVectors, StaleVector
 from pipeline.config.experiment import Experiment
@@ -42,6 +44,13 @@ class Reply(NamedTuple):
     """None: the memory no longer has the vectors of this call; others have answered it."""
     in_slot: bool
     """Whether the vector of the answer is in shared memory, not here."""
+
+
+class Attached(NamedTuple):
+    """A worker has mapped the memory of its node."""
+
+    channel: ChannelAddress | None
+    """Where it may be asked, too."""
 
 
 InMemory = tuple[int, int]
@@ -77,17 +86,24 @@ class ChunkActor:
         import ray
 
         node = ray.get_runtime_context().get_node_id()
-        return self._computed(lambda: Ready(os.getpid(), node, self._build()))
+        return self._submitted(lambda: Ready(os.getpid(), node, self._build())).result()
 
-    def attach(self, memory: tuple[Address, Address]) -> bool:
+    def attach(self, memory: tuple[Address, Address], channel: bool) -> Attached | None:
         """Map the memory of this node that θ is read from and the one that answers are put into;
-        whether that was possible."""
+        None where that is not possible. With `channel`, the caller may ask through one from now on.
+        """
 
-        def work() -> bool:
+        def work() -> Attached | None:
             self._broadcast, self._results = (SharedVectors.attach(each) for each in memory)
-            return self._broadcast is not None and self._results is not None
+            if self._broadcast is None or self._results is None:
+                return None
+            address = None
+            if channel:
+                with contextlib.suppress(OSError):
+                    address = listen(self._asked)
+            return Attached(address)
 
-        return self._computed(work)
+        return self._submitted(work).result()
 
     def run(
         self,
@@ -98,7 +114,15 @@ class ChunkActor:
     ) -> Reply:
         """Compute a job at θ, about a vector if it is about one; `result`: where the vector of the
         answer is to be put, instead of coming back with it."""
+        return self._asked(theta, vector, job, result).result()
 
+    def _asked(
+        self,
+        theta: FlatVector | InMemory,
+        vector: FlatVector | InMemory | None,
+        job: Job,
+        result: InMemory | None,
+    ) -> Future[Reply]:
         def work() -> Reply:
             self._build()
             assert self._computer is not None
@@ -116,7 +140,7 @@ class ChunkActor:
             self._results.write(*result, answer.gradient)
             return Reply(answer.with_gradient(None), True)
 
-        return self._computed(work)
+        return self._submitted(work)
 
     def _taken(self, given: FlatVector | InMemory | None) -> FlatVector | None:
         """A vector from wherever it is. Raises StaleVector."""
@@ -132,11 +156,11 @@ class ChunkActor:
             return True
         return self._broadcast is not None and self._broadcast.holds(*given)
 
-    def _computed(self, work: Callable[[], _T]) -> _T:
-        """What `work` returns or raises on the computing thread."""
+    def _submitted(self, work: Callable[[], _T]) -> Future[_T]:
+        """What `work` will return or raise, on the computing thread."""
         future: Future[_T] = Future()
         self._work.put((work, future))
-        return future.result()
+        return future
 
     def _compute(self) -> None:
         while True:

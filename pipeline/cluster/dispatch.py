@@ -20,14 +20,15 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 from pipeline.cluster.capacity import lacking, refuse_or_wait, worker_bundle
+from pipeline.cluster.channel import Failed
 from pipeline.cluster.connection import connect
 from pipeline.cluster.group import Notice, WorkersLost
 from pipeline.cluster.node_memory import NodeMemory
 from pipeline.cluster.relay import Kept
 from pipeline.cluster.remote_worker import AHEAD, Call, RemoteWorker
+from pipeline.cluster.replies import Replies
 from pipeline.cluster.roster import Roster
 from pipeline.cluster.rounds import ChunkSum, JobList, Piece, Round, Total, block_size, span_of
 from pipeline.config.experiment import Experiment
@@ -50,7 +51,6 @@ _FIRST_TIMEOUT = 600.0  # while nothing is known of how long a chunk takes
 _REPLACED_AFTER = 3  # timeouts without an answer
 _DEADLY = 3  # processes that a single chunk may end
 _SECOND_OPINION = 60.0  # seconds that a piece waits for another worker than the one that failed
-_MANY = 8  # calls under way, from which on answers are collected together
 
 
 class RayWorkers:
@@ -69,7 +69,7 @@ class RayWorkers:
         """Seconds per chunk, or job, of the last calls, by kind of job."""
         self._holders: list[tuple[Span, int]] = []
         """Which worker, by number, acted out which chunks in the last gradient round."""
-        self._calls: dict[Any, Call] = {}
+        self._replies = Replies(ray)
         self._free: list[deque[RemoteWorker]] = [deque() for _ in range(AHEAD)]
         """Ready workers by the number of their calls; entries may be out of date."""
         self._second: deque[Call] = deque()
@@ -79,7 +79,7 @@ class RayWorkers:
         self._started_ray = connect(experiment, size)
         self._roster = Roster(ray, experiment, compile, size, notice)
         self._memory = NodeMemory(
-            ray, self._roster.workers, numbers, experiment.compute.dtype, notice
+            ray, self._replies, self._roster.workers, numbers, experiment.compute.dtype, notice
         )
         try:
             refuse_or_wait(
@@ -193,10 +193,9 @@ class RayWorkers:
                     unsuited.append(free.popleft())  # for it alone there is nothing
                     continue
                 free.popleft()
-                ref, call = worker.ask(
-                    round, piece, *self._memory.arguments(worker), time.monotonic()
+                call = worker.ask(
+                    round, piece, self._memory.arguments(worker), self._replies, time.monotonic()
                 )
-                self._calls[ref] = call
                 if load:
                     self._second.append(call)
                 self._note_free(worker)
@@ -242,28 +241,20 @@ class RayWorkers:
     def _wait(self) -> list[tuple[Call, JobResult | None]]:
         """Calls of rounds that have ended, with the answer, or None where the piece was lost."""
         for worker in self._roster.to_ask():
-            ref, call = worker.ask_ready(time.monotonic())
-            self._calls[ref] = call
-        refs = [*self._calls, *self._memory.errands]
-        if not refs:
-            time.sleep(0.05)
-            return []
-        done, rest = self._ray.wait(refs, num_returns=1, timeout=_TICK)
-        if len(rest) > _MANY:
-            # Others may be there too; asking once for all is cheaper than asking for each.
-            done += self._ray.wait(rest, num_returns=len(rest), timeout=0)[0]
+            worker.ask_ready(self._replies, time.monotonic())
         settled = []
-        for ref, reply in zip(done, self._fetched(done), strict=True):
-            if ref in self._memory.errands:
-                self._memory.errands.pop(ref)(reply)
+        for call, reply in self._replies.arrived():
+            if not isinstance(call, Call):
+                call(reply)  # about memory
                 continue
-            if ref not in self._calls:
-                continue  # its worker was replaced
-            call = self._calls.pop(ref)
+            if call not in call.worker.calls:
+                continue  # its worker has been replaced meanwhile
             begun = call.worker.calls[0] is call
             call.worker.answered(call, time.monotonic())
             answer = None
-            if isinstance(reply, BaseException):
+            if isinstance(reply, Failed):
+                self._failed(call, reply.cause)
+            elif isinstance(reply, BaseException):
                 self._lost(call, reply, begun)
             elif call.round is None:
                 self._roster.ready(call.worker, reply)
@@ -278,25 +269,12 @@ class RayWorkers:
             settled.append((call, answer))
         return settled
 
-    def _fetched(self, refs: list[Any]) -> list[Any]:
-        """Replies, or in their place the errors."""
-        try:
-            return list(self._ray.get(refs))
-        except Exception:
-            return [self._one(ref) for ref in refs]
-
-    def _one(self, ref: Any) -> Any:
-        try:
-            return self._ray.get(ref)
-        except Exception as error:
-            return error
-
     def _lost(self, call: Call, error: BaseException, begun: bool) -> None:
         """A call ended without an answer: its computation failed, or the process ended."""
         errors = self._ray.exceptions
         if isinstance(error, errors.RayTaskError):
             self._failed(call, error.cause if isinstance(error.cause, Exception) else error)
-        elif isinstance(error, errors.RayError):
+        elif isinstance(error, errors.RayError | EOFError | OSError):
             if begun and call.piece is not None and call.worker.pid is not None:
                 self._blame(call, error)
             self._roster.lost(call.worker, error)
@@ -362,5 +340,5 @@ class RayWorkers:
                     round.waiting.appendleft(replace(piece, held_by=None))
             self._holders = [(span, n) for span, n in self._holders if n != worker.number]
             if silent > _REPLACED_AFTER * limit:
-                self._calls = {r: c for r, c in self._calls.items() if c.worker is not worker}
+                self._replies.forget(worker.calls)
                 self._roster.replace(worker)

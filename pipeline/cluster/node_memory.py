@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from pipeline.cluster.actor import Attached
 from pipeline.cluster.group import Notice
 from pipeline.cluster.relay import Relay, Relays
 from pipeline.cluster.remote_worker import RemoteWorker
+from pipeline.cluster.replies import Replies
 from pipeline.cluster.roster import in_words
 from pipeline.cluster.rounds import ChunkSum, Round
 from pipeline.cluster.shared_vectors import SharedVectors, shared_vectors
@@ -81,18 +83,22 @@ class NodeMemory:
     """The memory of all nodes: this process's own, and that of relays."""
 
     def __init__(
-        self, ray: Any, workers: Mapping[int, RemoteWorker], size: int, dtype: str, notice: Notice
+        self,
+        ray: Any,
+        replies: Replies,
+        workers: Mapping[int, RemoteWorker],
+        size: int,
+        dtype: str,
+        notice: Notice,
     ):
         """`size`: the numbers in a vector; `workers` changes as workers come and go."""
-        self._workers, self._notice = workers, notice
+        self._replies, self._workers, self._notice = replies, workers, notice
         self._relays = Relays(ray, size, dtype)
         self._shared = shared_vectors(4, size, dtype)
         """θ and another vector, twice each, for the workers of this node."""
         self._broadcast = Broadcast(ray, self._shared)
         self._round: ChunkSum | None = None
         """Whose sums are to be fetched."""
-        self.errands: dict[Any, Callable[[Any], None]] = {}
-        """Calls under way, and what is to be done with the reply, or with the error."""
 
     def set(self, theta: FlatVector, vector: FlatVector | None) -> None:
         """What the calls of the next round are to be computed at and about."""
@@ -113,7 +119,7 @@ class NodeMemory:
         for relay in self._relays:
             if relay.due(round.covered):
                 ref = relay.fetch(self._round.num_chunks)
-                self.errands[ref] = partial(self._fetched, self._round, relay)
+                self._replies.expect(ref, partial(self._fetched, self._round, relay))
 
     def _fetched(self, round: ChunkSum, relay: Relay, reply: Any) -> None:
         asked, relay.asked = relay.asked, []
@@ -134,12 +140,12 @@ class NodeMemory:
         own = self._shared if worker.node == self._relays.here else None
         ref = worker.share(relay, own)
         if ref is not None:
-            self.errands[ref] = partial(self._shares, worker, worker.pid, relay)
+            self._replies.expect(ref, partial(self._shares, worker, worker.pid, relay))
 
     def share_again(self, worker: RemoteWorker) -> None:
         """A worker has not found θ in its relay's memory: until it has mapped that anew, which
         shows whether the relay lives, vectors travel with its calls."""
-        worker.attached, worker.relay = False, None
+        worker.leave()
         self.share(worker)
 
     def _shares(
@@ -147,8 +153,9 @@ class NodeMemory:
     ) -> None:
         if worker.pid != pid:
             return  # that process has ended
-        if reply is True and (relay is None or relay in self._relays):
+        if isinstance(reply, Attached) and (relay is None or relay in self._relays):
             worker.attached, worker.relay = True, relay
+            worker.talk(reply.channel)
         elif isinstance(reply, BaseException) and relay is not None:
             self._lost(relay, reply)
 
@@ -163,7 +170,7 @@ class NodeMemory:
                 self._round.lost(kept.span)
         for worker in self._workers.values():
             if worker.relay is relay:
-                worker.attached, worker.relay = False, None
+                worker.leave()
             if worker.node == relay.node and worker.pid is not None:
                 self.share(worker)
 

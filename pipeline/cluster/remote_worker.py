@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from typing import Any
 
 from pipeline.cluster.actor import Ready, Reply
+from pipeline.cluster.channel import ChannelAddress, connect_to
 from pipeline.cluster.relay import Relay
+from pipeline.cluster.replies import Replies
 from pipeline.cluster.rounds import Piece, Round
 from pipeline.cluster.shared_vectors import SharedVectors, StaleVector, shared_vectors
 from pipeline.worker.jobs import JobResult
@@ -61,24 +65,27 @@ class RemoteWorker:
         """What it has been asked and not answered yet, in this order."""
         self._vectors: SharedVectors | None = None
         """Memory of this process for its answers, a slot for each call it may have."""
+        self._channel: Connection[Any, Any] | None = None
+        """The way to ask a worker of this machine."""
 
     def __str__(self) -> str:
         process = "" if self.pid is None else f" (process {self.pid})"
         return f"worker {self.number}{process}"
 
-    def ask_ready(self, now: float) -> tuple[Any, Call]:
+    def ask_ready(self, replies: Replies, now: float) -> None:
         """Ask whether it is ready; its first answer comes when everything is compiled."""
         call = Call(self, now)
         self.calls.append(call)
-        return self.handle.ready.remote(), call
+        replies.expect(self.handle.ready.remote(), call)
 
     def share(self, relay: Relay | None, broadcast: SharedVectors | None) -> Any:
         """Have it map the memory of its relay, or else of this process, whose `broadcast` has θ.
 
-        Returns the reference of whether it could; None where there is no memory to share.
+        Returns the reference of the answer (`Attached`, or None where it could not); None where
+        there is no memory to share.
         """
         if relay is not None:
-            return self.handle.attach.remote(relay.handle.open.remote(self.memory, SLOTS))
+            return self.handle.attach.remote(relay.handle.open.remote(self.memory, SLOTS), False)
         if broadcast is None:
             return None
         if self._vectors is None:
@@ -86,19 +93,31 @@ class RemoteWorker:
             self._vectors = shared_vectors(AHEAD, size, dtype)
         if self._vectors is None:
             return None
-        return self.handle.attach.remote((broadcast.address, self._vectors.address))
+        return self.handle.attach.remote((broadcast.address, self._vectors.address), True)
+
+    def talk(self, address: ChannelAddress | None) -> None:
+        """From now on ask through a channel, if there is one, instead of through Ray."""
+        self._channel = connect_to(address) if address is not None else None
 
     def ask(
-        self, round: Round, piece: Piece, theta: Any, vector: Any, now: float
-    ) -> tuple[Any, Call]:
-        """Give it a piece of a round, and the other arguments of `ChunkActor.run`."""
+        self, round: Round, piece: Piece, vectors: tuple[Any, Any], replies: Replies, now: float
+    ) -> Call:
+        """Give it a piece of a round; `vectors` are θ and what it is about, for
+        `ChunkActor.run`."""
         call = Call(self, now, round, piece, self._free_slot(round), self.relay)
         self.calls.append(call)
         if self.relay is not None:
             self.relay.under_way.add(call.number)
             self.relay.full |= call.slot is None
         place = None if call.slot is None else (call.slot, call.number)
-        return self.handle.run.remote(theta, vector, piece.job, place), call
+        arguments = (*vectors, piece.job, place)
+        if self._channel is None:
+            replies.expect(self.handle.run.remote(*arguments), call)
+            return call
+        replies.expect(call.number, call, self._channel)
+        with contextlib.suppress(OSError):  # its end is noticed where answers are waited for
+            self._channel.send((call.number, arguments))
+        return call
 
     def answered(self, call: Call, now: float) -> None:
         """A call has ended; the next one begins."""
@@ -111,7 +130,14 @@ class RemoteWorker:
     def is_ready(self, ready: Ready) -> None:
         """Take in the answer to `ask_ready`."""
         self.pid, self.node = ready.pid, ready.node
+        self.leave()
+
+    def leave(self) -> None:
+        """From now on vectors travel with Ray's calls."""
         self.attached, self.relay = False, None
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
     def answer_of(self, call: Call, reply: Reply) -> JobResult | None:
         """The answer with its vector, unless that is kept by a relay (see `kept`); None where what
@@ -129,7 +155,8 @@ class RemoteWorker:
         return reply.answer.with_gradient(vector)
 
     def close(self) -> None:
-        """Give back the memory of its answers."""
+        """Give back the memory of its answers, and the channel."""
+        self.leave()
         if self._vectors is not None:
             self._vectors.close()
 

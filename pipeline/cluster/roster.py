@@ -24,6 +24,7 @@ _AGAIN = 0.5  # seconds until a lost worker is asked whether it has come back
 _QUIET = 20.0  # seconds without a worker at the start until somebody is told
 _MINUTE = 60.0  # seconds between notices that workers are missing
 _PATIENCE = 1200.0  # seconds without any worker: its successor may wait to compile, then compile
+_HEARSAY = 0.5  # seconds until Ray knows why a process ended
 _STARTS = 3  # processes of a worker that may end in a row before they are ready
 
 
@@ -109,7 +110,13 @@ class Roster:
 
     def why_lost(self, worker: RemoteWorker, error: BaseException) -> str:
         """Why a worker's process ended, in words."""
-        known = "" if worker.pid is None else exit_of(worker.pid, worker.node)
+        known, began = "", time.monotonic()
+        # A channel ends with the process; Ray hears of it a moment later.
+        while worker.pid is not None and not known and time.monotonic() - began < _HEARSAY:
+            known = exit_of(worker.pid, worker.node)
+            if not known and isinstance(error, self._ray.exceptions.RayError):
+                break
+            time.sleep(0.02)
         return known or in_words(error)
 
     def refused(self, worker: RemoteWorker, cause: Exception) -> None:
