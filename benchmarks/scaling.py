@@ -114,7 +114,7 @@ class Slot:
     """One of the actors of a process, called as the handle of an actor of its own would be."""
 
     def __init__(self, process: Any, slot: int):
-        self._process, self._slot = process, slot
+        self._process, self._slot, self._actor_id = process, slot, process._actor_id
 
     def __getattr__(self, method: str) -> Any:
         return SimpleNamespace(remote=partial(self._process.call.remote, self._slot, method))
