@@ -140,8 +140,8 @@ class RemoteWorker:
             self._channel = None
 
     def answer_of(self, call: Call, reply: Reply) -> JobResult | None:
-        """The answer with its vector, unless that is kept by a relay (see `kept`); None where what
-        was asked about, or the vector, has gone meanwhile."""
+        """The answer with its vector, unless that is in a relay's memory; None where what was
+        asked about, or the vector, has gone meanwhile."""
         if reply.answer is None or not reply.in_slot:
             return reply.answer
         if call.relay is not None:
@@ -155,7 +155,9 @@ class RemoteWorker:
         return reply.answer.with_gradient(vector)
 
     def close(self) -> None:
-        """Give back the memory of its answers, and the channel."""
+        """Give back the memory of its answers, here or at its relay, and the channel."""
+        if self.relay is not None:
+            self.relay.handle.close.remote(self.memory)
         self.leave()
         if self._vectors is not None:
             self._vectors.close()

@@ -132,6 +132,7 @@ class Roster:
         self._away.discard(worker)
         self._ray.kill(worker.handle)
         # Nothing is asked of it any more, and what it was asked does not matter.
+        worker.close()
         worker.pid = None
         worker.calls.clear()
         self.replaced += 1
