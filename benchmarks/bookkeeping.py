@@ -29,7 +29,7 @@ class Handle:
     """The handle of an actor whose answers are there before they are asked for."""
 
     def __init__(self, number: int):
-        from pipeline.cluster.actor import Ready, Reply
+        from pipeline.cluster.messages import Ready, Reply
         from pipeline.worker.jobs import JobResult
 
         def answer(theta: Any, vector: Any, job: Any, place: Any) -> Any:
@@ -38,7 +38,7 @@ class Handle:
             result = JobResult(
                 job, len(losses), np.zeros(SIZE, np.float32), {"query_loss": losses}, 0, 0, finite
             )
-            return STUB.put(Reply(result, False))
+            return STUB.put(Reply(result))
 
         self.run = SimpleNamespace(remote=answer)
         self.ready = SimpleNamespace(remote=lambda: STUB.put(Ready(number, "elsewhere", [])))

@@ -40,7 +40,7 @@ from torch import Tensor
 
 from pipeline.cluster.actor import ChunkActor
 from pipeline.cluster.dispatch import RayWorkers
-from pipeline.cluster.remote_worker import AHEAD
+from pipeline.cluster.messages import AHEAD
 from pipeline.cluster.roster import Roster
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load
@@ -137,7 +137,7 @@ class WaitingWorkers(RayWorkers):
         Roster._new_actor = lambda self, number: next(slots)  # the one thing that is simulated
         theta = flat_vector(initial_parameters(experiment))
         super().__init__(experiment, False, size, print, theta.size)
-        while len(self.pids()) < size or not all(w.attached for w in self._roster.workers.values()):
+        while len(self.pids()) < size or not all(w.at_home for w in self._roster.workers.values()):
             self._wait()
 
     def set_wait(self, seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import sys
@@ -10,51 +9,22 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from pipeline.cluster.channel import ChannelAddress, listen
 from pipeline.cluster.group import threads_per_chunk, warm_up_once
+from pipeline.cluster.messages import InMemory, Ready, Reply
 from pipeline.cluster.shared_vectors import Address, SharedVectors, StaleVector
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import Job, JobResult
+from pipeline.worker.jobs import Job
 
 _IDLE = 2e-3  # seconds without a job, after which a worker prepares tasks of the next iteration
 
 _T = TypeVar("_T")
-
-
-class Ready(NamedTuple):
-    """A worker has built everything."""
-
-    pid: int
-    node: str
-    """Ray's id of the node that it is on."""
-    warnings: list[str]
-    """For the driver: what an actor writes to its log nobody reads."""
-
-
-class Reply(NamedTuple):
-    """What comes back for a piece of work."""
-
-    answer: JobResult | None
-    """None: the memory no longer has the vectors of this call; others have answered it."""
-    in_slot: bool
-    """Whether the vector of the answer is in shared memory, not here."""
-
-
-class Attached(NamedTuple):
-    """A worker has mapped the memory of its node."""
-
-    channel: ChannelAddress | None
-    """Where it may be asked, too."""
-
-
-InMemory = tuple[int, int]
-"""A vector by its slot and its number (see `SharedVectors`)."""
 
 
 class ChunkActor:
@@ -88,20 +58,18 @@ class ChunkActor:
         node = ray.get_runtime_context().get_node_id()
         return self._submitted(lambda: Ready(os.getpid(), node, self._build())).result()
 
-    def attach(self, memory: tuple[Address, Address], channel: bool) -> Attached | None:
+    def attach(self, memory: tuple[Address, Address]) -> ChannelAddress | None:
         """Map the memory of this node that θ is read from and the one that answers are put into;
-        None where that is not possible. With `channel`, the caller may ask through one from now on.
-        """
+        where to connect for questions, or None where that is not possible."""
 
-        def work() -> Attached | None:
+        def work() -> ChannelAddress | None:
             self._broadcast, self._results = (SharedVectors.attach(each) for each in memory)
             if self._broadcast is None or self._results is None:
                 return None
-            address = None
-            if channel:
-                with contextlib.suppress(OSError):
-                    address = listen(self._asked)
-            return Attached(address)
+            try:
+                return listen(self._asked)
+            except OSError:
+                return None
 
         return self._submitted(work).result()
 
@@ -129,16 +97,16 @@ class ChunkActor:
             try:
                 at, about = self._taken(theta), self._taken(vector)
             except StaleVector:
-                return Reply(None, False)
+                return Reply(None)
             assert at is not None
             answer = self._computer.run(at, job, about)
             if not self._still_there(theta) or not self._still_there(vector):
-                return Reply(None, False)  # computed at what was being overwritten
+                return Reply(None)  # computed at what was being overwritten
             if result is None or self._results is None or not self._results.takes(answer.gradient):
-                return Reply(answer, False)
+                return Reply(answer)
             assert answer.gradient is not None
             self._results.write(*result, answer.gradient)
-            return Reply(answer.with_gradient(None), True)
+            return Reply(answer).parted()
 
         return self._submitted(work)
 

@@ -1,8 +1,11 @@
-"""Questions and answers between the driver and a worker of its own machine, beside Ray's calls.
+"""Questions and answers between a worker and another process of its machine, beside Ray's calls.
 
 A call of Ray takes a millisecond or two, there and back, as much as a small chunk takes to compute.
 Where both processes are on one machine they talk through a socket instead. It has no file, opens
 only for who has the key, which Ray carries, and ends with either process.
+
+Who asks sends (number, where to put the vector of the answer, pickled arguments) and gets (number,
+whether the vector is there, pickled reply).
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any, NamedTuple
 
+from pipeline.cluster.messages import Failed, Reply
+
 
 class ChannelAddress(NamedTuple):
     """Where a worker listens."""
@@ -27,16 +32,11 @@ class ChannelAddress(NamedTuple):
     key: bytes
 
 
-class Failed(NamedTuple):
-    """An answer: the computation raised an error."""
+def listen(answer: Callable[..., Future[Reply]]) -> ChannelAddress:
+    """Answer the questions of one process, in a thread of its own, until it closes the connection.
 
-    cause: Exception
-
-
-def listen(answer: Callable[..., Future[Any]]) -> ChannelAddress:
-    """Answer the questions of one driver, in a thread of its own, until it closes the connection.
-
-    `answer` gets the arguments of a question. Raises OSError where there are no such sockets.
+    `answer` gets the arguments of a question, then the place for the vector. Raises OSError where
+    there are no such sockets.
     """
     name = f"\0maml-{os.getpid()}-{secrets.token_hex(8)}"
     address = ChannelAddress(name, secrets.token_bytes(32))
@@ -47,10 +47,11 @@ def listen(answer: Callable[..., Future[Any]]) -> ChannelAddress:
             listener.close()
             while True:
                 try:
-                    number, arguments = connection.recv()
+                    number, place, arguments = connection.recv()
                 except (EOFError, OSError):
-                    return  # the driver has ended, or asks in another way
-                answer(*arguments).add_done_callback(_Reply(connection, number))
+                    return  # who asked has ended, or asks in another way
+                done = answer(*pickle.loads(arguments), place)
+                done.add_done_callback(_Sender(connection, number))
 
     threading.Thread(target=serve, name="channel", daemon=True).start()
     return address
@@ -65,17 +66,18 @@ def _accepted(listener: Listener) -> Connection[Any, Any]:
             return connection
 
 
-class _Reply:
+class _Sender:
     """Sends an answer as soon as it is there, from the thread that found it."""
 
     def __init__(self, connection: Connection[Any, Any], number: int):
         self._connection, self._number = connection, number
 
-    def __call__(self, done: Future[Any]) -> None:
+    def __call__(self, done: Future[Reply]) -> None:
         error = done.exception()
         reply = done.result() if error is None else Failed(_portable(error))
+        apart = isinstance(reply, Reply) and reply.apart
         with contextlib.suppress(OSError):  # nobody is there to hear it
-            self._connection.send((self._number, reply))
+            self._connection.send((self._number, apart, pickle.dumps(reply)))
 
 
 def _portable(error: BaseException) -> Exception:
@@ -88,10 +90,7 @@ def _portable(error: BaseException) -> Exception:
 
 
 def connect_to(address: ChannelAddress) -> Connection[Any, Any] | None:
-    """The driver's end: `send((number, arguments))`, and `recv()` gives (number, answer).
-
-    None where it cannot be reached.
-    """
+    """The end of who asks; None where the worker cannot be reached."""
     try:
         return Client(address.name, "AF_UNIX", authkey=address.key)
     except (OSError, EOFError, AuthenticationError):

@@ -20,17 +20,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pipeline.cluster.capacity import lacking, refuse_or_wait, worker_bundle
-from pipeline.cluster.channel import Failed
 from pipeline.cluster.connection import connect
 from pipeline.cluster.group import Notice, WorkersLost
-from pipeline.cluster.node_memory import NodeMemory
-from pipeline.cluster.relay import Kept
-from pipeline.cluster.remote_worker import AHEAD, Call, RemoteWorker
-from pipeline.cluster.replies import Replies
+from pipeline.cluster.messages import AHEAD, Failed, Reply
+from pipeline.cluster.nodes import Nodes
+from pipeline.cluster.remote_worker import Call, RemoteWorker
 from pipeline.cluster.roster import Roster
-from pipeline.cluster.rounds import ChunkSum, JobList, Piece, Round, Total, block_size, span_of
+from pipeline.cluster.rounds import ChunkSum, JobList, Piece, Round, Total, block_size
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.jobs import (
@@ -69,7 +68,6 @@ class RayWorkers:
         """Seconds per chunk, or job, of the last calls, by kind of job."""
         self._holders: list[tuple[Span, int]] = []
         """Which worker, by number, acted out which chunks in the last gradient round."""
-        self._replies = Replies(ray)
         self._free: list[deque[RemoteWorker]] = [deque() for _ in range(AHEAD)]
         """Ready workers by the number of their calls; entries may be out of date."""
         self._second: deque[Call] = deque()
@@ -78,9 +76,7 @@ class RayWorkers:
         self._cut = Cut(per_batch, tasks_per_chunk(experiment, numbers))
         self._started_ray = connect(experiment, size)
         self._roster = Roster(ray, experiment, compile, size, notice)
-        self._memory = NodeMemory(
-            ray, self._replies, self._roster.workers, numbers, experiment.compute.dtype, notice
-        )
+        self._nodes = Nodes(ray, self._roster.workers, numbers, experiment.compute.dtype, notice)
         try:
             refuse_or_wait(
                 experiment, lacking("a worker takes", [worker_bundle(experiment)]), notice
@@ -130,21 +126,20 @@ class RayWorkers:
         return round.total()
 
     def close(self) -> None:
+        self._nodes.close()
         self._roster.close()
-        self._memory.close()
         if self._started_ray:
             self._ray.shutdown()
 
     def _finish(self, round: Round, theta: FlatVector, vector: FlatVector | None) -> None:
-        self._memory.set(theta, vector)
+        self._nodes.begin(round, theta, vector)
         self._line_up()
         replaced = self._roster.replaced
         while not round.done:
             self._assign(round)
-            self._memory.fetch_sums(round)
-            for call, answer in self._wait():
+            for call, reply in self._wait():
                 if call.round is round and call.piece is not None:
-                    self._take_in(round, call, call.piece, answer)
+                    self._take_in(round, call.worker, call.piece, reply)
             if time.monotonic() - self._looked > _TICK:
                 self._looked = time.monotonic()
                 self._issue_overdue_again(round)
@@ -161,19 +156,15 @@ class RayWorkers:
         for worker in sorted(self._roster.workers.values(), key=lambda w: (w.node, w.number)):
             self._note_free(worker)
 
-    def _take_in(self, round: Round, call: Call, piece: Piece, answer: JobResult | None) -> None:
-        if answer is None:
-            if call.relay is not None and call.relay is call.worker.relay:
-                self._memory.share_again(call.worker)
-            if round.needs(piece):
-                round.waiting.extendleft(reversed(round.parts(piece)))
-        elif answer.gradient is None and call.slot is not None and call.relay is not None:
-            assert isinstance(round, ChunkSum)
-            if round.note(piece, answer, call.worker.number):
-                kept = Kept(call.worker.memory, call.slot, call.number, span_of(piece))
-                call.relay.kept.append(kept)
-        else:
-            round.accept(piece, answer, call.worker.number)
+    def _take_in(
+        self, round: Round, worker: RemoteWorker, piece: Piece, reply: Reply | None
+    ) -> None:
+        """A piece was answered, or lost (None)."""
+        answer = None if reply is None else reply.answer
+        if answer is not None:
+            round.accept(piece, answer, worker.number, apart=reply is not None and reply.apart)
+        elif round.needs(piece):
+            round.waiting.extendleft(reversed(round.parts(piece)))
 
     def _assign(self, round: Round) -> None:
         """Give pieces to the workers that have the fewest, while there are pieces."""
@@ -193,9 +184,9 @@ class RayWorkers:
                     unsuited.append(free.popleft())  # for it alone there is nothing
                     continue
                 free.popleft()
-                call = worker.ask(
-                    round, piece, self._memory.arguments(worker), self._replies, time.monotonic()
-                )
+                call = Call(worker, time.monotonic(), round, piece)
+                worker.calls.append(call)
+                self._nodes.ask(call)
                 if load:
                     self._second.append(call)
                 self._note_free(worker)
@@ -238,36 +229,41 @@ class RayWorkers:
         if self._roster.takes(worker) and len(worker.calls) < AHEAD:
             self._free[len(worker.calls)].append(worker)
 
-    def _wait(self) -> list[tuple[Call, JobResult | None]]:
-        """Calls of rounds that have ended, with the answer, or None where the piece was lost."""
+    def _wait(self) -> list[tuple[Call, Reply | None]]:
+        """Calls of rounds that have ended, with the reply, or None where the piece was lost."""
         for worker in self._roster.to_ask():
-            worker.ask_ready(self._replies, time.monotonic())
+            # The first answer comes when everything is compiled.
+            call = Call(worker, time.monotonic())
+            worker.calls.append(call)
+            self._nodes.replies.expect(worker.handle.ready.remote(), call)
+        self._nodes.flush()
         settled = []
-        for call, reply in self._replies.arrived():
-            if not isinstance(call, Call):
-                call(reply)  # about memory
-                continue
-            if call not in call.worker.calls:
-                continue  # its worker has been replaced meanwhile
-            begun = call.worker.calls[0] is call
-            call.worker.answered(call, time.monotonic())
-            answer = None
-            if isinstance(reply, Failed):
-                self._failed(call, reply.cause)
-            elif isinstance(reply, BaseException):
-                self._lost(call, reply, begun)
-            elif call.round is None:
-                self._roster.ready(call.worker, reply)
-                self._memory.share(call.worker)
-            else:
-                answer = call.worker.answer_of(call, reply)
-            if answer is not None and call.piece is not None:
-                seconds = (time.monotonic() - call.started) / units(call.piece.job)
+        for what, reply in self._nodes.replies.arrived():
+            for call, each in [(what, reply)] if isinstance(what, Call) else what(reply) or []:
+                if call in call.worker.calls:  # otherwise it has been replaced meanwhile
+                    settled.append((call, self._settled(call, each)))
+        return settled
+
+    def _settled(self, call: Call, reply: Any) -> Reply | None:
+        """The reply to a call, unless it is an error or another question's; see to the worker."""
+        begun, now = call.worker.calls[0] is call, time.monotonic()
+        call.worker.answered(call, now)
+        found = None
+        if isinstance(reply, Failed):
+            self._failed(call, reply.cause)
+        elif isinstance(reply, BaseException):
+            self._lost(call, reply, begun)
+        elif isinstance(reply, Reply) and call.piece is not None:
+            found = reply
+            if reply.answer is not None:
+                seconds = (now - call.started) / units(call.piece.job)
                 kind = type(call.piece.job)
                 self._durations.setdefault(kind, deque(maxlen=64)).append(seconds)
-            self._note_free(call.worker)
-            settled.append((call, answer))
-        return settled
+        else:
+            self._roster.ready(call.worker, reply)
+            self._nodes.attach(call.worker)
+        self._note_free(call.worker)
+        return found
 
     def _lost(self, call: Call, error: BaseException, begun: bool) -> None:
         """A call ended without an answer: its computation failed, or the process ended."""
@@ -340,5 +336,5 @@ class RayWorkers:
                     round.waiting.appendleft(replace(piece, held_by=None))
             self._holders = [(span, n) for span, n in self._holders if n != worker.number]
             if silent > _REPLACED_AFTER * limit:
-                self._replies.forget(worker.calls)
+                self._nodes.replies.forget(worker.calls)
                 self._roster.replace(worker)

@@ -7,7 +7,7 @@ import secrets
 import time
 from typing import Any
 
-from pipeline.cluster.actor import ChunkActor, Ready
+from pipeline.cluster.actor import ChunkActor
 from pipeline.cluster.capacity import (
     actor_options,
     has_room,
@@ -16,8 +16,9 @@ from pipeline.cluster.capacity import (
 )
 from pipeline.cluster.connection import cluster_address
 from pipeline.cluster.group import Notice, WorkersLost
+from pipeline.cluster.messages import AHEAD, Ready
 from pipeline.cluster.ray_state import exit_of, leaving_nodes, restarts_of
-from pipeline.cluster.remote_worker import AHEAD, RemoteWorker
+from pipeline.cluster.remote_worker import RemoteWorker
 from pipeline.config.experiment import Experiment
 
 _AGAIN = 0.5  # seconds until a lost worker is asked whether it has come back
@@ -132,7 +133,7 @@ class Roster:
         self._away.discard(worker)
         self._ray.kill(worker.handle)
         # Nothing is asked of it any more, and what it was asked does not matter.
-        worker.close()
+        worker.leave()
         worker.pid = None
         worker.calls.clear()
         self.replaced += 1
@@ -187,7 +188,7 @@ class Roster:
         """End the actors."""
         for worker in self.workers.values():
             self._ray.kill(worker.handle)
-            worker.close()
+            worker.leave()
 
     def _start(self, number: int) -> None:
         """A new actor; with new memory: its predecessor may still write into the old."""
@@ -207,6 +208,7 @@ class Roster:
         return actor.remote(name, self._experiment, self._compile, [os.getcwd()])
 
     def _gone(self, worker: RemoteWorker, ready_again: float) -> None:
+        worker.leave()
         worker.pid, worker.ready_again = None, ready_again
         self._away.add(worker)
         if not self.pids and self._lost_since is None:
@@ -218,7 +220,7 @@ class Roster:
         del self.workers[worker.number]
         self._away.discard(worker)
         self._ray.kill(worker.handle)
-        worker.close()
+        worker.leave()
         if not self.workers:
             raise WorkersLost(f"no worker is left, and none can be started: {why}")
         left = f"{len(self.workers)} of {self.size} go on"

@@ -58,25 +58,19 @@ class Round(Protocol):
 
     waiting: deque[Piece]
     """Pieces that nobody works on, the next one first."""
-    adds: bool
-    """Whether the answers are added up."""
 
     @property
     def done(self) -> bool:
         """Whether everything has been answered, and is here."""
         ...
 
-    @property
-    def covered(self) -> bool:
-        """Whether everything has been answered; vectors may still be elsewhere."""
-        ...
-
     def needs(self, piece: Piece) -> bool:
         """Whether the answer to a piece would still tell something."""
         ...
 
-    def accept(self, piece: Piece, answer: JobResult, worker: int) -> None:
-        """Take in the answer of a worker, by its number; one that came too late changes nothing."""
+    def accept(self, piece: Piece, answer: JobResult, worker: int, apart: bool = False) -> None:
+        """Take in the answer of a worker, by its number; one that came too late changes nothing.
+        `apart`: its vector has been added otherwise, as part of the sum of a node."""
         ...
 
     def parts(self, piece: Piece) -> list[Piece]:
@@ -86,8 +80,6 @@ class Round(Protocol):
 
 class JobList:
     """Separate jobs."""
-
-    adds = False
 
     def __init__(self, jobs: Sequence[Job]):
         self._jobs = list(jobs)
@@ -99,12 +91,10 @@ class JobList:
     def done(self) -> bool:
         return len(self._answers) == len(self._jobs)
 
-    covered = done
-
     def needs(self, piece: Piece) -> bool:
         return id(piece.job) not in self._answers
 
-    def accept(self, piece: Piece, answer: JobResult, worker: int) -> None:
+    def accept(self, piece: Piece, answer: JobResult, worker: int, apart: bool = False) -> None:
         self._answers.setdefault(id(piece.job), answer)
 
     def parts(self, piece: Piece) -> list[Piece]:
@@ -118,8 +108,6 @@ class JobList:
 class ChunkSum:
     """One question to all chunks of a meta-batch; a piece is a block of them."""
 
-    adds = True
-
     def __init__(
         self,
         ask: Callable[[Span], ChunkJob],
@@ -131,7 +119,7 @@ class ChunkSum:
         self._ask, self.num_chunks = ask, num_chunks
         self._tree = TreeSum(num_chunks)
         self._there = np.zeros(num_chunks, bool)
-        """Chunks that have been answered, whether or not their vector is here."""
+        """Chunks whose answers are here; their vectors may come a moment before."""
         self._answers: dict[Span, tuple[int, JobResult]] = {}
         self._has_vectors = False
         self._busy: dict[int, float] = {}
@@ -141,40 +129,26 @@ class ChunkSum:
     def done(self) -> bool:
         return self._tree.complete
 
-    @property
-    def covered(self) -> bool:
-        return bool(self._there.all())
-
     def needs(self, piece: Piece) -> bool:
         span = span_of(piece)
         return not self._there[span.first : span.end].all()
 
-    def accept(self, piece: Piece, answer: JobResult, worker: int) -> None:
-        if self.note(piece, answer, worker):
-            self.add(span_of(piece), NO_VECTOR if answer.gradient is None else answer.gradient)
-
-    def note(self, piece: Piece, answer: JobResult, worker: int) -> bool:
-        """Take in an answer whose vector goes to `add` later; False for one that came too late."""
+    def accept(self, piece: Piece, answer: JobResult, worker: int, apart: bool = False) -> None:
         if not self.needs(piece):
-            return False
+            return
         span = span_of(piece)
         self._there[span.first : span.end] = True
-        # Its vector goes into the sum: what is kept is small.
+        if not apart:
+            self.add(span, NO_VECTOR if answer.gradient is None else answer.gradient)
+        # Its vector is in the sum: what is kept is small.
         self._answers[span] = (worker, replace(answer, gradient=None))
         seconds = answer.seconds_sampling + answer.seconds_computing
         self._busy[worker] = self._busy.get(worker, 0.0) + seconds
-        return True
 
     def add(self, span: Span, vector: FlatVector) -> None:
-        """Take in the vector of a node of the tree whose chunks have been answered."""
+        """Take in the vector of a node of the tree; the answers to its chunks come beside it."""
         self._has_vectors |= vector is not NO_VECTOR
         self._tree.add(span, vector)
-
-    def lost(self, span: Span) -> None:
-        """A vector that was to be given to `add` is gone: its chunks are to be computed again."""
-        if not self._tree.has(span):
-            self._there[span.first : span.end] = False
-            self.waiting.append(Piece(self._ask(span)))
 
     def parts(self, piece: Piece) -> list[Piece]:
         span = span_of(piece)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.cluster.channel import ChannelAddress, Failed, connect_to, listen
+from pipeline.cluster.channel import ChannelAddress, connect_to, listen
+from pipeline.cluster.hub import Hub
+from pipeline.cluster.messages import Failed, InMemory, Reply, opened
 from pipeline.cluster.replies import Replies
 
 
@@ -24,15 +27,28 @@ class Unportable(Exception):
         self.lock = threading.Lock()
 
 
-def answered(what: str, number: int) -> Future[int]:
-    future: Future[int] = Future()
-    if what == "double":
-        future.set_result(2 * number)
+def answered(what: str, number: int, place: InMemory | None) -> Future[Any]:
+    future: Future[Any] = Future()
+    if what == "answer":
+        future.set_result(Reply(None))
     elif what == "fail":
         future.set_exception(ZeroDivisionError("on purpose"))
-    else:
+    elif what == "lock":
         future.set_exception(Unportable())
     return future
+
+
+@pytest.fixture
+def hub() -> Hub:
+    """One worker, number 0, in this process."""
+    found = Hub(3, "float32")
+    found.open(0)
+    assert found.connect(0, listen(answered))
+    return found
+
+
+def ask(hub: Hub, number: int, what: str, worker: int = 0) -> None:
+    hub.ask(worker, number, what, pickle.dumps((what, number)), apart=True)
 
 
 def arrived(replies: Replies) -> list[tuple[Any, Any]]:
@@ -43,16 +59,13 @@ def arrived(replies: Replies) -> list[tuple[Any, Any]]:
             return found
 
 
-def test_questions_and_answers() -> None:
-    channel = connect_to(listen(answered))
-    assert channel is not None
-    replies = Replies(ray=None)
-    for number, what in enumerate(["double", "fail", "lock"]):
-        replies.expect(number, what, channel)
-        channel.send((number, (what, 21)))
+def test_questions_and_answers(hub: Hub) -> None:
+    replies = Replies(None, hub)
+    for number, what in enumerate(["answer", "fail", "lock"]):
+        ask(hub, number, what)
     found = dict(reply for _ in range(3) for reply in arrived(replies))
-    assert len(replies) == 0
-    assert found["double"] == 42
+    assert not hub.busy
+    assert found["answer"] == Reply(None)
     assert isinstance(found["fail"], Failed)
     assert isinstance(found["fail"].cause, ZeroDivisionError)
     assert "Unportable: holds a lock" in str(found["lock"].cause)
@@ -63,33 +76,27 @@ def test_only_with_the_key() -> None:
     assert connect_to(address._replace(key=b"another")) is None
     channel = connect_to(address)  # still open for who has it
     assert channel is not None
-    channel.send((1, ("double", 4)))
-    assert channel.recv() == (1, 8)
+    channel.send((1, None, pickle.dumps(("answer", 4))))
+    number, apart, content = channel.recv()
+    assert (number, apart, opened(content)) == (1, False, Reply(None))
     assert connect_to(ChannelAddress("\0maml-nobody", b"")) is None
 
 
-def test_what_is_forgotten_does_not_come() -> None:
-    channel = connect_to(listen(answered))
-    assert channel is not None
-    replies = Replies(ray=None)
-    replaced = "a call of a worker that was replaced"
-    replies.expect(1, replaced, channel)
-    replies.expect(2, "wanted", channel)
-    replies.forget([replaced])
-    channel.send((1, ("double", 1)))
-    channel.send((2, ("double", 2)))
-    assert arrived(replies) == [("wanted", 4)]
-    replies.expect(3, "never", channel)
-    channel.close()
-    assert replies.arrived() == []
-    assert len(replies) == 0
+def test_what_a_closed_worker_was_asked_does_not_come(hub: Hub) -> None:
+    hub.open(1)
+    assert hub.connect(1, listen(answered))
+    ask(hub, 1, "answer")
+    ask(hub, 2, "answer", worker=1)
+    hub.close(0)
+    assert arrived(Replies(None, hub)) == [("answer", Reply(None))]
+    assert not hub.busy
 
 
-def test_a_killed_process_is_noticed_at_once() -> None:
+def test_a_killed_process_is_noticed_at_once(hub: Hub) -> None:
     script = (
         "import sys\nfrom concurrent.futures import Future\n"
         "from pipeline.cluster.channel import listen\n"
-        "address = listen(lambda: Future())\n"
+        "address = listen(lambda *_: Future())\n"
         "print(address.name[1:], address.key.hex(), flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(
@@ -97,22 +104,17 @@ def test_a_killed_process_is_noticed_at_once() -> None:
     ) as process:
         assert process.stdout is not None
         name, key = process.stdout.readline().split()
-        channel = connect_to(ChannelAddress("\0" + name, bytes.fromhex(key)))
-        assert channel is not None
-        replies = Replies(ray=None)
-        replies.expect(1, "lost", channel)
-        channel.send((1, ()))
+        hub.open(1)
+        assert hub.connect(1, ChannelAddress("\0" + name, bytes.fromhex(key)))
+        ask(hub, 1, "lost", worker=1)
         os.kill(process.pid, signal.SIGKILL)
-        ((call, error),) = arrived(replies)
+        ((call, error),) = arrived(Replies(None, hub))
     assert call == "lost"
     assert isinstance(error, (EOFError, OSError))
 
 
 @pytest.mark.parametrize("calls", [0, 1])
-def test_waiting_for_nothing_ends(calls: int) -> None:
-    channel = connect_to(listen(answered))
-    assert channel is not None
-    replies = Replies(ray=None)
+def test_waiting_for_nothing_ends(calls: int, hub: Hub) -> None:
     if calls:
-        replies.expect(1, "never answered", channel)
-    assert replies.arrived() == []
+        ask(hub, 1, "never answered")
+    assert Replies(None, hub).arrived() == []

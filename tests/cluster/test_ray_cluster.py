@@ -75,13 +75,13 @@ def main():
         def started(self, session):
             self.workers = session.workers
             self.all = self.workers._roster.workers
-            while not all(worker.relay for worker in self.all.values()):
+            while not all(worker.at_home for worker in self.all.values()):
                 self.workers._wait()
-            print("relays", len(list(self.workers._memory._relays)))
+            print("relays", len(list(self.workers._nodes)))
             print("on nodes", len({worker.node for worker in self.all.values()}))
         def iteration(self, iteration, metrics):
             if iteration == 2:
-                ray.kill(self.all[0].relay.handle)
+                ray.kill(self.all[0].home.handle)
             if iteration == 3:
                 os.kill(self.workers.pids()[0], signal.SIGKILL)
             if iteration == 4:
