@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from pipeline.cluster.connection import cluster_address, connect
 from pipeline.cluster.ray_state import free_resources, resources_to_grow_to
 from pipeline.config.experiment import Experiment
@@ -15,7 +17,7 @@ def worker_bundle(experiment: Experiment) -> dict[str, float]:
     """The resources of a worker by Ray's names, 'CPU', 'GPU' and the cluster's own; those that it
     takes none of are left out."""
     cluster = experiment.cluster
-    amounts = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    amounts = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker or 0.0}
     amounts |= cluster.resources_per_worker
     return {kind: amount for kind, amount in amounts.items() if amount}
 
@@ -136,9 +138,23 @@ def room_for_workers(experiment: Experiment) -> Room:
     return Room(sum(_fitting(bundle, n) for n in free), max(0, _fitting(bundle, grown) - there))
 
 
+def gpus_there(experiment: Experiment) -> int:
+    """GPUs of the Ray cluster, or of this machine where there is no cluster."""
+    import ray
+
+    if cluster_address(experiment) is None:
+        return torch.cuda.device_count() if torch.cuda.is_available() else 0
+    started = connect(experiment, 1)
+    try:
+        return int(ray.cluster_resources().get("GPU", 0))
+    finally:
+        if started:
+            ray.shutdown()
+
+
 def ray_knows(experiment: Experiment) -> bool:
     """Whether Ray knows the resources: in a cluster, and for GPUs, which Ray detects itself."""
-    return cluster_address(experiment) is not None or experiment.cluster.gpus_per_worker > 0
+    return cluster_address(experiment) is not None or bool(experiment.cluster.gpus_per_worker)
 
 
 def _fitting(bundle: Mapping[str, float], there: Mapping[str, float]) -> int:

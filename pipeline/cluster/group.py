@@ -18,6 +18,7 @@ from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.cpus import available_cpus
 from pipeline.worker.jobs import ChunkJob, Job, JobResult
+from pipeline.worker.learner import computes_little
 from pipeline.worker.program_cache import identity
 from pipeline.worker.tree import Span
 from tasks.errors import ReportedError
@@ -119,11 +120,13 @@ class InProcess:
 
 
 def threads_per_chunk(experiment: Experiment, workers: int) -> int:
-    """Threads that compute a chunk: `compute.threads` where it is set, else one per CPU of an actor
-    (`workers` > 0), or one per CPU that this process may use."""
+    """Threads that compute a chunk: `compute.threads` where it is set; else one for a small model,
+    whose threads would mostly wait for each other; else one per CPU of an actor (`workers` > 0), or
+    one per CPU that this process may use."""
     if experiment.compute.threads is not None:
         return experiment.compute.threads
-    return max(1, int(experiment.cluster.cpus_per_worker)) if workers else available_cpus()
+    cpus = max(1, int(experiment.cluster.cpus_per_worker)) if workers else available_cpus()
+    return 1 if cpus > 1 and computes_little(experiment) else cpus
 
 
 def on_driver(experiment: Experiment) -> Experiment:

@@ -229,8 +229,8 @@ class Compute(Section):
     threads: int | None = Field(
         None,
         ge=1,
-        description="per chunk; null: in process the CPUs that this process may use, in an actor "
-        "cluster.cpus_per_worker",
+        description="per chunk; null: one for a small model, else in process the CPUs that this "
+        "process may use, in an actor cluster.cpus_per_worker",
     )
 
 
@@ -241,7 +241,11 @@ class Cluster(Section):
         "auto", description="Ray actors; 0: in process; auto: measured at the start"
     )
     cpus_per_worker: float = Field(1.0, ge=0)
-    gpus_per_worker: float = Field(0.0, ge=0, description="0.5: two workers share a GPU")
+    gpus_per_worker: float | None = Field(
+        None,
+        ge=0,
+        description="0.5: two workers share a GPU; null: the GPUs that are there, shared evenly",
+    )
     resources_per_worker: dict[str, float] = Field(
         default_factory=dict, description="of the cluster's own kinds, by name"
     )

@@ -61,6 +61,7 @@ from pipeline.search.tune import (
 )
 from pipeline.training.endings import Interrupted, Interruption
 from pipeline.training.opening import with_absolute_data
+from pipeline.training.placement import gpu_share
 from pipeline.worker.chunk import ChunkComputer
 
 _CONNECTING = 60.0  # seconds that MLflow has to answer before the search gives up
@@ -113,8 +114,11 @@ def run_search(
     algorithm = algorithm_of(search, experiment.seed)
     token = _open_folder(experiment, folder, resume)
     watcher.starting(experiment, folder)
-    plan = Plan(experiment, folder, token, ranking, (os.getcwd(),))
-    with _ray(experiment, possible, watcher.notice), _recorded(plan, watcher) as (tracker, plan):
+    with contextlib.ExitStack() as stack:
+        gpus = stack.enter_context(_ray(experiment, possible, watcher.notice))
+        experiment = experiment.changed(cluster={"gpus_per_worker": gpus})
+        plan = Plan(experiment, folder, token, ranking, (os.getcwd(),))
+        tracker, plan = stack.enter_context(_recorded(plan, watcher))
         runs = TrialRuns(plan)
         conductor = conductor_of(plan, watcher, runs, should_stop)
         stopped = True
@@ -194,17 +198,20 @@ def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
 @contextlib.contextmanager
 def _ray(
     experiment: Experiment, possible: Sequence[Experiment], notice: Callable[[str], None]
-) -> Iterator[None]:
-    """Connect to Ray, and check that a trial fits. Raises ValueError if none fits this machine."""
+) -> Iterator[float]:
+    """Connect to Ray, and check that a trial fits; gives the GPUs of a worker, or of a trial that
+    has none. Raises ValueError if no trial fits this machine."""
     import ray
 
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     started = connect(experiment, 0)
     try:
+        alone = experiment.cluster.workers in (0, "auto")
+        gpus = gpu_share(experiment.changed(cluster={"workers": 1}) if alone else experiment)
         missing = max((trial_lacks(sized_as_trial(e)) for e in possible), key=len)
         refuse_or_wait(experiment, missing, notice)
-        yield
+        yield gpus
     finally:
         if started:
             ray.shutdown()

@@ -32,6 +32,7 @@ from pipeline.training.session import Method, Session, Updates, Watcher
 from pipeline.training.transfer_learning import TransferLearning
 from pipeline.training.validation import diagnose, validate
 from pipeline.worker.jobs import GradientJob
+from pipeline.worker.learner import compute_device
 
 
 def train(
@@ -212,7 +213,13 @@ class MetaLearning:
 
     def describe(self, session: Session) -> str:
         inner, outer = session.experiment.inner, session.experiment.outer
-        workers = f"{session.workers.size} Ray actors" if session.workers.size else "in process"
+        if session.workers.size:
+            share = session.experiment.cluster.gpus_per_worker
+            gpus = f" with {share:g} GPU each" if share else ""
+            workers = f"{session.workers.size} Ray actors{gpus}"
+        else:
+            cuda = compute_device(session.experiment).type == "cuda"
+            workers = "in process" + (" on the GPU" if cuda else "")
         return (
             f"inner steps: {inner.steps}, {inner.order} order; "
             f"{outer.tasks_per_batch} tasks per meta-batch, {session.cut.per_chunk} per chunk; "

@@ -81,7 +81,8 @@ def open_session(
     worker_threads = threads_per_chunk(experiment, 1)
     # Both change the last bits of results: a resumed run keeps those of its beginning.
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
-    experiment = experiment.changed(compute={"threads": threads})
+    share = {"gpus_per_worker": placement.gpus_per_worker}
+    experiment = experiment.changed(compute={"threads": threads}, cluster=share)
     compile = bool(state.extra["compile"]) if state else method.compiles(experiment)
     session = Session(
         experiment, run_dir, method, theta, state, store, watcher, compile=compile, token=token

@@ -7,12 +7,14 @@ worker do change them: a resumed run keeps its number of threads.)
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
 import torch
 
-from pipeline.cluster.capacity import ray_knows, room_for_workers
+from pipeline.cluster.capacity import gpus_there, ray_knows, room_for_workers
+from pipeline.cluster.connection import cluster_address
 from pipeline.cluster.group import on_driver, threads_per_chunk
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector, flat_vector
@@ -29,11 +31,12 @@ _LONG_ENOUGH = 10.0  # seconds after which no further iteration is timed
 
 
 class Placement(NamedTuple):
-    """How many actors compute chunks, and why, in words."""
+    """Who computes chunks, and why, in words."""
 
     workers: int
-    """0: the chunks are computed in this process."""
+    """Actors; 0: the chunks are computed in this process."""
     reason: str
+    gpus_per_worker: float = 0.0
 
 
 def decide_compile(experiment: Experiment) -> bool:
@@ -46,24 +49,35 @@ def decide_compile(experiment: Experiment) -> bool:
 
 
 def decide_workers(experiment: Experiment) -> Placement:
-    """Resolve `cluster.workers`; `auto` times a chunk here, with the threads of each placement."""
-    cluster = experiment.cluster
-    if cluster.workers != "auto":
-        return Placement(cluster.workers, "as configured")
+    """Resolve `cluster.workers` and `cluster.gpus_per_worker`.
+
+    GPUs that are there are used: one of this machine in this process, several by an actor each.
+    Where there is none, `auto` times a chunk here, with the threads of each placement.
+    """
+    share = gpu_share(experiment)
+    if experiment.cluster.workers != "auto":
+        return Placement(experiment.cluster.workers, "as configured", share)
+    ours = cluster_address(experiment) is None and experiment.cluster.gpus_per_worker is None
+    experiment = experiment.changed(cluster={"gpus_per_worker": share})
     computer = ChunkComputer(on_driver(experiment), compile=False)
-    chunks, room = computer.num_chunks, room_for_workers(experiment)
+    chunks = computer.num_chunks
+    if share and ours and min(chunks, gpus_there(experiment)) == 1:
+        return Placement(0, "on the GPU of this machine")
+    room = room_for_workers(experiment)
     if ray_knows(experiment):
         # Workers that wait are what makes a cluster grow.
         workers = max(1, min(chunks, room.now + room.to_come))
         grows = f" and may grow by {room.to_come}" if room.to_come else ""
-        has = f"the cluster has room for {room.now}{grows}"
-        return Placement(workers, f"{has}, a meta-batch has {chunks} chunks")
+        has = f"there is room for {room.now}{grows}"
+        return Placement(workers, f"{has}, a meta-batch has {chunks} chunks", share)
+    # An actor without a share of a GPU computes on the CPU.
+    on_cpu = ChunkComputer(experiment.without_gpu(), compile=False)
     workers = min(chunks, room.now)
     if workers < 2:
         return Placement(0, f"{chunks} chunk(s) per meta-batch and room for {room.now} actor(s)")
     alone, actor = (
-        _iteration_seconds(computer, experiment, threads_per_chunk(experiment, size))
-        for size in (0, workers)
+        _iteration_seconds(each, experiment, threads_per_chunk(experiment, size))
+        for each, size in ((computer, 0), (on_cpu, workers))
     )
     here = chunks * alone.per_chunk
     actors = -(-chunks // workers) * actor.per_chunk + actor.rounds * _ROUND_TRIP_SECONDS
@@ -75,6 +89,22 @@ def decide_workers(experiment: Experiment) -> Placement:
     if saved > _RAY_START_SECONDS:
         return Placement(workers, measured)
     return Placement(0, f"{measured}: not worth starting Ray")
+
+
+def gpu_share(experiment: Experiment) -> float:
+    """GPUs for each actor: `cluster.gpus_per_worker` where it is set; else, of those that are
+    there, one for each, or such a share that all actors have one. 0 where there are none, or the
+    CPU is asked for, or there are no actors."""
+    cluster = experiment.cluster
+    if cluster.gpus_per_worker is not None:
+        return cluster.gpus_per_worker
+    if cluster.workers == 0 or experiment.compute.device == "cpu":
+        return 0.0
+    gpus = gpus_there(experiment)
+    if gpus == 0 or cluster.workers == "auto":
+        return float(gpus > 0)
+    # Ray counts in ten thousandths, and a share is of one GPU.
+    return math.floor(1e4 / math.ceil(cluster.workers / gpus)) / 1e4
 
 
 def _as_text(seconds: float) -> str:

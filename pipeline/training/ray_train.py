@@ -256,7 +256,7 @@ class _Fit(threading.Thread):
             },
             scaling_config=ScalingConfig(
                 num_workers=workers,
-                use_gpu=cluster.gpus_per_worker > 0,
+                use_gpu=bool(cluster.gpus_per_worker),
                 resources_per_worker=worker_bundle(experiment),
             ),
             run_config=RunConfig(
@@ -293,7 +293,7 @@ def _worker(config: dict[str, Any]) -> None:
     torch.set_num_threads(config["threads"])
     context = ray.train.get_context()
     rank, size, board = context.get_world_rank(), context.get_world_size(), config["board"]
-    own_gpu = experiment.cluster.gpus_per_worker > 0
+    own_gpu = bool(experiment.cluster.gpus_per_worker)
     device = ray.train.torch.get_device() if own_gpu else compute_device(experiment)
     settings = Pretraining.model_validate_json(config["pretraining"])
     trainer = Pretrainer(experiment, settings, device)

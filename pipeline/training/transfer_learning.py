@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pipeline.cluster.group import InProcess, WorkerGroup, on_driver
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Pretraining
-from pipeline.training.placement import Placement
+from pipeline.training.placement import Placement, gpu_share
 from pipeline.training.pretraining import check_pretraining
 from pipeline.training.ray_train import pretrain
 from pipeline.training.session import Session, Updates
@@ -28,7 +28,7 @@ class TransferLearning:
         check_pretraining(experiment, self.settings)
 
     def place(self, experiment: Experiment) -> Placement:
-        return Placement(0, "Ray Train has workers of its own")
+        return Placement(0, "Ray Train has workers of its own", gpu_share(experiment))
 
     def compiles(self, experiment: Experiment) -> bool:
         return False  # chunk functions run in a few evaluations only

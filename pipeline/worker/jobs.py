@@ -146,6 +146,10 @@ def described(job: Job, cut: Cut) -> str:
     return f"iteration {job.iteration}, {chunks} ({tasks})"
 
 
+SMALL = 20_000
+"""Parameters of a model whose cost is in calls, not in arithmetic."""
+
+
 def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int) -> int:
     """Tasks in a chunk where `outer.tasks_per_chunk` is not set.
 
@@ -154,7 +158,7 @@ def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int) -> int:
     For a large one the meta-batch is cut in four, so that workers can share it and memory stays
     bounded.
     """
-    if num_parameters < 20_000:
+    if num_parameters < SMALL:
         return tasks_per_batch
     return max(1, -(-tasks_per_batch // 4))
 

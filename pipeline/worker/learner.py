@@ -18,6 +18,7 @@ from pipeline.maml.adaptation import Adaptation
 from pipeline.maml.flat_vector import FlatVector, Layout, Params
 from pipeline.maml.inner_optimizers import build_inner_optimizer
 from pipeline.maml.meta_gradient import Knobs
+from pipeline.worker.jobs import SMALL
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,6 +111,15 @@ def meta_parameters_of(experiment: Experiment, model: torch.nn.Module) -> Params
     dtype = getattr(torch, experiment.compute.dtype)
     params = {name: p.detach().to(dtype) for name, p in model.named_parameters()}
     return adaptation_of(experiment, model).meta_parameters(params, experiment.inner.lr)
+
+
+def computes_little(experiment: Experiment) -> bool:
+    """Whether the cost of a chunk is in calls, not in arithmetic: a small model, and no
+    trajectories, which are many examples at once."""
+    if experiment.reinforcement is not None:
+        return False
+    num_parameters = sum(value.numel() for value in initial_parameters(experiment).values())
+    return num_parameters < SMALL
 
 
 def compute_device(experiment: Experiment) -> torch.device:
