@@ -112,26 +112,35 @@ class Hub:
     def arrived(self, timeout: float) -> list[Arrived]:
         """Answers, once there are any; none after `timeout` seconds."""
         if self._unheard:
-            unheard, self._unheard = self._unheard, []
-            return unheard
-        channels = {w.channel: w for w in self._workers.values() if w.channel and w.under_way}
+            return self.unheard()
+        channels = {w.channel: n for n, w in self._workers.items() if w.channel and w.under_way}
         found: list[Arrived] = []
         for channel in wait(list(channels), timeout):
             assert isinstance(channel, Connection)
-            found += _received(channels[channel], channel)
+            found += self.heard(channels[channel])
         return found
 
+    def unheard(self) -> list[Arrived]:
+        """Questions that could not be put, each with the error."""
+        unheard, self._unheard = self._unheard, []
+        return unheard
 
-def _received(worker: _Worker, channel: Connection[Any, Any]) -> list[Arrived]:
-    """The next answer that a channel has; where it has ended, an error for every question."""
-    try:
-        number, apart, content = channel.recv()
-    except (EOFError, OSError) as error:
-        lost = [Arrived(name, error) for name, _ in worker.under_way.values()]
-        worker.under_way.clear()
-        return lost
-    name, slot = worker.under_way.pop(number)
-    if not apart:
-        return [Arrived(name, content)]
-    assert slot is not None
-    return [Arrived(name, content, worker.vectors.read(slot, number))]
+    def heard(self, worker: int) -> list[Arrived]:
+        """The next answer of a worker, if it is there; where its process has ended, an error for
+        every question: then it is connected no more."""
+        known = self._workers.get(worker)
+        if known is None or known.channel is None or not known.channel.poll():
+            return []
+        try:
+            number, apart, content = known.channel.recv()
+        except (EOFError, OSError) as error:
+            lost = [Arrived(name, error) for name, _ in known.under_way.values()]
+            known.under_way.clear()
+            known.channel.close()
+            known.channel = None
+            return lost
+        name, slot = known.under_way.pop(number)
+        if not apart:
+            return [Arrived(name, content)]
+        assert slot is not None
+        return [Arrived(name, content, known.vectors.read(slot, number))]

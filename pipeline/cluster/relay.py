@@ -52,14 +52,15 @@ class RelayActor:
         connected = self._hub.connect(worker, address)
         channel = self._hub.channel(worker)
         if channel is not None:
-            asyncio.get_running_loop().add_reader(channel, self._heard, worker)
+            descriptor = channel.fileno()
+            asyncio.get_running_loop().add_reader(descriptor, self._heard, worker, descriptor)
         return connected
 
     async def close(self, worker: int) -> None:
         """As `Hub.close`."""
         self._stop_listening(worker)
         self._hub.close(worker)
-        self._take_in()  # others may have been waiting for it
+        self._take_in([])  # others may have been waiting for it
 
     async def exchange(
         self,
@@ -83,22 +84,23 @@ class RelayActor:
             self._hub.ask(each.worker, each.number, (each, now), each.arguments, adds)
         self._return()
         self._waiting = asyncio.get_running_loop().create_future()
-        self._take_in()
+        self._take_in(self._hub.unheard())
         return await self._waiting
 
-    def _heard(self, worker: int) -> None:
-        """A worker's channel can be read."""
-        if not self._take_in():
-            self._stop_listening(worker)  # it has ended, while nothing was asked
+    def _heard(self, worker: int, channel: int) -> None:
+        """A worker's channel, by its descriptor, can be read."""
+        found = self._hub.heard(worker)
+        if self._hub.channel(worker) is None:
+            asyncio.get_running_loop().remove_reader(channel)
+        self._take_in(found)
 
     def _stop_listening(self, worker: int) -> None:
         channel = self._hub.channel(worker)
         if channel is not None:
             asyncio.get_running_loop().remove_reader(channel)
 
-    def _take_in(self) -> bool:
-        """Take in what has been answered, and see whether to return it; False if nothing has."""
-        found = self._hub.arrived(0.0)
+    def _take_in(self, found: list[Arrived]) -> None:
+        """Take in answers, and see whether to return what there is."""
         for arrived in found:
             self._keep(arrived)
         if not self._hub.busy:
@@ -107,7 +109,6 @@ class RelayActor:
             _, asked = found[0].name if found else (None, time.monotonic())
             delay = max(_AT_LEAST, _TOGETHER * (time.monotonic() - asked))
             self._timer = asyncio.get_running_loop().call_later(delay, self._return)
-        return bool(found)
 
     def _keep(self, arrived: Arrived) -> None:
         question, _ = arrived.name

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from typing import Any
 
@@ -112,6 +113,25 @@ def test_one_call_one_vector() -> None:
         assert reply.apart
         assert reply.answer is not None
         assert reply.answer.gradient is None
+
+
+def test_who_is_read_beside_another_is_heard_again() -> None:
+    async def scenario() -> None:
+        relay, workers = await two_workers()
+        for worker in workers:
+            worker.may_answer.clear()
+        asked = [question(0, 0), question(1, 1)]
+        answering = asyncio.create_task(relay.exchange(PLACES, THETA, None, asked))
+        await asyncio.sleep(0)
+        for worker in workers:
+            worker.may_answer.set()
+        time.sleep(0.1)  # both have answered before the relay looks
+        assert numbers(await asyncio.wait_for(answering, 5)) == [10, 11]
+        for number in range(2):
+            alone = relay.exchange(PLACES, None, None, [question(number, 2)])
+            assert numbers(await asyncio.wait_for(alone, 5)) == [12]
+
+    asyncio.run(scenario())
 
 
 def test_answers_that_are_not_added_come_whole() -> None:
