@@ -39,6 +39,7 @@ from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
 from pipeline.cluster.actor import ChunkActor
+from pipeline.cluster.connection import INLINE_SETTING
 from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.messages import AHEAD
 from pipeline.cluster.roster import Roster
@@ -263,6 +264,7 @@ def simulated_nodes(
     import ray
     from ray.cluster_utils import Cluster
 
+    os.environ[INLINE_SETTING] = str(2**21)  # as in cluster.yaml
     large = size == "large"
     store = {"include_dashboard": False, "object_store_memory": (4000 if large else 300) << 20}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **store})

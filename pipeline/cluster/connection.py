@@ -16,12 +16,22 @@ from pipeline.worker.cpus import available_cpus
 # Answers up to this size travel with the message instead of through the object store (Ray's default
 # is 100 kB): a gradient of conv4 is 450 kB. A cluster has its own setting (see cluster.yaml).
 _INLINE_BYTES = 2**21
+_RAYS_INLINE_BYTES = 100 * 1024
+INLINE_SETTING = "RAY_max_direct_call_object_size"
+"""The environment variable that sets it for the nodes of a cluster, and tells it to a driver."""
 
 
 def cluster_address(experiment: Experiment) -> str | None:
     """The address of a running Ray cluster, or None for a local one."""
     address = experiment.cluster.address or os.environ.get("RAY_ADDRESS")
     return None if address in (None, "", "local") else address
+
+
+def bytes_in_calls(experiment: Experiment) -> int:
+    """Up to which size an array travels within a call, and not through the object store."""
+    if cluster_address(experiment) is None:
+        return _INLINE_BYTES
+    return int(os.environ.get(INLINE_SETTING, _RAYS_INLINE_BYTES))
 
 
 def connect(experiment: Experiment, size: int) -> bool:

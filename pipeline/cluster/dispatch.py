@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.cluster.capacity import lacking, refuse_or_wait, worker_bundle
-from pipeline.cluster.connection import connect
+from pipeline.cluster.connection import bytes_in_calls, connect
 from pipeline.cluster.group import Notice, WorkersLost
 from pipeline.cluster.messages import AHEAD, Failed, Reply
 from pipeline.cluster.nodes import Nodes
@@ -76,7 +76,14 @@ class RayWorkers:
         self._cut = Cut(per_batch, tasks_per_chunk(experiment, numbers))
         self._started_ray = connect(experiment, size)
         self._roster = Roster(ray, experiment, compile, size, notice)
-        self._nodes = Nodes(ray, self._roster.workers, numbers, experiment.compute.dtype, notice)
+        self._nodes = Nodes(
+            ray,
+            self._roster.workers,
+            numbers,
+            experiment.compute.dtype,
+            bytes_in_calls(experiment),
+            notice,
+        )
         try:
             refuse_or_wait(
                 experiment, lacking("a worker takes", [worker_bundle(experiment)]), notice
@@ -137,7 +144,7 @@ class RayWorkers:
         replaced = self._roster.replaced
         while not round.done:
             self._assign(round)
-            for call, reply in self._wait():
+            for call, reply in self._wait(patient=not round.waiting):
                 if call.round is round and call.piece is not None:
                     self._take_in(round, call.worker, call.piece, reply)
             if time.monotonic() - self._looked > _TICK:
@@ -229,14 +236,15 @@ class RayWorkers:
         if self._roster.takes(worker) and len(worker.calls) < AHEAD:
             self._free[len(worker.calls)].append(worker)
 
-    def _wait(self) -> list[tuple[Call, Reply | None]]:
-        """Calls of rounds that have ended, with the reply, or None where the piece was lost."""
+    def _wait(self, patient: bool = False) -> list[tuple[Call, Reply | None]]:
+        """Calls of rounds that have ended, with the reply, or None where the piece was lost;
+        `patient`: there is no more work for who is early."""
         for worker in self._roster.to_ask():
             # The first answer comes when everything is compiled.
             call = Call(worker, time.monotonic())
             worker.calls.append(call)
             self._nodes.replies.expect(worker.handle.ready.remote(), call)
-        self._nodes.flush()
+        self._nodes.flush(patient)
         settled = []
         for what, reply in self._nodes.replies.arrived():
             for call, each in [(what, reply)] if isinstance(what, Call) else what(reply) or []:

@@ -27,7 +27,6 @@ from pipeline.cluster.roster import in_words
 from pipeline.cluster.rounds import ChunkSum, Round, span_of
 from pipeline.maml.flat_vector import FlatVector
 
-_DIRECT_BYTES = 100_000  # a vector up to this size travels within the call
 _TRIES = 3  # relays of a node that may fail
 
 
@@ -35,8 +34,9 @@ class Vectors:
     """θ, and the vector that the questions of a round are about, on their way to the workers. Each
     is sent once per value and node, however many questions follow."""
 
-    def __init__(self, ray: Any):
-        self._ray = ray
+    def __init__(self, ray: Any, in_calls: int):
+        """`in_calls`: bytes up to which a value travels within a call."""
+        self._ray, self._in_calls = ray, in_calls
         self._values: list[FlatVector | None] = [None, None]
         self._numbers = [0, 0]
         self._sent: list[Any] = [None, None]
@@ -69,7 +69,7 @@ class Vectors:
 
     def as_argument(self, value: FlatVector | None) -> Any:
         """A value as an argument of a call of Ray."""
-        if value is None or value.nbytes <= _DIRECT_BYTES:
+        if value is None or value.nbytes < self._in_calls:
             return value
         kind = next(k for k in (0, 1) if self._values[k] is value)
         if self._sent[kind] is None:
@@ -109,7 +109,7 @@ class OwnNode:
                 self._hub.write(place, value)
         self._hub.ask(call.worker.identity, call.number, call, arguments, apart=True)
 
-    def flush(self) -> None:
+    def flush(self, patient: bool) -> None:
         """Nothing waits."""
 
     def leave(self, worker: RemoteWorker) -> None:
@@ -164,12 +164,14 @@ class RelayedNode:
         self._calls[call.number] = call
         self._questions.append(Question(call.worker.identity, call.number, arguments, addend))
 
-    def flush(self) -> None:
+    def flush(self, patient: bool) -> None:
         if not self._questions and (self._exchanges or not self._calls):
             return
         vectors = self._nodes.vectors
         new = [vectors.as_argument(value) for value in vectors.news(self._known)]
-        reference = self.handle.exchange.remote(vectors.places, *new, self._questions)
+        # A worker with two questions could give one away.
+        patient &= len({call.worker.number for call in self._calls.values()}) == len(self._calls)
+        reference = self.handle.exchange.remote(vectors.places, *new, self._questions, patient)
         self._questions = []
         self._exchanges += 1
         self._nodes.replies.expect(reference, self._exchanged)
@@ -203,14 +205,16 @@ class Nodes:
         workers: Mapping[int, RemoteWorker],
         size: int,
         dtype: str,
+        in_calls: int,
         notice: Notice,
     ):
-        """`size`: the numbers in a vector; `workers` changes as workers come and go."""
+        """`size`: the numbers in a vector; `in_calls`: bytes that travel within a call of Ray;
+        `workers` changes as workers come and go."""
         self._ray, self._workers, self._notice = ray, workers, notice
         self._size, self._dtype = size, dtype
         own = _hub(size, dtype)
         self.replies = Replies(ray, own)
-        self.vectors = Vectors(ray)
+        self.vectors = Vectors(ray, in_calls)
         self._here = ray.get_runtime_context().get_node_id()
         self._own = OwnNode(own, self.vectors, self.replies) if own is not None else None
         self._relayed: dict[str, RelayedNode] = {}
@@ -238,10 +242,11 @@ class Nodes:
             addend = Addend(number, round.num_chunks, span_of(call.piece))
         home.ask(call, pickle.dumps((*self.vectors.told(memory=True), job)), addend)
 
-    def flush(self) -> None:
-        """Send all questions that were put, and wait for those that are not answered."""
+    def flush(self, patient: bool) -> None:
+        """Send all questions that were put, and wait for those that are not answered; `patient`:
+        there are no more for who is early."""
         for node in self:
-            node.flush()
+            node.flush(patient)
 
     def add(self, addend: Addend, vector: FlatVector) -> None:
         """Take in what a relay has added up."""

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from pipeline.cluster.shared_vectors import Address
     from pipeline.maml.flat_vector import FlatVector
 
-_TOGETHER = 0.25  # of the time that the first answer took: so long the others are waited for
+_TOGETHER = 0.25  # of the time that the first answer took: so long the others are waited for,
+_PATIENT = 1.0  # or so long, where there is no work for who is early
 _AT_LEAST = 0.004  # seconds; another call costs about as much
 
 
@@ -41,6 +42,7 @@ class RelayActor:
         self._contents: list[tuple[int, Content]] = []
         self._sums: dict[tuple[int, int], TreeSum] = {}
         """By round and number of chunks."""
+        self._together = _TOGETHER
 
     async def open(self, worker: int) -> tuple[Address, Address]:
         """As `Hub.open`."""
@@ -68,13 +70,15 @@ class RelayActor:
         theta: FlatVector | None,
         vector: FlatVector | None,
         questions: list[Question],
+        patient: bool,
     ) -> Answers:
         """Ask, and return what has been answered, to these questions and to earlier ones.
 
         `theta` and `vector` are given where they are new on this node, and put in their places.
-        Returns when all is answered; when others take a quarter longer than the first one; or, with
-        whatever there is, when it is called again.
+        Returns when all is answered; when others take a quarter longer than the first one, or, to
+        be `patient`, twice as long; or, with whatever there is, when it is called again.
         """
+        self._together = _PATIENT if patient else _TOGETHER
         for place, value in zip(places, (theta, vector), strict=True):
             if value is not None:
                 self._hub.write(place, value)
@@ -107,7 +111,7 @@ class RelayActor:
             self._return()
         elif self._contents and self._timer is None:
             _, asked = found[0].name if found else (None, time.monotonic())
-            delay = max(_AT_LEAST, _TOGETHER * (time.monotonic() - asked))
+            delay = max(_AT_LEAST, self._together * (time.monotonic() - asked))
             self._timer = asyncio.get_running_loop().call_later(delay, self._return)
 
     def _keep(self, arrived: Arrived) -> None:

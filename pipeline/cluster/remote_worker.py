@@ -34,8 +34,8 @@ class Home(Protocol):
         `ChunkActor.run` but the last, pickled. It may wait until `flush`."""
         ...
 
-    def flush(self) -> None:
-        """Send what waits."""
+    def flush(self, patient: bool) -> None:
+        """Send what waits; `patient`: there is no more for who is early."""
         ...
 
     def leave(self, worker: RemoteWorker) -> None:

@@ -100,7 +100,7 @@ def test_one_call_one_vector() -> None:
     async def scenario() -> Answers:
         relay, _ = await two_workers()
         asked = [question(worker, chunk) for worker, chunk in ((0, 3), (0, 0), (1, 2), (1, 1))]
-        return await relay.exchange(PLACES, THETA, None, asked)
+        return await relay.exchange(PLACES, THETA, None, asked, False)
 
     answers = asyncio.run(scenario())
     assert numbers(answers) == [10, 11, 12, 13]
@@ -121,14 +121,14 @@ def test_who_is_read_beside_another_is_heard_again() -> None:
         for worker in workers:
             worker.may_answer.clear()
         asked = [question(0, 0), question(1, 1)]
-        answering = asyncio.create_task(relay.exchange(PLACES, THETA, None, asked))
+        answering = asyncio.create_task(relay.exchange(PLACES, THETA, None, asked, False))
         await asyncio.sleep(0)
         for worker in workers:
             worker.may_answer.set()
         time.sleep(0.1)  # both have answered before the relay looks
         assert numbers(await asyncio.wait_for(answering, 5)) == [10, 11]
         for number in range(2):
-            alone = relay.exchange(PLACES, None, None, [question(number, 2)])
+            alone = relay.exchange(PLACES, None, None, [question(number, 2)], False)
             assert numbers(await asyncio.wait_for(alone, 5)) == [12]
 
     asyncio.run(scenario())
@@ -137,7 +137,7 @@ def test_who_is_read_beside_another_is_heard_again() -> None:
 def test_answers_that_are_not_added_come_whole() -> None:
     async def scenario() -> Answers:
         relay, _ = await two_workers()
-        return await relay.exchange(PLACES, THETA, None, [question(0, 2, adds=False)])
+        return await relay.exchange(PLACES, THETA, None, [question(0, 2, adds=False)], False)
 
     answers = asyncio.run(scenario())
     assert answers.sums == []
@@ -154,8 +154,8 @@ def test_others_are_waited_for_a_while() -> None:
         relay, workers = await two_workers()
         workers[1].may_answer.clear()
         asked = [question(0, 0), question(1, 1), question(0, 2)]
-        first = await relay.exchange(PLACES, THETA, None, asked)
-        rest = asyncio.create_task(relay.exchange(PLACES, None, None, []))
+        first = await relay.exchange(PLACES, THETA, None, asked, False)
+        rest = asyncio.create_task(relay.exchange(PLACES, None, None, [], False))
         await asyncio.sleep(0.05)
         assert not rest.done()
         workers[1].may_answer.set()
@@ -173,9 +173,9 @@ def test_a_later_call_takes_over() -> None:
     async def scenario() -> tuple[Answers, Answers]:
         relay, workers = await two_workers()
         workers[0].may_answer.clear()
-        first = asyncio.create_task(relay.exchange(PLACES, THETA, None, [question(0, 0)]))
+        first = asyncio.create_task(relay.exchange(PLACES, THETA, None, [question(0, 0)], False))
         await asyncio.sleep(0)
-        second = asyncio.create_task(relay.exchange(PLACES, None, None, [question(1, 1)]))
+        second = asyncio.create_task(relay.exchange(PLACES, None, None, [question(1, 1)], False))
         before = await first
         workers[0].may_answer.set()
         return before, await second
@@ -198,15 +198,17 @@ def test_what_is_lost_is_said() -> None:
         await relay.open(2)
         assert await relay.connect(2, ChannelAddress("\0" + name, bytes.fromhex(key)))
         dying = asyncio.create_task(
-            relay.exchange(PLACES, THETA, None, [question(2, 0), question(0, 1)])
+            relay.exchange(PLACES, THETA, None, [question(2, 0), question(0, 1)], False)
         )
         await asyncio.sleep(0.1)
         process.kill()
         process.communicate()
         found = [await dying]
         if len(found[0].contents) == 1:  # the other one came earlier
-            found.append(await relay.exchange(PLACES, None, None, []))
-        found.append(await relay.exchange(PLACES, None, None, [question(2, 2), question(9, 3)]))
+            found.append(await relay.exchange(PLACES, None, None, [], False))
+        found.append(
+            await relay.exchange(PLACES, None, None, [question(2, 2), question(9, 3)], False)
+        )
         return found
 
     contents = dict(pair for answers in asyncio.run(scenario()) for pair in answers.contents)
@@ -228,7 +230,7 @@ def test_nobody_waits_for_a_worker_that_was_closed() -> None:
     async def scenario() -> Answers:
         relay, workers = await two_workers()
         workers[0].may_answer.clear()
-        waiting = asyncio.create_task(relay.exchange(PLACES, THETA, None, [question(0, 0)]))
+        waiting = asyncio.create_task(relay.exchange(PLACES, THETA, None, [question(0, 0)], False))
         await asyncio.sleep(0)
         await relay.close(0)
         return await asyncio.wait_for(waiting, 5)
