@@ -3,12 +3,14 @@
     python benchmarks/bookkeeping.py
 
 The stub answers at once and costs next to nothing, so what is left is the driver's own work: who
-gets which block, what is answered, what is left, the sum. Answers come one at a time, which costs
-most, or all together. Vectors are small, so that adding them does not count.
+gets which block, what is answered, what is left, the sum. Workers are alone on their nodes, each
+called itself, and answer one at a time or all together; or they are eight to a node, behind relays
+that answer one at a time. Vectors are small, so that adding them does not count.
 """
 
 from __future__ import annotations
 
+import pickle
 import statistics
 import sys
 import time
@@ -25,23 +27,59 @@ class RayError(Exception):
     """As Ray's."""
 
 
-class Handle:
-    """The handle of an actor whose answers are there before they are asked for."""
+def reply_to(job: Any) -> Any:
+    """What a worker answers."""
+    from pipeline.cluster.messages import Reply
+    from pipeline.worker.jobs import JobResult
+
+    losses, finite = np.zeros(job.chunks.size, np.float32), (True,) * job.chunks.size
+    vector = np.zeros(SIZE, np.float32)
+    return Reply(JobResult(job, len(losses), vector, {"query_loss": losses}, 0, 0, finite))
+
+
+def method(answer: Any) -> Any:
+    """A method of an actor whose answers are there before they are asked for."""
+    return SimpleNamespace(remote=lambda *arguments: STUB.put(answer(*arguments)))
+
+
+class Worker:
+    """The handle of a worker."""
 
     def __init__(self, number: int):
-        from pipeline.cluster.messages import Ready, Reply
-        from pipeline.worker.jobs import JobResult
+        from pipeline.cluster.channel import ChannelAddress
+        from pipeline.cluster.messages import Ready
 
-        def answer(theta: Any, vector: Any, job: Any, place: Any) -> Any:
-            losses = np.zeros(job.chunks.size, np.float32)
-            finite = (True,) * job.chunks.size
-            result = JobResult(
-                job, len(losses), np.zeros(SIZE, np.float32), {"query_loss": losses}, 0, 0, finite
-            )
-            return STUB.put(Reply(result))
+        node = f"node {number // STUB.per_node}"
+        self.ready = method(lambda: Ready(number, node, []))
+        self.attach = method(lambda memory: ChannelAddress("", b""))
+        self.run = method(lambda theta, vector, job, place: reply_to(job))
 
-        self.run = SimpleNamespace(remote=answer)
-        self.ready = SimpleNamespace(remote=lambda: STUB.put(Ready(number, "elsewhere", [])))
+
+class Relay:
+    """The handle of a relay. It answers what it has answered before from memory."""
+
+    def __init__(self) -> None:
+        self.open, self.connect = method(lambda worker: None), method(lambda *_: True)
+        self.close, self.exchange = method(lambda worker: None), method(self._exchange)
+        self._known: dict[Any, Any] = {}
+
+    def _exchange(self, places: Any, theta: Any, vector: Any, questions: Any, patient: Any) -> Any:
+        from pipeline.cluster.messages import Answers
+        from pipeline.worker.tree import TreeSum
+
+        spans = tuple(question.addend.span for question in questions)
+        if spans not in self._known:
+            sums, contents = TreeSum(questions[0].addend.num_chunks), []
+            for question in questions:
+                reply = reply_to(pickle.loads(question.arguments)[2])
+                sums.add(question.addend.span, reply.answer.gradient)
+                contents.append(pickle.dumps(reply.parted()))
+            self._known[spans] = contents, sums.nodes
+        contents, nodes = self._known[spans]
+        numbers = [question.number for question in questions]
+        addend = questions[0].addend
+        sums = [(addend._replace(span=span), vector) for span, vector in nodes.items()]
+        return Answers(list(zip(numbers, contents, strict=True)), sums)
 
 
 class Stub(ModuleType):
@@ -51,9 +89,9 @@ class Stub(ModuleType):
 
     def __init__(self) -> None:
         super().__init__("ray")
-        self.at_once = 1
+        self.at_once, self.per_node = 1, 1
         self._objects: dict[int, Any] = {}
-        self._numbers = count()
+        self._numbers, self._workers = count(), count()
 
     def put(self, value: Any) -> int:
         number = next(self._numbers)
@@ -72,8 +110,9 @@ class Stub(ModuleType):
         return references[:number], references[number:]
 
     def remote(self, actor: type) -> Any:
-        made = SimpleNamespace(remote=lambda *_: Handle(next(self._numbers)))
-        return SimpleNamespace(options=lambda **_: made)
+        worker = actor.__name__ == "ChunkActor"
+        make = (lambda *_: Worker(next(self._workers))) if worker else (lambda *_: Relay())
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=make))
 
     def is_initialized(self) -> bool:
         return True
@@ -94,7 +133,7 @@ class Stub(ModuleType):
 STUB = Stub()
 
 
-def milliseconds(workers: int, chunks: int, at_once: int) -> float:
+def milliseconds(workers: int, chunks: int, at_once: int, per_node: int) -> float:
     """Median time of an iteration."""
     from pipeline.cluster import roster
     from pipeline.cluster.dispatch import RayWorkers
@@ -102,11 +141,13 @@ def milliseconds(workers: int, chunks: int, at_once: int) -> float:
     from pipeline.worker.jobs import GradientJob
 
     roster.restarts_of = lambda actor: 0
-    STUB.at_once = at_once
+    STUB.at_once, STUB.per_node = at_once, per_node
     tasks = [f"outer.tasks_per_batch={chunks}", "outer.tasks_per_chunk=1"]
     experiment = load("sinusoid", [*tasks, f"cluster.workers={workers}"])
     group = RayWorkers(experiment, False, workers, print, SIZE)
-    while group.ready < workers:
+    while group.ready < workers or (
+        per_node > 1 and not all(w.at_home for w in group._roster.workers.values())
+    ):
         group._wait()
     theta, times = np.zeros(SIZE, np.float32), []
     for iteration in range(ITERATIONS):
@@ -120,12 +161,15 @@ def milliseconds(workers: int, chunks: int, at_once: int) -> float:
 
 def main() -> None:
     """Print the table."""
-    sys.modules["ray"] = STUB
-    print("| workers | chunks | answers one at a time | all together |\n|---|---|---|---|")
+    scheduling = SimpleNamespace(NodeAffinitySchedulingStrategy=lambda *_, **__: None)
+    sys.modules |= {"ray": STUB, "ray.util": STUB, "ray.util.scheduling_strategies": scheduling}
+    print("| workers | chunks | alone, one at a time | alone, all together | behind relays |")
+    print("|---|---|---|---|---|")
     for workers in WORKERS:
         for chunks in (workers, 4 * workers):
-            one, all_ = (milliseconds(workers, chunks, at_once) for at_once in (1, 1 << 20))
-            print(f"| {workers} | {chunks} | {one:.1f} ms | {all_:.1f} ms |", flush=True)
+            ways = ((1, 1), (1 << 20, 1), (1, 8))
+            times = [milliseconds(workers, chunks, *way) for way in ways]
+            print(f"| {workers} | {chunks} | " + " | ".join(f"{t:.1f} ms" for t in times) + " |")
 
 
 if __name__ == "__main__":

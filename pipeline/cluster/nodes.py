@@ -162,6 +162,7 @@ class RelayedNode:
 
     def ask(self, call: Call, arguments: bytes, addend: Addend | None) -> None:
         self._calls[call.number] = call
+        self._nodes.to_flush.add(self)
         self._questions.append(Question(call.worker.identity, call.number, arguments, addend))
 
     def flush(self, patient: bool) -> None:
@@ -184,6 +185,7 @@ class RelayedNode:
         for addend, vector in answers.sums:
             self._nodes.add(addend, vector)
         known = [(self._calls.pop(number, None), content) for number, content in answers.contents]
+        self._nodes.to_flush.add(self)
         return [(call, opened(content)) for call, content in known if call is not None]
 
     def leave(self, worker: RemoteWorker) -> None:
@@ -218,6 +220,8 @@ class Nodes:
         self._here = ray.get_runtime_context().get_node_id()
         self._own = OwnNode(own, self.vectors, self.replies) if own is not None else None
         self._relayed: dict[str, RelayedNode] = {}
+        self.to_flush: set[RelayedNode] = set()
+        """Those that may have questions to send, or answers to wait for."""
         self._failures: Counter[str] = Counter()
         self._rounds = itertools.count(1)
         self._round: tuple[int, Round] | None = None
@@ -245,8 +249,8 @@ class Nodes:
     def flush(self, patient: bool) -> None:
         """Send all questions that were put, and wait for those that are not answered; `patient`:
         there are no more for who is early."""
-        for node in self:
-            node.flush(patient)
+        while self.to_flush:
+            self.to_flush.pop().flush(patient)
 
     def add(self, addend: Addend, vector: FlatVector) -> None:
         """Take in what a relay has added up."""
@@ -277,6 +281,7 @@ class Nodes:
         if self._relayed.get(node.name) is not node:
             return []
         del self._relayed[node.name]
+        self.to_flush.discard(node)
         self._failures[node.name] += 1
         self._ray.kill(node.handle)
         self._notice(f"the relay of a node was lost ({in_words(error)}); its sums are made again")

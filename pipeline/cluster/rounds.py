@@ -118,7 +118,7 @@ class ChunkSum:
         worker that holds what is asked about, or None."""
         self._ask, self.num_chunks = ask, num_chunks
         self._tree = TreeSum(num_chunks)
-        self._there = np.zeros(num_chunks, bool)
+        self._there = bytearray(num_chunks)  # looked at for every answer: quicker than an array
         """Chunks whose answers are here; their vectors may come a moment before."""
         self._answers: dict[Span, tuple[int, JobResult]] = {}
         self._has_vectors = False
@@ -131,17 +131,18 @@ class ChunkSum:
 
     def needs(self, piece: Piece) -> bool:
         span = span_of(piece)
-        return not self._there[span.first : span.end].all()
+        return 0 in self._there[span.first : span.end]
 
     def accept(self, piece: Piece, answer: JobResult, worker: int, apart: bool = False) -> None:
         if not self.needs(piece):
             return
         span = span_of(piece)
-        self._there[span.first : span.end] = True
+        self._there[span.first : span.end] = b"\1" * span.size
         if not apart:
             self.add(span, NO_VECTOR if answer.gradient is None else answer.gradient)
         # Its vector is in the sum: what is kept is small.
-        self._answers[span] = (worker, replace(answer, gradient=None))
+        kept = answer if answer.gradient is None else replace(answer, gradient=None)
+        self._answers[span] = (worker, kept)
         seconds = answer.seconds_sampling + answer.seconds_computing
         self._busy[worker] = self._busy.get(worker, 0.0) + seconds
 
