@@ -24,7 +24,7 @@ from pipeline.config.loading import absolute_path
 from pipeline.evaluation.health import theta_diverged
 from pipeline.evaluation.meta_test import Curve, meta_test
 from pipeline.training.aggregation import Aggregate, aggregate
-from pipeline.training.endings import Diverged, Interrupted
+from pipeline.training.endings import Diverged, Interrupted, never
 from pipeline.training.opening import open_session
 from pipeline.training.outer_step import MetaBatch
 from pipeline.training.placement import Placement, decide_compile, decide_workers
@@ -41,7 +41,7 @@ def train(
     *,
     resume: bool = False,
     watcher: Watcher | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> list[Curve]:
     """Meta-train an experiment (or pretrain, if it says so), then meta-test it.
 
@@ -73,7 +73,7 @@ def train(
         return curves
 
 
-def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
+def meta_train(session: Session, should_stop: Callable[[], bool] = never) -> None:
     """Iterate until `outer.iterations` are completed, then write θ. Test tasks play no part in it.
 
     Raises Diverged, Interrupted.
