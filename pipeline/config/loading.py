@@ -26,6 +26,7 @@ from pipeline.config.yaml_text import read
 from tasks.errors import ReportedError
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "tune_configs"
+_QUICK_LOOK = "sinusoid"
 RUNS = "MAML_RUNS"
 """Environment variable: the folder of runs, by default `runs` in the current folder."""
 
@@ -41,10 +42,11 @@ class ConfigError(ReportedError):
 
 
 def experiments() -> dict[str, str]:
-    """Names of the shipped experiments and their descriptions."""
+    """Names of the shipped experiments and their descriptions: the quick look, then by name."""
+    paths = {path.stem: path for path in EXPERIMENTS.glob("*.yaml")}
     return {
-        path.stem: str((read(path.read_text()) or {}).get("description", ""))
-        for path in sorted(EXPERIMENTS.glob("*.yaml"))
+        name: str((read(paths[name].read_text()) or {}).get("description", ""))
+        for name in sorted(paths, key=lambda name: (name != _QUICK_LOOK, name))
     }
 
 

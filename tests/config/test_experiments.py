@@ -39,6 +39,9 @@ SHIPPED = {
 def test_all_experiments_are_shipped() -> None:
     assert set(experiments()) >= SHIPPED
     assert all(experiments().values()), "every experiment has a description"
+    first, *others = experiments()
+    assert first == "sinusoid", "the quick look"
+    assert others == sorted(others)
 
 
 @pytest.mark.parametrize("name", sorted(experiments()))
