@@ -146,7 +146,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "sinusiod"], "neither a YAML file nor a shipped experiment (there are:"),
+        (["train", "sinusiod"], "there is no experiment 'sinusiod'; did you mean sinusoid?\n"),
         (["train", "sinusoid", "inner.lr=-1", "outer.foo=1"], "2 errors"),
         (["train", "omniglot-5w1s"], "maml data prepare omniglot"),
         (["train", "image-folder", "task.store=mine"], "maml data prepare images"),
@@ -174,7 +174,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = maml("train", "sinusiod", "--debug", cwd=tmp_path)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
-    assert "neither a YAML file nor a shipped experiment (there are:" in done.stderr
+    assert "there is no experiment 'sinusiod'" in done.stderr
 
 
 def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) -> None:
