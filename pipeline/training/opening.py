@@ -34,7 +34,6 @@ from pipeline.runs.tracker import (
     resolve_uri,
 )
 from pipeline.training.endings import Interruption
-from pipeline.training.placement import Placement
 from pipeline.training.session import Method, Session, Watcher
 from pipeline.worker.learner import compute_device, initial_parameters
 from tasks.data_root import absolute_root
@@ -82,10 +81,10 @@ def open_session(
     with contextlib.ExitStack() as starting:
         if state is None and token is None:  # the folder of a named run is its caller's
             starting.enter_context(taken_back_if_it_fails(run_dir))
-        session, placement = _started(experiment, run_dir, method, state, store, watcher, token)
+        session = _started(experiment, run_dir, method, state, store, watcher, token)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        session.tracker = _start_tracking(session, state, placement)
+        session.tracker = _start_tracking(session, state)
         watcher.started(session)
         yield session
         status = "FINISHED"
@@ -112,7 +111,7 @@ def _started(
     store: CheckpointStore,
     watcher: Watcher,
     token: str | None,
-) -> tuple[Session, Placement]:
+) -> Session:
     """Check, make the folder, start the workers. Raises what `open_session` raises."""
     theta = _first_theta(experiment, run_dir, store)
     watcher.starting(experiment, run_dir)
@@ -130,7 +129,7 @@ def _started(
     )
     session.worker_threads = worker_threads
     session.workers = method.start_workers(session, placement)
-    return session, placement
+    return session
 
 
 def _state_to_begin_with(
@@ -170,7 +169,7 @@ def with_absolute_data(experiment: Experiment) -> Experiment:
     return experiment.changed(data={"root": absolute_root(experiment.data.root)})
 
 
-def _start_tracking(session: Session, state: TrainingState | None, placement: Placement) -> Tracker:
+def _start_tracking(session: Session, state: TrainingState | None) -> Tracker:
     """Open the run's record in MLflow; a resumed run continues its own."""
     experiment = session.experiment
     if not experiment.tracking.enabled:
@@ -185,7 +184,7 @@ def _start_tracking(session: Session, state: TrainingState | None, placement: Pl
             **environment_tags(),
             "algorithm": experiment.algorithm_name,
             **session.method.tags(experiment),
-            "workers": str(placement.workers),
+            "workers": str(session.workers.size),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
             SELECTED_BY: session.metric,

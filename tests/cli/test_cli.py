@@ -153,6 +153,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
         (["train", "image-folder", "task.store=mine"], "maml data prepare images"),
         (["train", "sinusoid", "run_dir=quick.yaml/run"], "cannot write"),
         (["train", "sinusoid", "compute.device=cuda", "cluster.workers=0"], "no GPU"),
+        (["train", "sinusoid", "cluster.workers=99999"], "cluster.workers: 99999 workers on the"),
         (["train", "quick", "--resume", "nowhere"], "not the folder of a run"),
         (["evaluate", "nowhere"], "not the folder of a run"),
         (["data", "prepare", "omniglot", "--source", "nowhere"], "nowhere"),
