@@ -177,6 +177,8 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "Traceback" in done.stderr
     assert "there is no experiment 'sinusiod'" in done.stderr
+    options, _, _ = maml("--help", cwd=tmp_path).stdout.partition("Commands")
+    assert re.search(r"^│ --debug .* anywhere", options, flags=re.M)
 
 
 def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) -> None:
