@@ -16,6 +16,7 @@ import yaml
 from pipeline.config.algorithms import PRESETS
 from pipeline.runs.checkpoint import CheckpointStore, load_theta
 from tests.commands import clean_environment, maml
+from tests.readme import README, blocks
 from tests.waiting import wait_for
 
 
@@ -37,6 +38,10 @@ def test_train_evaluate_resume(experiment_file: Path, tmp_path: Path) -> None:
     assert "MSE after n gradient steps on 6 test tasks" in trained.stdout
     for expected in ("n = 0", "n = 3", "random init", "oracle", str(run), "maml ui"):
         assert expected in trained.stdout
+    # The README's sample is cut where it says so, and ends as this does.
+    shown = blocks("text", README)[0].splitlines()
+    assert shown[-1] == trained.stdout.splitlines()[-1] == "MLflow       maml ui"
+    assert shown.count("...") >= 3
     assert {path.name for path in run.iterdir()} >= {
         "config.yaml",
         "theta.safetensors",
