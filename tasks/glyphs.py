@@ -65,7 +65,7 @@ class Glyphs(FewShot):
         at_least("num_classes", self.num_classes, 20)
 
     def store_name(self) -> str:
-        return _store_name(self.num_classes)
+        return store_name(self.num_classes)
 
     def prepare_command(self) -> str:
         return _prepare_command(self.num_classes)
@@ -101,7 +101,7 @@ def prepare_glyphs(
 
     return write_store(
         data_root,
-        _store_name(num_classes),
+        store_name(num_classes),
         classes(),
         source="drawn by tasks.glyphs",
         command=_prepare_command(num_classes),
@@ -128,7 +128,8 @@ def draw(numbers: npt.NDArray[np.int64]) -> UInt8:
     )
 
 
-def _store_name(num_classes: int) -> str:
+def store_name(num_classes: int) -> str:
+    """The name of the store with so many characters."""
     return "glyphs" if num_classes == NUM_CLASSES else f"glyphs-{num_classes}"
 
 

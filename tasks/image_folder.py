@@ -213,7 +213,8 @@ def _read_split(path: Path, names: list[str]) -> dict[str, str]:
             pairs = [(name, key) for name, key in rows if (name, key) != ("class", "split")]
     except OSError as error:
         raise StoreError(
-            f"split {path}: neither three numbers nor a file that can be read ({error.strerror})"
+            f"split {path}: neither three numbers for train/validation/test, as in 64/16/20 or "
+            f"0.64/0.16/0.2, nor a file that can be read ({error.strerror})"
         ) from error
     except (ValueError, AttributeError, TypeError) as error:
         raise StoreError(

@@ -58,7 +58,7 @@ class Omniglot(FewShot):
         at_least("image_size", self.image_size, 1)
 
     def store_name(self) -> str:
-        return _store_name(self.image_size)
+        return store_name(self.image_size)
 
     def prepare_command(self) -> str:
         return _prepare_command(self.image_size)
@@ -113,14 +113,15 @@ def prepare_omniglot(
 
         return write_store(
             data_root,
-            _store_name(image_size),
+            store_name(image_size),
             classes(),
             source="Omniglot, github.com/brendenlake/omniglot (MIT)",
             command=_prepare_command(image_size),
         )
 
 
-def _store_name(image_size: int) -> str:
+def store_name(image_size: int) -> str:
+    """The name of the store with images of this size."""
     return "omniglot" if image_size == 28 else f"omniglot-{image_size}"
 
 

@@ -99,10 +99,16 @@ def typed(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str
 
 
 def write_examples(folder: Path) -> None:
-    """The files of one's own that the READMEs show, by the names in their first lines."""
-    for block in (*blocks("python"), *blocks("yaml")):
-        if name := re.match(r"# ([\w-]+\.(py|yaml))\n", block):
-            (folder / name[1]).write_text(block)
+    """The files of one's own that the READMEs show."""
+    for name, text in examples().items():
+        (folder / name).write_text(text)
+
+
+def examples() -> dict[str, str]:
+    """These files, by the names in their first lines."""
+    shown = (*blocks("python"), *blocks("yaml"))
+    named = [(re.match(r"# ([\w-]+\.(py|yaml))\n", block), block) for block in shown]
+    return {name[1]: block for name, block in named if name}
 
 
 def _folder(kind: str, printed: str) -> str:

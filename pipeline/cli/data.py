@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.exit_codes import reporting_errors
-from tasks.data_root import DATA_ROOT
+from tasks.data_root import DATA_ROOT, absolute_root, default_root
 
 if TYPE_CHECKING:
     from tasks.image_store import ImageStore
@@ -52,8 +53,14 @@ def prepare_omniglot(
 ) -> None:
     """Omniglot: 1623 handwritten characters x 20 drawings."""
     from tasks.omniglot import prepare_omniglot as prepare
+    from tasks.omniglot import store_name
 
-    _prepare(lambda progress: prepare(source, _folder(root), image_size=size, on_progress=progress))
+    _prepare(
+        root,
+        store_name(size),
+        lambda progress: prepare(source, _folder(root), image_size=size, on_progress=progress),
+        ["omniglot-5w1s-short", *([f"task.image_size={size}"] if size != 28 else [])],
+    )
 
 
 @prepare_app.command("images")
@@ -81,6 +88,8 @@ def prepare_images(
     from tasks.image_folder import prepare_images as prepare
 
     _prepare(
+        root,
+        name,
         lambda progress: prepare(
             source,
             _folder(root),
@@ -89,7 +98,8 @@ def prepare_images(
             split=split,
             grey=grey,
             on_progress=progress,
-        )
+        ),
+        ["image-folder", f"task.store={name}"],
     )
 
 
@@ -100,17 +110,33 @@ def prepare_glyphs(
     classes: Annotated[int, typer.Option(min=10, help="number of characters")] = 1200,
 ) -> None:
     """Drawn characters of an invented script (also made by themselves at first use)."""
+    from tasks.glyphs import NUM_CLASSES, store_name
     from tasks.glyphs import prepare_glyphs as prepare
 
-    _prepare(lambda progress: prepare(_folder(root), num_classes=classes, on_progress=progress))
+    _prepare(
+        root,
+        store_name(classes),
+        lambda progress: prepare(_folder(root), num_classes=classes, on_progress=progress),
+        ["glyphs", *([f"task.num_classes={classes}"] if classes != NUM_CLASSES else [])],
+    )
 
 
-def _prepare(build: Callable[[Callable[[str, int, int], None]], ImageStore]) -> None:
-    """Run a preparation with a progress bar and say what was made."""
+def _prepare(
+    root: Path,
+    name: str,
+    build: Callable[[Callable[[str, int, int], None]], ImageStore],
+    trained_by: list[str],
+) -> None:
+    """Run a preparation with a progress bar; say what was made, where, and what comes next.
+
+    `trained_by` are the arguments of `maml train` for the store where it lies in the usual root.
+    """
     from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn
 
     from pipeline.cli.console import out
+    from tasks.image_store import store_folder
 
+    before = _content_hash(root, name)
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=32), TaskProgressColumn())
     with Progress(*columns, console=out, disable=not out.is_terminal) as bars:
         shown: dict[str, TaskID] = {}
@@ -123,6 +149,35 @@ def _prepare(build: Callable[[Callable[[str, int, int], None]], ImageStore]) -> 
             bars.update(shown[what], completed=done, total=total)
 
         store = build(progress)
-    for name, value in store.summary().items():
-        text = ", ".join(f"{n} {of}" for of, n in value.items()) if name == "classes" else value
-        out.print(f"{name.replace('_', ' '):<13}{text}", markup=False, soft_wrap=True)
+    for key, value in store.summary().items():
+        text = ", ".join(f"{n} {of}" for of, n in value.items()) if key == "classes" else value
+        _say(key.replace("_", " "), text)
+    _say("store", f"{store_folder(root, store.name)}{_what_became(before, store.content_hash)}")
+    usual = absolute_root(str(root)) == absolute_root(default_root())
+    there = [] if usual else [f"data.root={root}"]
+    _say("next", shlex.join(["maml", "train", *trained_by, *there]))
+
+
+def _say(name: str, text: object) -> None:
+    from pipeline.cli.console import out
+
+    out.print(f"{name:<13}{text}", markup=False, soft_wrap=True)
+
+
+def _content_hash(root: Path, name: str) -> str | None:
+    """What the store of this name holds: None if there is none, '' if it is damaged."""
+    from tasks.image_store import ImageStore, StoreError, store_exists
+
+    try:
+        return ImageStore.open(root, name).content_hash if store_exists(root, name) else None
+    except StoreError:
+        return ""
+
+
+def _what_became(before: str | None, now: str) -> str:
+    """What became of the store that was there, in words for the end of a line."""
+    if before is None:
+        return ""
+    if before == now:
+        return " (unchanged: the same images and classes)"
+    return " (replaced: it held other images or classes)"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
@@ -34,15 +34,15 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
             command(*args, **kwargs)
         except (typer.Exit, typer.Abort, typer.BadParameter):
             raise
-        except KeyboardInterrupt:
-            _fail("interrupted", INTERRUPTED)
+        except KeyboardInterrupt as error:
+            _fail("interrupted", INTERRUPTED, _notes(error))
         except BrokenPipeError:
             # The reader of our output has gone (`maml ... | head`): nothing is wrong.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             if show_tracebacks():
                 raise
-            _fail(*_described(error))
+            _fail(*_described(error), _notes(error))
 
     return run
 
@@ -56,11 +56,19 @@ def _described(error: Exception) -> tuple[str, int]:
     return f"{type(error).__name__}: {error} (--debug shows where)", 1
 
 
-def _fail(message: str, code: int) -> None:
-    """Print the message, yellow for an interruption, and end the command with the exit code."""
+def _notes(error: BaseException) -> list[str]:
+    """What was added to an error on its way: lines for the person who reads its message."""
+    return list(getattr(error, "__notes__", []))
+
+
+def _fail(message: str, code: int, notes: Sequence[str] = ()) -> None:
+    """Print the message, yellow for an interruption, then the notes; end the command with the exit
+    code."""
     from pipeline.cli.console import err
 
     text = escape(message)
     said = f"[yellow]{text}[/]" if code == INTERRUPTED else f"[bold red]error:[/] {text}"
     err.print(said, soft_wrap=True)
+    for note in notes:
+        err.print(note, markup=False, soft_wrap=True)
     raise typer.Exit(code)

@@ -28,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},  # commands inherit it
     help="Distributed model-agnostic meta-learning: train, search, test, browse runs.",
-    epilog="--debug anywhere shows the traceback of an error.",
 )
 app.add_typer(config_app, name="config")
 app.add_typer(data_app, name="data")
@@ -52,8 +51,13 @@ def options(
             "--version", callback=_print_version, is_eager=True, help="print the version, and end"
         ),
     ] = False,
+    debug: Annotated[
+        bool,
+        typer.Option("--debug", help="tracebacks of errors; may stand anywhere"),
+    ] = False,
 ) -> None:
-    """Options of `maml` itself; the callback `_print_version` handles --version."""
+    """Options of `maml` itself, here for --help: the callback `_print_version` handles --version,
+    `main` takes --debug from wherever it stands."""
 
 
 def main() -> None:

@@ -54,11 +54,11 @@ def carry_out(
     """Run `work` on the experiment until it is done, and return what it returns.
 
     The first Ctrl-C or SIGTERM prints `on_stop` and lets the work save its state. Where the work
-    ends early, `command --resume FOLDER` is shown. Raises Interrupted, TrainingFailed, and what
-    `work` raises before it has started.
+    ends early, the last line shows `command --resume FOLDER`. Raises Interrupted, TrainingFailed,
+    and what `work` raises before it has started.
     """
     stop = StopRequest(watcher, on_stop)
-    with resumable(watcher, f"{command} --resume {typed(folder)}"):
+    with resumable(watcher, f"{command} --resume {typed(folder)}", resume):
         return work(
             experiment,
             folder,
@@ -89,23 +89,29 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def resumable(watcher: LiveLine, command: str) -> Iterator[None]:
-    """Says by which command the work goes on, if it ends early after it has started.
+def resumable(watcher: LiveLine, command: str, resumed: bool = False) -> Iterator[None]:
+    """Notes on an error by which command the work goes on, if it ends early after it has started.
 
-    Errors before the start pass unchanged; later ones become TrainingFailed, except Interrupted
-    and KeyboardInterrupt, and with --debug all of them pass.
+    Before the start a KeyboardInterrupt becomes Interrupted, and errors pass unchanged. Later ones
+    become TrainingFailed, except Interrupted and KeyboardInterrupt, and with --debug all of them
+    pass. `resumed`: the work had begun before.
     """
     try:
         yield
     except (Exception, KeyboardInterrupt) as error:
         watcher.stop()
-        if not watcher.has_started:
-            raise
         from pipeline.training.endings import Diverged, Interrupted, TrainingFailed
 
+        if not watcher.has_started:
+            if isinstance(error, KeyboardInterrupt):
+                what = "it had not gone on yet" if resumed else "nothing was trained yet"
+                raise Interrupted(f"interrupted: {what}") from None
+            raise
         if not isinstance(error, Diverged):
-            watcher.say(f"to continue: {command}")
+            error.add_note(f"to continue: {command}")
         if show_tracebacks() or isinstance(error, Interrupted | TrainingFailed | KeyboardInterrupt):
             raise
         # What would be bad input before the start is a failure now.
-        raise TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)") from error
+        failed = TrainingFailed(f"{type(error).__name__}: {error} (--debug shows where)")
+        failed.__notes__ = error.__notes__
+        raise failed from error

@@ -10,7 +10,10 @@ import torch
 from pipeline.cluster.connection import cluster_address, connect
 from pipeline.cluster.ray_state import free_resources, resources_to_grow_to
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import counted
 from pipeline.worker.cpus import available_cpus
+
+_MOST_PER_CPU = 8  # workers that a machine of its own may start, however little each asks for
 
 
 def worker_bundle(experiment: Experiment) -> dict[str, float]:
@@ -70,6 +73,26 @@ def too_many_workers(experiment: Experiment, workers: int) -> str:
         f"cluster.workers: {workers} workers of {each:g} CPU share {cpus} CPUs of this machine: "
         f"more than {max(1, int(cpus / each))} do not help, and each takes some 300 MB of memory"
     )
+
+
+def refuse_crowd(experiment: Experiment) -> None:
+    """Raise ValueError where this machine alone is to start far more workers than it has CPUs; each
+    is a process of its own, whatever share of a CPU it asks for.
+
+    A Ray that runs already starts no more than it has room for.
+    """
+    wanted, cpus = experiment.cluster.workers, available_cpus()
+    most = _MOST_PER_CPU * cpus
+    if wanted == "auto" or wanted <= most or cluster_address(experiment) is not None:
+        return
+    import ray
+
+    if not ray.is_initialized():
+        raise ValueError(
+            f"cluster.workers: {wanted} workers on the {counted(cpus, 'CPU')} of this machine "
+            f"would wait for each other, and each takes some 300 MB of memory: ask for {most} at "
+            "most, or name a Ray cluster with cluster.address"
+        )
 
 
 def refuse_or_wait(experiment: Experiment, missing: str, notice: Callable[[str], None]) -> None:

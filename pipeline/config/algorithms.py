@@ -11,6 +11,7 @@ a paper are the paper's.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -101,9 +102,15 @@ def unknown(name: str) -> str | None:
     """What is wrong with a name that no algorithm has, in words; None for one that is known."""
     if name in PRESETS:
         return None
-    close = difflib.get_close_matches(name, PRESETS, 1)
-    question = f"; did you mean {close[0]}?" if close else ""
+    by_letters = {_letters(preset): preset for preset in PRESETS}
+    close = difflib.get_close_matches(_letters(name), by_letters, 1)
+    question = f"; did you mean {by_letters[close[0]]}?" if close else ""
     return f"{name!r} is none of {', '.join(PRESETS)}{question}"
+
+
+def _letters(name: str) -> str:
+    """A name as it is spelled where signs cannot be: 'mamlpp' for 'maml++'."""
+    return re.sub(r"[^a-z0-9]", "", name.lower().replace("plus", "+").replace("+", "p"))
 
 
 def expanded(data: Mapping[str, Any], model_defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ overrides such as `inner.lr=0.1`. `load` makes an `Experiment` of it, whose erro
 from __future__ import annotations
 
 import datetime
+import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,7 @@ from pipeline.config.yaml_text import read
 from tasks.errors import ReportedError
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "tune_configs"
+_QUICK_LOOK = "sinusoid"
 RUNS = "MAML_RUNS"
 """Environment variable: the folder of runs, by default `runs` in the current folder."""
 
@@ -41,10 +43,11 @@ class ConfigError(ReportedError):
 
 
 def experiments() -> dict[str, str]:
-    """Names of the shipped experiments and their descriptions."""
+    """Names of the shipped experiments and their descriptions: the quick look, then by name."""
+    paths = {path.stem: path for path in EXPERIMENTS.glob("*.yaml")}
     return {
-        path.stem: str((read(path.read_text()) or {}).get("description", ""))
-        for path in sorted(EXPERIMENTS.glob("*.yaml"))
+        name: str((read(paths[name].read_text()) or {}).get("description", ""))
+        for name in sorted(paths, key=lambda name: (name != _QUICK_LOOK, name))
     }
 
 
@@ -67,17 +70,7 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
     error. All unknown names and wrong values are reported at once; only when there are none of
     these is the rest looked for: everything that contradicts each other or cannot be built.
     """
-    path = Path(name_or_path)
-    if path.suffix not in (".yaml", ".yml") and not path.is_file():
-        path = EXPERIMENTS / f"{name_or_path}.yaml"
-    if not path.is_file():
-        raise ConfigError(
-            "",
-            [
-                f"{name_or_path!r} is neither a YAML file nor a shipped experiment "
-                f"(there are: {', '.join(experiments())})"
-            ],
-        )
+    path = _file_of(name_or_path)
     try:
         data = read(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -91,6 +84,40 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
         if not overrides:
             raise
         raise ConfigError(_to_blame(path, data, overrides), error.errors) from None
+
+
+def _file_of(name_or_path: str) -> Path:
+    """The YAML file of an experiment. Raises ConfigError, with a suggestion, if there is none."""
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    if path.suffix in (".yaml", ".yml") or "/" in name_or_path:
+        what = (
+            f"{name_or_path} is a folder" if path.is_dir() else f"there is no file {name_or_path}"
+        )
+        meant = _meant(path.stem) if len(path.parts) == 1 else ""
+        raise ConfigError("", [f"{what}{meant}"])
+    shipped = EXPERIMENTS / f"{name_or_path}.yaml"
+    if not shipped.is_file():
+        raise ConfigError(
+            "",
+            [
+                f"there is no experiment {name_or_path!r}{_meant(name_or_path)}\n"
+                "`maml config list` shows those that are shipped; one of your own is a YAML file"
+            ],
+        )
+    return shipped
+
+
+def _meant(name: str) -> str:
+    """The question '; did you mean NAME?' about a name where there is no experiment, or ''.
+
+    It names all experiments of a family, such as `omniglot`, else the one most alike.
+    """
+    names = experiments()
+    family = [each for each in names if name not in names and each.startswith(f"{name}-")]
+    close = family or difflib.get_close_matches(name, names, 1)
+    return f"; did you mean {', '.join(close)}?" if close else ""
 
 
 def _to_blame(path: Path, data: dict[str, Any], overrides: Sequence[str]) -> str:

@@ -74,7 +74,14 @@ class Adaptation:
         batch_size: int | None = None,
         later_factor: float = 1.0,
     ) -> Adaptation:
-        """The adaptation of a model; groups or patterns name parameters (see `matching`).
+        """The adaptation of a model, in so many steps.
+
+        `adapted` minus `not_adapted` are the parameters that adapt; those of `per_step` have a
+        value for every step. Each is named by a group (all; head, the last layer that has
+        parameters; body, all but the head; normalisation) or by a pattern such as `*.weight`.
+        `rates` says which inner rates are learned, `optimizer` what makes a step of a gradient
+        (None: plain gradient descent), `batch_size` how many support examples a step uses, in turns
+        (None: all); the rates of steps beyond `steps` are multiplied by `later_factor`.
 
         Raises ValueError if a pattern matches nothing, if no parameter is left to adapt, or if a
         parameter both adapts and has a value per step. The message begins with the name of the

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -49,6 +49,38 @@ def check_writable(folder: Path) -> None:
         raise RunFolderError(
             f"run_dir: cannot write to {folder}: {error.strerror}; choose another folder"
         ) from error
+
+
+@contextlib.contextmanager
+def taken_back_if_it_fails(run_dir: Path) -> Iterator[None]:
+    """Around the start of a new run: where it ends early, what it wrote goes again, so that the
+    folder does not look like a run that can be continued.
+
+    Everything stays where the folder has gained more than the start of a run writes.
+    """
+    before = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else None
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # what cannot be removed stays
+            _take_back(run_dir, before)
+        raise
+
+
+def _take_back(run_dir: Path, before: set[str] | None) -> None:
+    """Remove what a start wrote; `before` is what the folder held, None if there was none.
+
+    Raises OSError.
+    """
+    gained = {path.name for path in run_dir.iterdir()} - (before or set())
+    if not gained <= {"config.yaml", "checkpoints"}:
+        return
+    if "checkpoints" in gained:
+        (run_dir / "checkpoints").rmdir()  # raises if there is one in it: then all of it stays
+    if "config.yaml" in gained:
+        (run_dir / "config.yaml").unlink()
+    if before is None:
+        run_dir.rmdir()
 
 
 def refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:

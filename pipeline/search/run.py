@@ -59,7 +59,7 @@ from pipeline.search.tune import (
     scheduler_of,
     trial_lacks,
 )
-from pipeline.training.endings import Interrupted, Interruption
+from pipeline.training.endings import Interrupted, Interruption, never
 from pipeline.training.opening import with_absolute_data
 from pipeline.training.placement import gpu_share
 from pipeline.worker.chunk import ChunkComputer
@@ -89,7 +89,7 @@ def run_search(
     *,
     resume: bool = False,
     watcher: SearchWatcher | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> SearchResult:
     """Search for the best settings of an experiment: one short training, a trial, for each.
 

@@ -1,8 +1,13 @@
-"""The exceptions with which a run ends before it is done."""
+"""The ways in which a run ends before it is done: being asked to, and exceptions."""
 
 from __future__ import annotations
 
 from tasks.errors import INTERRUPTED, ReportedError
+
+
+def never() -> bool:
+    """The default of `should_stop`: nobody asks the work to stop."""
+    return False
 
 
 class TrainingFailed(ReportedError):

@@ -15,16 +15,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.cluster.capacity import too_many_workers
+from pipeline.cluster.capacity import refuse_crowd, too_many_workers
 from pipeline.cluster.dispatch import RayWorkers
 from pipeline.cluster.group import InProcess, WorkerGroup
 from pipeline.cluster.rounds import Total
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import absolute_path
+from pipeline.config.wording import counted
 from pipeline.evaluation.health import theta_diverged
 from pipeline.evaluation.meta_test import Curve, meta_test
 from pipeline.training.aggregation import Aggregate, aggregate
-from pipeline.training.endings import Diverged, Interrupted
+from pipeline.training.endings import Diverged, Interrupted, never
 from pipeline.training.opening import open_session
 from pipeline.training.outer_step import MetaBatch
 from pipeline.training.placement import Placement, decide_compile, decide_workers
@@ -41,7 +42,7 @@ def train(
     *,
     resume: bool = False,
     watcher: Watcher | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    should_stop: Callable[[], bool] = never,
 ) -> list[Curve]:
     """Meta-train an experiment (or pretrain, if it says so), then meta-test it.
 
@@ -73,7 +74,7 @@ def train(
         return curves
 
 
-def meta_train(session: Session, should_stop: Callable[[], bool] = lambda: False) -> None:
+def meta_train(session: Session, should_stop: Callable[[], bool] = never) -> None:
     """Iterate until `outer.iterations` are completed, then write θ. Test tasks play no part in it.
 
     Raises Diverged, Interrupted.
@@ -174,7 +175,8 @@ class MetaLearning:
     """A `Method`: meta-updates on the tasks of meta-batches."""
 
     def check(self, experiment: Experiment) -> None:
-        """Nothing: `opening` checks model, tasks and device of every run."""
+        """Only the number of workers: `opening` checks model, tasks and device of every run."""
+        refuse_crowd(experiment)
 
     def place(self, experiment: Experiment) -> Placement:
         return decide_workers(experiment)
@@ -190,12 +192,8 @@ class MetaLearning:
             watcher.notice(f"workers: {number} ({placement.reason})")
         if placement.workers == 0:
             return InProcess(experiment, session.compile, notice=watcher.notice)
-        chunks = session.cut.num_chunks
-        if placement.workers > chunks:
-            watcher.notice(
-                f"{placement.workers} workers share {chunks} chunks per meta-batch: some "
-                "will be idle; a smaller outer.tasks_per_chunk makes more chunks"
-            )
+        if few := _few_chunks(experiment, placement.workers, session.cut.num_chunks):
+            watcher.notice(few)
         crowded = too_many_workers(experiment, placement.workers)
         if crowded:
             watcher.notice(crowded)
@@ -228,6 +226,20 @@ class MetaLearning:
 
     def tags(self, experiment: Experiment) -> dict[str, str]:
         return {"order": experiment.inner.order}
+
+
+def _few_chunks(experiment: Experiment, workers: int, chunks: int) -> str:
+    """That some of the workers that were asked for have nothing to do, in words, or ''."""
+    asked = experiment.cluster.workers
+    more = "a smaller outer.tasks_per_chunk makes more chunks"
+    if asked != "auto" and asked > workers:
+        return (
+            f"cluster.workers: a meta-batch has {counted(chunks, 'chunk')}, so of {asked} workers "
+            f"only {workers} will start, which changes no result; {more}"
+        )
+    if workers > chunks:
+        return f"{workers} workers share {chunks} chunks per meta-batch: some will be idle; {more}"
+    return ""
 
 
 def method_of(experiment: Experiment) -> Method:

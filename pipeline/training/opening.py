@@ -1,6 +1,7 @@
 """Opens a run: checks, folder, workers, MLflow record; and closes it, however it ends.
 
-Checks come first, so that a run that cannot start leaves nothing behind.
+Checks come first, and what a start wrote is taken back where it fails or is interrupted, so that a
+run that does not start leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,12 @@ from pipeline.evaluation.meta_test import check_tasks
 from pipeline.maml.flat_vector import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
 from pipeline.runs.files import write_atomically
-from pipeline.runs.folder import check_writable, refuse_to_overwrite, state_to_resume
+from pipeline.runs.folder import (
+    check_writable,
+    refuse_to_overwrite,
+    state_to_resume,
+    taken_back_if_it_fails,
+)
 from pipeline.runs.tracker import (
     SELECTED_BY,
     MlflowTracker,
@@ -28,7 +34,6 @@ from pipeline.runs.tracker import (
     resolve_uri,
 )
 from pipeline.training.endings import Interruption
-from pipeline.training.placement import Placement
 from pipeline.training.session import Method, Session, Watcher
 from pipeline.worker.learner import compute_device, initial_parameters
 from tasks.data_root import absolute_root
@@ -73,25 +78,13 @@ def open_session(
     store = CheckpointStore.of_run(experiment, run_dir)
     state = _state_to_begin_with(store, run_dir, resume, start_from)
     experiment = with_absolute_data(experiment.changed(search=None))
-    theta = _first_theta(experiment, run_dir, store)
-    watcher.starting(experiment, run_dir)
-    placement = method.place(experiment)
-    write_atomically(run_dir / "config.yaml", experiment.to_yaml())
-    # Of Ray Train: decided before the next lines write this process's number into the settings.
-    worker_threads = threads_per_chunk(experiment, 1)
-    # Both change the last bits of results: a resumed run keeps those of its beginning.
-    threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
-    share = {"gpus_per_worker": placement.gpus_per_worker}
-    experiment = experiment.changed(compute={"threads": threads}, cluster=share)
-    compile = bool(state.extra["compile"]) if state else method.compiles(experiment)
-    session = Session(
-        experiment, run_dir, method, theta, state, store, watcher, compile=compile, token=token
-    )
-    session.worker_threads = worker_threads
-    session.workers = method.start_workers(session, placement)
+    with contextlib.ExitStack() as starting:
+        if state is None and token is None:  # the folder of a named run is its caller's
+            starting.enter_context(taken_back_if_it_fails(run_dir))
+        session = _started(experiment, run_dir, method, state, store, watcher, token)
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
     try:
-        session.tracker = _start_tracking(session, state, placement)
+        session.tracker = _start_tracking(session, state)
         watcher.started(session)
         yield session
         status = "FINISHED"
@@ -108,6 +101,35 @@ def open_session(
                     f"MLflow could not be reached; what it missed is in {unsent} "
                     f"(maml resend {unsent})"
                 )
+
+
+def _started(
+    experiment: Experiment,
+    run_dir: Path,
+    method: Method,
+    state: TrainingState | None,
+    store: CheckpointStore,
+    watcher: Watcher,
+    token: str | None,
+) -> Session:
+    """Check, make the folder, start the workers. Raises what `open_session` raises."""
+    theta = _first_theta(experiment, run_dir, store)
+    watcher.starting(experiment, run_dir)
+    placement = method.place(experiment)
+    write_atomically(run_dir / "config.yaml", experiment.to_yaml())
+    # Of Ray Train: decided before the next lines write this process's number into the settings.
+    worker_threads = threads_per_chunk(experiment, 1)
+    # Both change the last bits of results: a resumed run keeps those of its beginning.
+    threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
+    share = {"gpus_per_worker": placement.gpus_per_worker}
+    experiment = experiment.changed(compute={"threads": threads}, cluster=share)
+    compile = bool(state.extra["compile"]) if state else method.compiles(experiment)
+    session = Session(
+        experiment, run_dir, method, theta, state, store, watcher, compile=compile, token=token
+    )
+    session.worker_threads = worker_threads
+    session.workers = method.start_workers(session, placement)
+    return session
 
 
 def _state_to_begin_with(
@@ -147,7 +169,7 @@ def with_absolute_data(experiment: Experiment) -> Experiment:
     return experiment.changed(data={"root": absolute_root(experiment.data.root)})
 
 
-def _start_tracking(session: Session, state: TrainingState | None, placement: Placement) -> Tracker:
+def _start_tracking(session: Session, state: TrainingState | None) -> Tracker:
     """Open the run's record in MLflow; a resumed run continues its own."""
     experiment = session.experiment
     if not experiment.tracking.enabled:
@@ -162,7 +184,7 @@ def _start_tracking(session: Session, state: TrainingState | None, placement: Pl
             **environment_tags(),
             "algorithm": experiment.algorithm_name,
             **session.method.tags(experiment),
-            "workers": str(placement.workers),
+            "workers": str(session.workers.size),
             "compiled": str(session.compile),
             "run_dir": str(session.run_dir),
             SELECTED_BY: session.metric,

@@ -20,7 +20,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.training.outer_step import outer_step_of
 from pipeline.worker.chunk import ChunkComputer
-from pipeline.worker.jobs import ChunkJob, GradientJob
+from pipeline.worker.jobs import ChunkJob, Cut, GradientJob, tasks_per_chunk
 from pipeline.worker.learner import initial_parameters
 from pipeline.worker.tree import Span
 
@@ -54,9 +54,11 @@ def decide_workers(experiment: Experiment) -> Placement:
     GPUs that are there are used: one of this machine in this process, several by an actor each.
     Where there is none, `auto` times a chunk here, with the threads of each placement.
     """
-    share = gpu_share(experiment)
     if experiment.cluster.workers != "auto":
-        return Placement(experiment.cluster.workers, "as configured", share)
+        workers = _of_use(experiment, experiment.cluster.workers)
+        share = gpu_share(experiment.changed(cluster={"workers": workers}))
+        return Placement(workers, "as configured", share)
+    share = gpu_share(experiment)
     ours = cluster_address(experiment) is None and experiment.cluster.gpus_per_worker is None
     experiment = experiment.changed(cluster={"gpus_per_worker": share})
     computer = ChunkComputer(on_driver(experiment), compile=False)
@@ -89,6 +91,16 @@ def decide_workers(experiment: Experiment) -> Placement:
     if saved > _RAY_START_SECONDS:
         return Placement(workers, measured)
     return Placement(0, f"{measured}: not worth starting Ray")
+
+
+def _of_use(experiment: Experiment, workers: int) -> int:
+    """So many workers, or on this machine alone no more than a meta-batch has chunks: others would
+    never get one."""
+    if workers < 2 or cluster_address(experiment) is not None:
+        return workers
+    numbers = flat_vector(initial_parameters(experiment)).size
+    cut = Cut(experiment.outer.tasks_per_batch, tasks_per_chunk(experiment, numbers))
+    return min(workers, cut.num_chunks)
 
 
 def gpu_share(experiment: Experiment) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from pipeline.cluster.capacity import refuse_crowd
 from pipeline.cluster.group import InProcess, WorkerGroup, on_driver
 from pipeline.config.experiment import Experiment
 from pipeline.config.settings import Pretraining
@@ -25,6 +26,7 @@ class TransferLearning:
     settings: Pretraining
 
     def check(self, experiment: Experiment) -> None:
+        refuse_crowd(experiment)
         check_pretraining(experiment, self.settings)
 
     def place(self, experiment: Experiment) -> Placement:

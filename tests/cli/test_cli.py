@@ -16,6 +16,7 @@ import yaml
 from pipeline.config.algorithms import PRESETS
 from pipeline.runs.checkpoint import CheckpointStore, load_theta
 from tests.commands import clean_environment, maml
+from tests.readme import README, blocks
 from tests.waiting import wait_for
 
 
@@ -37,6 +38,10 @@ def test_train_evaluate_resume(experiment_file: Path, tmp_path: Path) -> None:
     assert "MSE after n gradient steps on 6 test tasks" in trained.stdout
     for expected in ("n = 0", "n = 3", "random init", "oracle", str(run), "maml ui"):
         assert expected in trained.stdout
+    # The README's sample is cut where it says so, and ends as this does.
+    shown = blocks("text", README)[0].splitlines()
+    assert shown[-1] == trained.stdout.splitlines()[-1] == "MLflow       maml ui"
+    assert shown.count("...") >= 3
     assert {path.name for path in run.iterdir()} >= {
         "config.yaml",
         "theta.safetensors",
@@ -125,10 +130,11 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
     )
     wait_for(lambda: (run / "metrics.jsonl").exists() or process.poll() is not None)
     process.send_signal(number)
-    out, err = process.communicate(timeout=90)
+    _, err = process.communicate(timeout=90)
     assert process.returncode == 130, err
-    assert "--resume" in out
-    assert "stopped after iteration" in err
+    stopped, then = err.splitlines()[-2:]
+    assert stopped.startswith("stopped after iteration")
+    assert then == "to continue: maml train slow.yaml --resume runs/cut"
     assert "Traceback" not in err
     state = CheckpointStore(run / "checkpoints", keep=2).latest()
     assert state is not None
@@ -146,12 +152,13 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["train", "sinusiod"], "neither a YAML file nor a shipped experiment (there are:"),
+        (["train", "sinusiod"], "there is no experiment 'sinusiod'; did you mean sinusoid?\n"),
         (["train", "sinusoid", "inner.lr=-1", "outer.foo=1"], "2 errors"),
         (["train", "omniglot-5w1s"], "maml data prepare omniglot"),
         (["train", "image-folder", "task.store=mine"], "maml data prepare images"),
         (["train", "sinusoid", "run_dir=quick.yaml/run"], "cannot write"),
         (["train", "sinusoid", "compute.device=cuda", "cluster.workers=0"], "no GPU"),
+        (["train", "sinusoid", "cluster.workers=99999"], "cluster.workers: 99999 workers on the"),
         (["train", "quick", "--resume", "nowhere"], "not the folder of a run"),
         (["evaluate", "nowhere"], "not the folder of a run"),
         (["data", "prepare", "omniglot", "--source", "nowhere"], "nowhere"),
@@ -174,7 +181,9 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = maml("train", "sinusiod", "--debug", cwd=tmp_path)
     assert done.returncode != 0
     assert "Traceback" in done.stderr
-    assert "neither a YAML file nor a shipped experiment (there are:" in done.stderr
+    assert "there is no experiment 'sinusiod'" in done.stderr
+    options, _, _ = maml("--help", cwd=tmp_path).stdout.partition("Commands")
+    assert re.search(r"^│ --debug .* anywhere", options, flags=re.M)
 
 
 def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) -> None:
@@ -183,7 +192,7 @@ def test_a_failed_run_ends_with_code_1(quick: dict[str, Any], tmp_path: Path) ->
     done = maml("train", "bad.yaml", cwd=tmp_path)
     assert done.returncode == 1
     assert "3 updates in a row were not finite" in done.stderr
-    assert "--resume" not in done.stdout, "it would end in the same way"
+    assert "to continue" not in done.stdout + done.stderr, "it would end in the same way"
     assert "Traceback" not in done.stderr
 
 

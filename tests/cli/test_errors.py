@@ -7,7 +7,10 @@ import importlib
 
 import pytest
 
+from pipeline.cli.console import LiveLine
 from pipeline.cli.exit_codes import _described
+from pipeline.cli.resumable import resumable
+from pipeline.training.endings import Interrupted
 from tasks.errors import ReportedError, first_line
 from tests.places import ROOT
 
@@ -62,6 +65,23 @@ def test_every_error_says_its_exit_code() -> None:
 )
 def test_other_errors(error: Exception, expected: tuple[str, int]) -> None:
     assert _described(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("resumed", "message"),
+    [
+        (False, "interrupted: nothing was trained yet"),
+        (True, "interrupted: it had not gone on yet"),
+    ],
+)
+def test_an_interruption_before_the_start(resumed: bool, message: str) -> None:
+    """There is nothing to be continued that was not there before."""
+    with (
+        pytest.raises(Interrupted, match=f"^{message}$") as caught,
+        resumable(LiveLine(1, 1), "maml train x --resume y", resumed),
+    ):
+        raise KeyboardInterrupt
+    assert not hasattr(caught.value, "__notes__")
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ def test_a_job_trains_from_a_uri_and_succeeds(
 def test_a_job_that_fails_gives_its_exit_code(cluster: Cluster, tmp_path: Path) -> None:
     done = maml("submit", "--follow", "--", "train", "sinusiod", cwd=tmp_path, **cluster.client)
     assert done.returncode == 2, done.stderr
-    assert "neither a YAML file nor a shipped experiment (there are:" in done.stdout
+    assert "there is no experiment 'sinusiod'" in done.stdout
     assert "ended with exit code 2" in done.stderr
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.algorithms import PRESETS, Preset
+from pipeline.config.algorithms import PRESETS, Preset, unknown
 from pipeline.config.loading import ConfigError, json_schema, load
 from pipeline.training.loop import train
 from tests.conftest import experiment_of
@@ -35,6 +35,21 @@ def test_an_unknown_algorithm_is_refused_with_the_one_that_was_meant() -> None:
     assert first.startswith("algorithm: 'mamal' is none of maml, fomaml, reptile, anil")
     assert first.endswith("; did you mean maml?")
     assert second.startswith("inner.lr: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("mamlpp", "maml++"),
+        ("maml+", "maml++"),
+        ("MAML_plus_plus", "maml++"),
+        ("MAML", "maml"),
+        ("metasgd", "meta-sgd"),
+        ("fo-maml", "fomaml"),
+    ],
+)
+def test_another_spelling_is_understood(name: str, meant: str) -> None:
+    assert (unknown(name) or "").endswith(f"; did you mean {meant}?")
 
 
 def test_the_schema_lists_the_algorithms() -> None:

@@ -39,6 +39,9 @@ SHIPPED = {
 def test_all_experiments_are_shipped() -> None:
     assert set(experiments()) >= SHIPPED
     assert all(experiments().values()), "every experiment has a description"
+    first, *others = experiments()
+    assert first == "sinusoid", "the quick look"
+    assert others == sorted(others)
 
 
 @pytest.mark.parametrize("name", sorted(experiments()))
@@ -48,6 +51,31 @@ def test_shipped_experiments_load_and_round_trip(name: str, tmp_path: Path) -> N
     path = tmp_path / "again.yaml"
     path.write_text(experiment.to_yaml())
     assert load(str(path)) == experiment
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sinusiod", "there is no experiment 'sinusiod'; did you mean sinusoid?\n"),
+        ("image", "there is no experiment 'image'; did you mean image-folder?\n"),
+        ("ant", "; did you mean ant-direction, ant-direction-gym, ant-velocity, ant-velocity-gym?"),
+        ("qqq", "there is no experiment 'qqq'\n`maml config list` shows"),
+        ("nofile.yaml", "there is no file nofile.yaml"),
+        ("sinusoid.yml", "there is no file sinusoid.yml; did you mean sinusoid?"),
+        ("runs/x/best.yaml", "there is no file runs/x/best.yaml"),
+        ("runs/sinusoid", "there is no file runs/sinusoid"),
+        ("some/folder", "some/folder is a folder"),
+    ],
+)
+def test_what_is_not_there_is_said_with_what_was_meant(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some" / "folder").mkdir(parents=True)
+    with pytest.raises(ConfigError) as caught:
+        load(name)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()[0]) < 110
 
 
 @pytest.mark.parametrize(
@@ -195,7 +223,7 @@ def test_bad_settings_name_the_field(change: str, message: str) -> None:
 
 
 def test_unknown_experiments_and_broken_files(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"there are: .*glyphs"):
+    with pytest.raises(ConfigError, match="there is no experiment 'sinusiod'"):
         load("sinusiod")
     (tmp_path / "broken.yaml").write_text("task: [")
     with pytest.raises(ConfigError, match="not YAML"):

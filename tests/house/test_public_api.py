@@ -9,6 +9,7 @@ import pydoc
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -87,6 +88,29 @@ def test_every_name_is_there_and_documented(name: str) -> None:
         for parameter in signature.parameters.values():
             assert parameter.annotation is not inspect.Parameter.empty, parameter
             assert f"`{parameter.name}" in (value.__doc__ or ""), f"{parameter} is not explained"
+
+
+def documented() -> list[tuple[str, Callable[..., object]]]:
+    """The promised functions, and the methods of promised classes that are written in this project,
+    by name."""
+    found: list[tuple[str, Callable[..., object]]] = []
+    for name in NAMES:
+        value = getattr(pipeline, name)
+        if inspect.isfunction(value):
+            found.append((name, value))
+            continue
+        for method, each in inspect.getmembers(value, inspect.isroutine):
+            written_here = str(getattr(each, "__module__", "")).startswith("pipeline")
+            if written_here and not method.startswith("_"):
+                found.append((f"{name}.{method}", each))
+    return found
+
+
+def test_defaults_have_names_that_read_well() -> None:
+    shown = {name: str(inspect.signature(function)) for name, function in documented()}
+    assert "Adaptation.of" in shown
+    assert "should_stop: 'Callable[[], bool]' = <function never " in shown["train"]
+    assert not [name for name, signature in shown.items() if "lambda" in signature]
 
 
 def test_help_is_an_introduction() -> None:

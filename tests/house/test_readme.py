@@ -150,6 +150,20 @@ def texts_of_the_code() -> list[str]:
 # -- Python
 
 
+def test_examples_import_the_package_before_torch() -> None:
+    """Or its setting for waiting threads comes too late. `isort: split` has sorters leave it so."""
+    both = 0
+    for code in blocks("python"):
+        imports = [line for line in code.splitlines() if re.match(r"(from|import) ", line)]
+        ours = [n for n, line in enumerate(imports) if line.startswith("from pipeline ")]
+        theirs = [n for n, line in enumerate(imports) if re.match(r"\w+ (torch|tasks)\b", line)]
+        if ours and theirs:
+            both += 1
+            assert ours[0] < theirs[0], code
+            assert imports[ours[0]].endswith("  # isort: split")
+    assert both
+
+
 @pytest.mark.long
 def test_own_tasks_learn(tmp_path: Path) -> None:
     """The worked example, trained as it stands: adapting to a line pays."""

@@ -91,7 +91,7 @@ def test_interrupt(search_file: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, out + err
-    assert "to continue: maml search quick.yaml --resume runs/search" in out
+    assert err.splitlines()[-1] == "to continue: maml search quick.yaml --resume runs/search"
     assert "Traceback" not in out + err
     assert [status for _, status, _ in steps_and_runs(tmp_path)] == ["FINISHED", "KILLED"]
 

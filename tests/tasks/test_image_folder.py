@@ -166,7 +166,7 @@ def test_split_by_the_source_s_own_folders(tmp_path: Path) -> None:
         (None, "no train/val/test folders: give --split"),
         ("64/16/20", "adds up to 100, but there are 4 classes"),
         ("0.5/0.5/0.5", "fractions add up to 1.5 instead of 1"),
-        ("2/2", "split 2/2: neither three numbers nor a file"),
+        ("2/2", "split 2/2: neither three numbers .* as in 64/16/20 or 0.64/0.16/0.2, nor a file"),
         ({"train": ["red", "pink"]}, "there is no class 'pink'"),
         ({"training": ["red"]}, "'training' is not one of train, validation, test"),
         ({"train": ["red"], "test": ["red"]}, "class 'red' is in two splits"),

@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from pipeline.cluster import group
+from pipeline.cluster import capacity, group
 from pipeline.training.loop import train
 from pipeline.training.placement import decide_workers, gpu_share
 from pipeline.training.session import Session, Watcher
@@ -91,6 +91,36 @@ def test_two_actors_share_one_gpu(
     monkeypatch.undo()
     train(experiment_of(quick), tmp_path / "calm")
     assert torch.equal(final_theta(tmp_path / "calm"), final_theta(tmp_path / "shared"))
+
+
+@pytest.mark.parametrize("sections", [{}, {"pretraining": {"batch_size": 12, "part_size": 4}}])
+def test_a_crowd_is_refused_before_anything_starts(
+    quick: dict[str, Any],
+    monkeypatch: pytest.MonkeyPatch,
+    sections: dict[str, Any],
+    tmp_path: Path,
+) -> None:
+    """Also where each asks for next to nothing of a CPU: it is a process all the same."""
+    monkeypatch.setattr(capacity, "available_cpus", lambda: 2)
+    crowd = experiment_of(quick, **sections, cluster={"workers": 17, "cpus_per_worker": 0.01})
+    with pytest.raises(ValueError, match=r"^cluster\.workers: 17 workers on the 2 CPUs of this"):
+        train(crowd, tmp_path / "run")
+    assert not ray.is_initialized()
+    assert not (tmp_path / "run").exists()
+    capacity.refuse_crowd(experiment_of(quick, cluster={"workers": 16}))
+    far = {"workers": 500, "address": "ray://somewhere"}
+    capacity.refuse_crowd(experiment_of(quick, cluster=far))
+
+
+def test_no_more_actors_than_chunks(quick: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A meta-batch of `quick` has four. A cluster has the last word about its own workers."""
+    pretend(monkeypatch, 1)
+    for asked, started, share in ((1, 1, 1), (3, 3, 0.3333), (4, 4, 0.25), (9, 4, 0.25)):
+        settings = {"cluster": {"workers": asked}, "compute": {"device": "auto"}}
+        placement = decide_workers(experiment_of(quick, **settings))
+        assert (placement.workers, placement.gpus_per_worker) == (started, share)
+    far = {"workers": 9, "address": "ray://somewhere", "gpus_per_worker": 0}
+    assert decide_workers(experiment_of(quick, cluster=far)).workers == 9
 
 
 def test_small_models_have_one_thread(

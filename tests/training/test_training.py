@@ -13,6 +13,7 @@ from pipeline.maml.flat_vector import Layout
 from pipeline.runs.folder import RunFolderError
 from pipeline.training.aggregation import aggregate
 from pipeline.training.loop import train
+from pipeline.training.session import Watcher
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import Cut, GradientJob
 from pipeline.worker.learner import initial_parameters
@@ -80,6 +81,32 @@ def test_a_run_folder_is_not_overwritten(quick: dict[str, Any], tmp_path: Path) 
     train(experiment_of(quick), tmp_path / "run")
     with pytest.raises(RunFolderError, match="--resume"):
         train(experiment_of(quick), tmp_path / "run")
+
+
+class InterruptedAtStart(Watcher):
+    """Somebody presses Ctrl-C while workers start."""
+
+    def notice(self, message: str) -> None:
+        assert message.startswith("workers: ")
+        raise KeyboardInterrupt
+
+
+def test_a_run_that_did_not_start_leaves_nothing(quick: dict[str, Any], tmp_path: Path) -> None:
+    experiment = experiment_of(quick, cluster={"workers": "auto"})
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment, tmp_path / "runs" / "new", watcher=InterruptedAtStart())
+    assert list((tmp_path / "runs").iterdir()) == []
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "notes.txt").touch()
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment, mine, watcher=InterruptedAtStart())
+    assert [path.name for path in mine.iterdir()] == ["notes.txt"]
+    train(experiment_of(quick), mine)
+    before = sorted(mine.rglob("*"))
+    with pytest.raises(KeyboardInterrupt):
+        train(experiment, mine, watcher=InterruptedAtStart(), resume=True)
+    assert sorted(mine.rglob("*")) == before
 
 
 def test_a_run_folder_that_cannot_be_written(quick: dict[str, Any], tmp_path: Path) -> None:
