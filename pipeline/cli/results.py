@@ -23,7 +23,7 @@ Checkpoint = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="change a setting, such as --set task.queries=15"),
+    typer.Option("--set", help="change a setting, such as --set inner.lr=0.002"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, protocol included")]
 
@@ -49,11 +49,12 @@ def evaluate(
     """Meta-test a finished run on tasks that it was not trained on."""
     from pipeline.cli.console import curves_table, err, out
     from pipeline.config.loading import load_run
-    from pipeline.evaluation.meta_test import evaluate_run
+    from pipeline.evaluation.meta_test import evaluate_run, refuse_overridden
     from pipeline.evaluation.run_report import check_video, write_video
     from pipeline.runs.folder import parameters_of
 
     loaded = load_run(run_dir, overrides or [])
+    refuse_overridden(loaded.evaluation.variants, overrides or [])
     if video is not None:
         check_video(loaded)
     wanted = _parsed_steps(steps)
@@ -169,6 +170,8 @@ def analyze(
     from pipeline.runs.folder import parameters_of
 
     loaded = load_run(run_dir, overrides or [])
+    if any(override.startswith("task.queries=") for override in overrides or []):
+        raise ValueError("--set task.queries: an analysis has its own number; give --queries N")
     theta = parameters_of(loaded, run_dir, checkpoint)
     if not as_json:
         err.print(f"analysis of {run_dir} ...", markup=False, soft_wrap=True)

@@ -235,6 +235,10 @@ def test_the_command_logs_the_page_to_the_run(glyphs: dict[str, Any], tmp_path: 
     run = find_run(str(tmp_path / "run"), None)
     logged = client_class()(uri).list_artifacts(run.run_id, "analysis")
     assert {Path(file.path).name for file in logged} >= {"index.html", "layers.png"}
+    set_by_itself = ("--set", "task.queries=5")
+    ignored = maml("analyze", str(tmp_path / "run"), *set_by_itself, cwd=tmp_path)
+    assert ignored.returncode == 2
+    assert "give --queries N" in ignored.stderr
     bad = maml("analyze", str(tmp_path / "run"), "--split", "exam", cwd=tmp_path)
     assert bad.returncode == 2
     assert "--split" in bad.stderr
