@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,12 @@ def test_the_command_logs_the_page_to_the_run(glyphs: dict[str, Any], tmp_path: 
     ignored = maml("analyze", str(tmp_path / "run"), *set_by_itself, cwd=tmp_path)
     assert ignored.returncode == 2
     assert "give --queries N" in ignored.stderr
+    shutil.rmtree(tmp_path / "run" / "analysis")
+    (tmp_path / "run" / "analysis").touch()
+    taken = maml("analyze", str(tmp_path / "run"), cwd=tmp_path)
+    assert taken.returncode == 2
+    assert f"cannot write to {tmp_path / 'run' / 'analysis'}: File exists; " in taken.stderr
+    assert "analysis of" not in taken.stderr, "said before anything is computed"
     bad = maml("analyze", str(tmp_path / "run"), "--split", "exam", cwd=tmp_path)
     assert bad.returncode == 2
     assert "--split" in bad.stderr

@@ -163,6 +163,12 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     plot = maml("compare", *arguments, "--plot", "x.txt", cwd=tmp_path)
     assert plot.returncode == 2
     assert "--plot" in plot.stderr
+    (tmp_path / "taken").touch()
+    taken = maml("compare", *arguments, cwd=tmp_path, MAML_RUNS=str(tmp_path / "taken"))
+    assert taken.returncode == 2
+    assert f"cannot write to {tmp_path / 'taken'}: " in taken.stderr
+    assert "choose another place with --plot FILE" in taken.stderr
+    assert "meta-test of" not in taken.stderr, "said before anything is computed"
     nowhere = maml("compare", arguments[0], "nowhere", cwd=tmp_path)
     assert nowhere.returncode == 2
     assert "nowhere is not the folder of a run: there is no such folder" in nowhere.stderr
