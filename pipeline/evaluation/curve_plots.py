@@ -65,7 +65,7 @@ def plot_sinusoid_fits(
     """
     columns = min(2, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    size = 3.6 * columns + 1.8, 2.5 * rows + 0.9
+    size = 3.6 * columns + 0.6, 2.5 * rows + 0.9
     figure, grid = new_panels(*size, rows, columns, sharex=True, sharey=True)
     for axes, task in zip(grid.flat, tasks, strict=False):
         axes.plot(task["x_grid"], task["truth"], color=GREY, linewidth=3, alpha=0.5, label="truth")

@@ -209,7 +209,7 @@ def test_the_tables_and_the_page(
     assert likeness.get_yscale() == "linear"
     assert moved.get_yscale() == "log"  # 0.1 % and 50 % on one axis
     assert [text.get_text() for text in moved.texts] == ["does not adapt"]
-    labels = [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in drawn[1].legends[0].get_texts()]
     assert labels == ["4 of the tasks", "mean of 4 tasks", "CI95"]
     page = (tmp_path / "analysis" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2

@@ -49,6 +49,12 @@ def texts_inside(figure: Figure) -> bool:
     return apart and within and not covers
 
 
+def share_of_width(figure: Figure) -> float:
+    """The part of the figure's width that its axes take, from the leftmost to the rightmost."""
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    return (max(b.x1 for b in boxes) - min(b.x0 for b in boxes)) / figure.bbox.width
+
+
 def test_adaptation_curve_of_losses(tmp_path: Path, drawn: list[Figure]) -> None:
     path = tmp_path / "new folder" / "curve.png"
     zero = {"steps": STEPS, "mean": [0.0] * 11, "ci95": [0.0] * 11}
@@ -61,9 +67,10 @@ def test_adaptation_curve_of_losses(tmp_path: Path, drawn: list[Figure]) -> None
     assert axes.get_ylabel() == "MSE (log scale)"
     assert axes.get_xlabel() == "gradient steps"
     assert axes.get_title() == "Sinusoid"
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["K=5", "K=10", "oracle (= 0)"]
     assert list(axes.lines[0].get_ydata()) == curves["K=5"]["mean"]
+    assert share_of_width(drawn[0]) > 0.85
     assert "".join(t.get_text() for t in drawn[0].texts).replace("\n", " ") == caption.strip()
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
     assert texts_inside(drawn[0])
@@ -127,8 +134,9 @@ def test_training(tmp_path: Path, drawn: list[Figure], length: int) -> None:
     plot_training(history, tmp_path / "training.png", caption="means over 10 iterations")
     assert_image(tmp_path / "training.png")
     [axes] = drawn[0].axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["support", "query"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["support", "query"]
     assert axes.get_xlabel() == "iteration"
+    assert share_of_width(drawn[0]) > 0.85
     assert texts_inside(drawn[0])
 
 
