@@ -201,7 +201,7 @@ def analyze(
             queries=queries,
             on_progress=lambda done: status.update(f"{done} of {tasks} tasks"),
         )
-    files = write_analysis(loaded, found, folder)
+    files = write_analysis(loaded, found, run_dir, checkpoint)
     if as_json:
         print((folder / "analysis.json").read_text())
     else:

@@ -103,7 +103,7 @@ def test_every_algorithm_can_be_analysed(glyphs: dict[str, Any]) -> None:
         assert finding(found).startswith("Adaptation in ")
 
 
-def test_regression_has_no_centroids(quick: dict[str, Any]) -> None:
+def test_regression_has_no_centroids(quick: dict[str, Any], tmp_path: Path) -> None:
     experiment = experiment_of(quick)
     found = analysis_of(experiment, initial_parameters(experiment), num_tasks=5)
     assert set(found.abilities) == {NONE, ALL, HEAD, BODY}
@@ -111,6 +111,11 @@ def test_regression_has_no_centroids(quick: dict[str, Any]) -> None:
     # What is lost is counted so that more is worse.
     worse = found.abilities[HEAD].mean - found.abilities[ALL].mean
     assert found.lost[HEAD].mean == pytest.approx(worse)
+    assert ability_rows(found)[0] == ["what adapts", "loss", "loss above 'as trained'"]
+    write_analysis(experiment, found, tmp_path)
+    page = (tmp_path / "analysis" / "index.html").read_text()
+    assert "the final parameters" in page
+    assert "centroid" not in page
 
 
 def made_up(**abilities: float) -> Analysis:
@@ -135,6 +140,7 @@ def made_up(**abilities: float) -> Analysis:
         values,
         {name: estimate(full - v.mean) for name, v in values.items() if name != ALL},
         [[2.0 - 0.1 * i for i in range(16)]] * 4,
+        higher_is_better=True,
     )
 
 
@@ -201,10 +207,11 @@ def test_the_tables_and_the_page(
         "0.40 ± 0.01",
         "50.00 ± 1.00 %",
     ]
+    assert ability_rows(analysis)[0][2] == "accuracy below 'as trained' in %"
     assert ability_rows(analysis)[2] == [ALL, "95.00 ± 1.00", ""]
     still = replace(analysis.layers[0], moved=Estimate(0.0, 0.0))
     analysis = replace(analysis, layers=[still, *analysis.layers])
-    files = write_analysis(experiment_of(quick), analysis, tmp_path / "analysis")
+    files = write_analysis(experiment_of(quick), analysis, tmp_path, "best")
     likeness, moved = drawn[0].axes
     assert likeness.get_yscale() == "linear"
     assert moved.get_yscale() == "log"  # 0.1 % and 50 % on one axis
@@ -214,6 +221,9 @@ def test_the_tables_and_the_page(
     page = (tmp_path / "analysis" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "feature reuse" in page
+    assert f"Run {tmp_path}, the parameters that were best on validation" in page
+    assert "Nearest centroid: no head either" in page
+    assert "accuracy below &#x27;as trained&#x27; in %" in page
     assert {file.name for file in files} == {
         "index.html",
         "analysis.json",
