@@ -259,3 +259,4 @@ def test_the_command_logs_the_page_to_the_run(glyphs: dict[str, Any], tmp_path: 
     bad = maml("analyze", str(tmp_path / "run"), "--split", "exam", cwd=tmp_path)
     assert bad.returncode == 2
     assert "--split" in bad.stderr
+    assert "Value error" not in bad.stderr
