@@ -10,7 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.evaluation.curve_plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from pipeline.evaluation.curve_plots import (
+    plot_adaptation_curve,
+    plot_adaptation_panels,
+    plot_sinusoid_fits,
+    plot_training,
+)
 from pipeline.evaluation.health_plots import plot_health
 
 STEPS = list(range(11))
@@ -87,6 +92,22 @@ def test_adaptation_curve_of_accuracy(tmp_path: Path, drawn: list[Figure]) -> No
     assert "95%" in drawn[0].texts[0].get_text()
     assert texts_inside(drawn[0])
     assert_image(path)
+
+
+@pytest.mark.parametrize("number", [2, 3, 6, 8])
+def test_a_panel_for_each_kind_of_tasks(tmp_path: Path, drawn: list[Figure], number: int) -> None:
+    panels = {
+        f"K={k}": {"one": curve(3, 1 / k), "other": curve(3, 2)} for k in range(1, number + 1)
+    }
+    plot_adaptation_panels(panels, tmp_path / "a.png", metric="MSE", title="Two runs", caption="c")
+    assert_image(tmp_path / "a.png")
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == list(panels)[:6]
+    assert [len(axes.lines) for axes in drawn[0].axes] == [2] * min(number, 6)
+    assert len({axes.get_ylim() for axes in drawn[0].axes}) == 1
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "other"]
+    assert ("the first 6 of 8" in drawn[0].texts[-1].get_text().replace("\n", " ")) == (number == 8)
+    assert texts_inside(drawn[0])
 
 
 def test_losses_of_one_size_are_drawn_linearly(tmp_path: Path, drawn: list[Figure]) -> None:
