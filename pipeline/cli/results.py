@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -23,7 +24,7 @@ Checkpoint = Annotated[
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="change a setting, such as --set task.queries=15"),
+    typer.Option("--set", help="change a setting, such as --set inner.lr=0.002"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="print JSON, protocol included")]
 
@@ -49,13 +50,15 @@ def evaluate(
     """Meta-test a finished run on tasks that it was not trained on."""
     from pipeline.cli.console import curves_table, err, out
     from pipeline.config.loading import load_run
-    from pipeline.evaluation.meta_test import evaluate_run
+    from pipeline.evaluation.meta_test import evaluate_run, refuse_overridden
     from pipeline.evaluation.run_report import check_video, write_video
-    from pipeline.runs.folder import parameters_of
+    from pipeline.runs.folder import check_writable, parameters_of
 
     loaded = load_run(run_dir, overrides or [])
+    refuse_overridden(loaded.evaluation.variants, overrides or [])
     if video is not None:
         check_video(loaded)
+        check_writable(video, "--video")
     wanted = _parsed_steps(steps)
     if not as_json:
         err.print(f"meta-test of {run_dir} ...", markup=False, soft_wrap=True)
@@ -101,17 +104,13 @@ def compare(
     `maml runs compare` shows what is recorded in MLflow instead, settings included.
     """
     from pipeline.cli.console import curves_table, differences_table, err, out, recipes_table
-    from pipeline.config.loading import load_run, runs_folder
+    from pipeline.config.loading import load_run
     from pipeline.evaluation.comparison import compare_runs
     from pipeline.evaluation.run_report import plot_comparison
 
     if len(run_dirs) < 2:
         raise ValueError("compare needs two runs or more: maml compare RUN RUN")
-    if plot is None:
-        plot = runs_folder() / "comparison.png"
-        plot.parent.mkdir(parents=True, exist_ok=True)
-    if plot.suffix not in _FORMATS or not plot.absolute().parent.is_dir():
-        raise ValueError(f"--plot: must be a file in a folder that exists, {', '.join(_FORMATS)}")
+    plot = _place_of_plot(plot)
     if not as_json:
         err.print(f"meta-test of {len(run_dirs)} runs ...", markup=False)
     found = compare_runs(
@@ -133,6 +132,22 @@ def compare(
         out.print(curves_table(task, each.curves))
         out.print(differences_table(task, each))
     out.print(f"plot  {typed(plot)}", markup=False, soft_wrap=True)
+
+
+def _place_of_plot(plot: Path | None) -> Path:
+    """Where the figure of a comparison goes. Raises ValueError or RunFolderError for a place that
+    nothing can be written to."""
+    from pipeline.config.loading import runs_folder
+    from pipeline.runs.folder import RunFolderError, check_writable
+
+    if plot is not None and (plot.suffix not in _FORMATS or not plot.absolute().parent.is_dir()):
+        raise ValueError(f"--plot: must be a file in a folder that exists, {', '.join(_FORMATS)}")
+    chosen = runs_folder() / "comparison.png" if plot is None else plot
+    elsewhere = "choose another place with --plot FILE"
+    check_writable(chosen.parent, "--plot", elsewhere)
+    if chosen.exists() and not os.access(chosen, os.W_OK):
+        raise RunFolderError(f"--plot: cannot write to {chosen}; {elsewhere}")
+    return chosen
 
 
 @reporting_errors
@@ -166,10 +181,14 @@ def analyze(
         protocol_text,
         write_analysis,
     )
-    from pipeline.runs.folder import parameters_of
+    from pipeline.runs.folder import check_writable, parameters_of
 
     loaded = load_run(run_dir, overrides or [])
+    if any(override.startswith("task.queries=") for override in overrides or []):
+        raise ValueError("--set task.queries: an analysis has its own number; give --queries N")
     theta = parameters_of(loaded, run_dir, checkpoint)
+    folder = run_dir / "analysis"
+    check_writable(folder, "analysis", "analyze a copy of the run's folder elsewhere")
     if not as_json:
         err.print(f"analysis of {run_dir} ...", markup=False, soft_wrap=True)
     with err.status(f"0 of {tasks} tasks") as status:
@@ -182,8 +201,7 @@ def analyze(
             queries=queries,
             on_progress=lambda done: status.update(f"{done} of {tasks} tasks"),
         )
-    folder = run_dir / "analysis"
-    files = write_analysis(loaded, found, folder)
+    files = write_analysis(loaded, found, run_dir, checkpoint)
     if as_json:
         print((folder / "analysis.json").read_text())
     else:

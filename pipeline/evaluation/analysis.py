@@ -86,6 +86,8 @@ class Analysis:
     """The paired difference to adaptation as trained, by what adapts; positive: worse."""
     paths: list[list[float]]
     """The query loss at FRACTIONS of the way, [tasks, len(FRACTIONS)]."""
+    higher_is_better: bool
+    """Of the metric."""
 
     @property
     def monotone_share(self) -> float:
@@ -152,6 +154,7 @@ def analysis_of(
             if name != ALL
         },
         paths=values["path"].T.tolist(),
+        higher_is_better=task.higher_is_better,
     )
 
 

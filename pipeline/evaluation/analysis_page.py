@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.wording import counted
-from pipeline.evaluation.analysis import FRACTIONS, Analysis
+from pipeline.evaluation.analysis import ALL, CENTROID, FRACTIONS, Analysis
 from pipeline.evaluation.analysis_finding import finding
 from pipeline.evaluation.plot_style import (
     COLORS,
@@ -33,20 +33,34 @@ from pipeline.evaluation.plot_style import (
 )
 from pipeline.maml.confidence import Estimate, mean_and_ci95
 from pipeline.runs.files import write_atomically
+from pipeline.runs.folder import Which
 
 _PATHS_SHOWN = 8
+_PARAMETERS = {
+    "final": "the final parameters",
+    "best": "the parameters that were best on validation",
+}
+_CENTROID = """ Nearest centroid: no head either; a query example takes the class whose mean
+support feature is nearest (NIL, Raghu et al. 2020)."""
 
 
-def write_analysis(experiment: Experiment, analysis: Analysis, folder: Path) -> list[Path]:
-    """Write the page, its plots and its numbers; returns the files."""
+def write_analysis(
+    experiment: Experiment, analysis: Analysis, run_dir: Path, checkpoint: Which = "final"
+) -> list[Path]:
+    """Write the page, its plots and its numbers into the run's folder; returns the files.
+
+    `checkpoint` says whose parameters were analysed.
+    """
+    folder = run_dir / "analysis"
     folder.mkdir(exist_ok=True)
+    run = {"run_dir": str(run_dir.absolute()), "checkpoint": checkpoint}
     plots = {
         "layers.png": "What adaptation changes, layer by layer",
         "paths.png": "The way from θ to the adapted parameters of a task",
     }
     _plot_layers(analysis, folder / "layers.png")
     _plot_paths(analysis, folder / "paths.png")
-    numbers = {**analysis.to_json(), "finding": finding(analysis)}
+    numbers = {**run, **analysis.to_json(), "finding": finding(analysis)}
     write_atomically(folder / "analysis.json", json.dumps(_plain(numbers), indent=1))
     images = "".join(
         f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{_base64(folder / name)}">'
@@ -56,10 +70,14 @@ def write_analysis(experiment: Experiment, analysis: Analysis, folder: Path) -> 
         folder / "index.html",
         _PAGE.format(
             name=html.escape(experiment.name),
+            run=html.escape(run["run_dir"]),
+            parameters=_PARAMETERS[checkpoint],
             finding=html.escape(finding(analysis)),
             protocol=html.escape(protocol_text(analysis)),
             layers=_html_table(layer_rows(analysis)),
             abilities=_html_table(ability_rows(analysis)),
+            difference=html.escape(_difference(analysis)),
+            centroid=_CENTROID if CENTROID in analysis.abilities else "",
             images=images,
         ),
     )
@@ -94,11 +112,17 @@ def ability_rows(analysis: Analysis) -> list[list[str]]:
     """The rows of the table of what is left when less adapts, header first."""
     percent = analysis.metric == "accuracy"
     unit = " in %" if percent else ""
-    rows = [["what adapts", f"{analysis.metric}{unit}", f"lost{unit}, task by task"]]
+    rows = [["what adapts", f"{analysis.metric}{unit}", f"{_difference(analysis)}{unit}"]]
     for name, value in analysis.abilities.items():
         lost = analysis.lost.get(name)
         rows.append([name, value.text(percent), "" if lost is None else lost.text(percent)])
     return rows
+
+
+def _difference(analysis: Analysis) -> str:
+    """What the last column of that table is: `lost` is positive where a value is worse."""
+    side = "below" if analysis.higher_is_better else "above"
+    return f"{analysis.metric} {side} '{ALL}'"
 
 
 def _plot_layers(analysis: Analysis, path: Path) -> None:
@@ -235,6 +259,7 @@ img {{ max-width: 100%; display: block; margin: 1rem 0 }}
 .small {{ color: #666; font-size: .85rem }}
 </style></head><body>
 <h1>{name}: feature reuse or rapid learning?</h1>
+<p class="small">Run {run}, {parameters}</p>
 <p>{finding}</p>
 <p class="small">{protocol}</p>
 <h2>What adaptation changes</h2>{layers}
@@ -242,8 +267,8 @@ img {{ max-width: 100%; display: block; margin: 1rem 0 }}
 the same (Kornblith et al. 2019; Raghu et al. 2017); – where there are too few examples for the
 layer's width. A layer is its weights and all that follows up to the next layer's.</p>
 <h2>What is left when less adapts</h2>{abilities}
-<p class="small">Nearest centroid: no head either; a query example takes the class whose mean
-support feature is nearest (NIL, Raghu et al. 2020).</p>
+<p class="small">{difference}: how much is lost against adaptation as trained. The difference is
+taken task by task, so that its interval is narrower than those of the two values.{centroid}</p>
 <h2>Plots</h2>{images}
 </body></html>
 """

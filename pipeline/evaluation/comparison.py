@@ -19,7 +19,15 @@ import numpy.typing as npt
 from pipeline.cluster.group import InProcess
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, absolute_path, load_run
-from pipeline.evaluation.meta_test import Curve, EvaluationSpec, check_tasks, curve_of, task_by_task
+from pipeline.evaluation.meta_test import (
+    Curve,
+    EvaluationSpec,
+    check_tasks,
+    curve_of,
+    refuse_overridden,
+    set_by_all,
+    task_by_task,
+)
 from pipeline.maml.confidence import mean_and_ci95
 from pipeline.maml.flat_vector import Params, flat_vector
 from pipeline.runs.folder import Which, parameters_of
@@ -73,28 +81,23 @@ def compare_runs(
     metrics are reported after each number of gradient steps in `steps`, by default all that one of
     the runs reports. `checkpoint` chooses the parameters of every run: "final", those of the last
     iteration, or "best", those of the best validation. `overrides` change settings of all runs,
-    such as `task.shots=5`.
+    such as `inner.lr=0.002`.
 
     Returns one comparison per variant of the tasks that all runs have: a curve per run, and the
     differences of each pair of runs with confidence intervals and p-values. Raises ConfigError if
-    a folder holds no run or the tasks of the runs differ, CheckpointError if parameters cannot be
+    a folder holds no run, the tasks of the runs differ or all variants set what an override sets,
+    CheckpointError if parameters cannot be
     read, ValueError or StoreError if such tasks cannot be sampled.
     """
     folders = [absolute_path(run_dir) for run_dir in run_dirs]
     experiments = [load_run(folder, overrides) for folder in folders]
     names = _names(folders, experiments)
-    _refuse_other_tasks(names, experiments)
-    variants = [
-        variant
-        for variant in experiments[0].evaluation.variants
-        if all(
-            e.evaluation.variants.get(variant) == experiments[0].evaluation.variants[variant]
-            for e in experiments
-        )
-    ] or [""]
+    variants = _common_variants(experiments)
+    refuse_overridden(variants, overrides)
+    _refuse_other_tasks(names, experiments, set_by_all(list(variants.values())))
     report = steps or tuple(sorted({step for e in experiments for step in e.report_steps}))
     count = num_tasks or min(e.evaluation.tasks for e in experiments)
-    specs = [EvaluationSpec(split, count, report, variant) for variant in variants]
+    specs = [EvaluationSpec(split, count, report, variant) for variant in variants or ("",)]
     thetas = [
         parameters_of(experiment, folder, checkpoint)
         for experiment, folder in zip(experiments, folders, strict=True)
@@ -165,13 +168,26 @@ def _names(folders: Sequence[Path], experiments: Sequence[Experiment]) -> list[s
     return last if len(set(last)) == len(last) else [str(folder) for folder in folders]
 
 
-def _refuse_other_tasks(names: Sequence[str], experiments: Sequence[Experiment]) -> None:
-    """Raise ConfigError unless all runs have the same task settings."""
+def _common_variants(experiments: Sequence[Experiment]) -> dict[str, dict[str, Any]]:
+    """The variants of the tasks that all runs have, by name."""
+    first, *others = (experiment.evaluation.variants for experiment in experiments)
+    return {
+        name: changes
+        for name, changes in first.items()
+        if all(other.get(name) == changes for other in others)
+    }
+
+
+def _refuse_other_tasks(
+    names: Sequence[str], experiments: Sequence[Experiment], apart: set[str]
+) -> None:
+    """Raise ConfigError unless all runs have the same task settings, apart from those that the
+    variants of the tasks set."""
     tasks = [experiment.task.model_dump(mode="json") for experiment in experiments]
     errors = []
     for key in dict.fromkeys(key for task in tasks for key in task):
         values = [task.get(key) for task in tasks]
-        if any(value != values[0] for value in values):
+        if key not in apart and any(value != values[0] for value in values):
             each = ", ".join(f"{v!r} in {n}" for n, v in zip(names, values, strict=True))
             errors.append(
                 f"task.{key}: {each}; only runs on the same tasks can be compared "

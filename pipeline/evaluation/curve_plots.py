@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
+
 from pipeline.evaluation.plot_style import (
     GREY,
     after_steps,
@@ -19,6 +21,8 @@ from pipeline.evaluation.plot_style import (
     new_figure,
     new_panels,
 )
+
+_STACKED, _MOST_PANELS = 3, 6  # panels one below the other; panels in a figure
 
 
 def plot_adaptation_curve(
@@ -37,6 +41,48 @@ def plot_adaptation_curve(
     """
     figure, axes = new_figure(7.2, 4.6)
     logarithmic = is_logarithmic(metric, [curve["mean"] for curve in curves.values()])
+    _draw_curves(axes, curves, logarithmic)
+    label_metric(axes, metric, logarithmic)
+    caption = caption or "bands: 95% confidence intervals"
+    finish(figure, axes, path, "gradient steps", title, caption, integers=True)
+
+
+def plot_adaptation_panels(
+    panels: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
+    path: str | Path,
+    *,
+    metric: str,
+    title: str,
+    caption: str = "",
+) -> None:
+    """Draw a panel for each kind of tasks, by its name, all with the same scale.
+
+    Each holds the same series, as `plot_adaptation_curve` takes them. Where there are more than
+    six, the caption says how many.
+    """
+    shown = dict(list(panels.items())[:_MOST_PANELS])
+    if len(shown) < len(panels):
+        caption += f"; the first {len(shown)} of {len(panels)} kinds of tasks"
+    columns = 1 if len(shown) <= _STACKED else 2
+    rows = math.ceil(len(shown) / columns)
+    size = (7.2 if columns == 1 else 9.0), 2.4 * rows + 0.8
+    figure, grid = new_panels(*size, rows, columns, sharex=True, sharey=True)
+    means = [curve["mean"] for curves in shown.values() for curve in curves.values()]
+    logarithmic = is_logarithmic(metric, means)
+    for axes, (name, curves) in zip(grid.flat, shown.items(), strict=False):
+        _draw_curves(axes, curves, logarithmic)
+        label_metric(axes, metric, logarithmic)
+        axes.set_title(name, fontsize="medium")
+    labels = {"x_label": "gradient steps", "y_label": grid[0, 0].get_ylabel()}
+    for axes in grid.flat:
+        axes.set_ylabel("")
+    finish_panels(figure, grid, len(shown), path, **labels, title=title, caption=caption)
+
+
+def _draw_curves(
+    axes: Axes, curves: Mapping[str, Mapping[str, Sequence[float]]], logarithmic: bool
+) -> None:
+    """Draw each series with its band."""
     for index, (name, curve) in enumerate(curves.items()):
         color = color_of(index)
         steps, mean = list(curve["steps"]), list(curve["mean"])
@@ -46,9 +92,6 @@ def plot_adaptation_curve(
         label = f"{name} (= 0)" if logarithmic and not any(mean) else name
         axes.plot(steps, mean, color=color, marker=marker, markersize=5, label=label)
         axes.fill_between(steps, low, high, color=color, alpha=0.2, linewidth=0)
-    label_metric(axes, metric, logarithmic)
-    caption = caption or "bands: 95% confidence intervals"
-    finish(figure, axes, path, "gradient steps", title, caption, integers=True)
 
 
 def plot_sinusoid_fits(
@@ -65,7 +108,7 @@ def plot_sinusoid_fits(
     """
     columns = min(2, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    size = 3.6 * columns + 1.8, 2.5 * rows + 0.9
+    size = 3.6 * columns + 0.6, 2.5 * rows + 0.9
     figure, grid = new_panels(*size, rows, columns, sharex=True, sharey=True)
     for axes, task in zip(grid.flat, tasks, strict=False):
         axes.plot(task["x_grid"], task["truth"], color=GREY, linewidth=3, alpha=0.5, label="truth")

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from pipeline.cluster.group import InProcess, WorkerGroup
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import absolute_path
+from pipeline.config.loading import ConfigError, absolute_path
 from pipeline.maml.confidence import interval, mean_and_ci95
 from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.runs.files import write_atomically
@@ -236,6 +236,28 @@ def check_tasks(experiment: Experiment, splits: Sequence[str] = SPLITS) -> None:
                 f"evaluation.variants.{name}: its tasks need a model with other inputs or outputs"
             )
         variant.check(splits[-1])
+
+
+def set_by_all(variants: Sequence[Mapping[str, Any]]) -> set[str]:
+    """The task settings that every one of these variants sets: the experiment's do not count."""
+    return set.intersection(*map(set, variants)) if variants else set()
+
+
+def refuse_overridden(variants: Mapping[str, Mapping[str, Any]], overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override of a task setting that every variant sets by itself."""
+    given = [override.partition("=")[0].strip().split(".") for override in overrides]
+    shadowed = set_by_all(list(variants.values()))
+    ignored = [keys[1] for keys in given if keys[0] == "task" and keys[1:2] and keys[1] in shadowed]
+    if ignored:
+        raise ConfigError(
+            "",
+            [
+                f"--set task.{name}: changes nothing, every meta-test of evaluation.variants "
+                f"({', '.join(variants)}) sets {name}; add --set 'evaluation.variants={{}}' to "
+                "test without them"
+                for name in dict.fromkeys(ignored)
+            ],
+        )
 
 
 def protocol(experiment: Experiment, spec: EvaluationSpec) -> dict[str, Any]:

@@ -101,6 +101,26 @@ def legend(axes: Axes) -> None:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False)
 
 
+def legend_below(figure: Figure, axes: Axes) -> None:
+    """Add a legend of what is in `axes`, in as many columns as there is room for; `save` puts it
+    below all axes. The figure becomes higher by it."""
+    handles, labels = axes.get_legend_handles_labels()
+    if not handles:
+        return
+    width, height = figure.get_size_inches()
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    for columns in range(len(labels), 0, -1):
+        added = figure.legend(
+            handles, labels, loc="lower center", ncols=columns, frameon=False, borderaxespad=0
+        )
+        box = added.get_window_extent(renderer)
+        if box.width <= figure.bbox.width or columns == 1:
+            added.set_in_layout(False)  # `save` leaves room for it
+            figure.set_size_inches(width, height + box.height / figure.dpi)
+            return
+        added.remove()
+
+
 def shade(number: int, count: int) -> tuple[float, float, float, float]:
     """The colour of `number` among `count` ordered series, dark to light."""
     return colormaps["viridis"](0.9 * number / max(1, count - 1))
@@ -128,9 +148,9 @@ def finish(
     """Complete a figure with one pair of axes and save it; `integers`: x has whole numbers only."""
     axes.set_xlabel(x_label)
     if integers:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_title(title)
-    legend(axes)
+    legend_below(figure, axes)
     save(figure, path, caption)
 
 
@@ -155,24 +175,28 @@ def finish_panels(
     for axes in grid[:, 0]:
         axes.set_ylabel(y_label)
     figure.suptitle(title)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    legend_below(figure, grid.flat[0])
     save(figure, path, caption)
 
 
 def save(figure: Figure, path: str | Path, caption: str) -> None:
-    """Write a figure, its caption below the axes; make its folder."""
+    """Write a figure, its legend and its caption below the axes; make its folder."""
     for axes in figure.axes:
         for axis in (axes.xaxis, axes.yaxis):
             if axis.get_scale() == "log":
                 _plain_ticks(axis)
+    width, height = figure.get_size_inches()
+    share = 0.0  # of the height, that is taken below the axes
     if caption:
-        width, height = figure.get_size_inches()
         lines = textwrap.wrap(caption, int(width * _CAPTION_WIDTH))
         share = (len(lines) * _CAPTION_LINE + 0.1) / height
-        figure.set_layout_engine("constrained", rect=(0.0, share, 1.0, 1.0 - share))
         text = "\n".join(lines)
         figure.text(0.01, 0.01, text, fontsize="x-small", color=GREY, ha="left", va="bottom")
+    for below in figure.legends:
+        below.set_bbox_to_anchor((0.0, share, 1.0, 1.0 - share), figure.transFigure)
+        box = below.get_window_extent(FigureCanvasAgg(figure).get_renderer())
+        share += box.height / figure.bbox.height
+    figure.set_layout_engine("constrained", rect=(0.0, share, 1.0, 1.0 - share))
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path)

@@ -73,7 +73,7 @@ def plot_courses(
     """
     columns = min(3, len(tasks))
     rows = math.ceil(len(tasks) / columns)
-    size = 3.1 * columns + 1.8, 2.5 * rows + 0.9
+    size = 3.1 * columns + 0.9, 2.5 * rows + 0.9
     figure, grid = new_panels(*size, rows, columns, sharex=True, sharey=True)
     for axes, task in zip(grid.flat, tasks, strict=False):
         for colour, step in zip(cycle(COLORS), sorted(task.by_step), strict=False):

@@ -15,7 +15,12 @@ from pipeline.cluster.group import on_driver
 from pipeline.config.experiment import Experiment
 from pipeline.config.wording import counted
 from pipeline.evaluation.comparison import PairedComparison
-from pipeline.evaluation.curve_plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from pipeline.evaluation.curve_plots import (
+    plot_adaptation_curve,
+    plot_adaptation_panels,
+    plot_sinusoid_fits,
+    plot_training,
+)
 from pipeline.evaluation.health import PREFIX
 from pipeline.evaluation.health_plots import plot_health
 from pipeline.evaluation.meta_test import TRAINED, Curve, as_series, cell, metric_label
@@ -50,10 +55,11 @@ def write_plots(
     for metric in metrics:
         path = folder / f"adaptation_{metric}.png"
         label = task.loss_name if metric == "loss" else metric
-        plot_adaptation_curve(
-            as_series(_legible(curves), metric),
+        _plot_curves(
+            curves,
+            metric,
             path,
-            metric=label,
+            metric_label=label,
             title=f"{experiment.name}: learning new tasks",
             caption=f"{_caption(curves)}; bands: CI95 over tasks",
         )
@@ -62,7 +68,7 @@ def write_plots(
     if history.values["iteration"]:
         path = folder / "training.png"
         label, _ = metric_label(task, history.metric)
-        plot_training(history.values, path, metric=label, title=experiment.name)
+        plot_training(history.values, path, metric=label, title=f"{experiment.name}: training")
         written.append(path)
     inner = experiment.inner
     plain = inner.rates == "fixed" and inner.optimizer == "sgd"
@@ -95,15 +101,45 @@ FIGURES: dict[type[TaskDistribution], Callable[[Any, Experiment, Params, Path], 
 
 
 def plot_comparison(task: TaskDistribution, found: Sequence[PairedComparison], path: Path) -> None:
-    """Draw the adaptation curves of compared runs, on the first variant of the tasks."""
-    first = found[0]
-    plot_adaptation_curve(
-        as_series(first.curves, first.metric),
+    """Draw the adaptation curves of compared runs: a panel for each variant of the tasks."""
+    curves = [curve for each in found for curve in each.curves]
+    metric = found[0].metric
+    new = "" if curves[0].protocol["split"] == "train" else "new "
+    _plot_curves(
+        curves,
+        metric,
         path,
-        metric=metric_label(task, first.metric)[0],
-        title="Learning the same new tasks",
-        caption=f"{_caption(first.curves)}; bands: CI95 over tasks, not of the differences",
+        metric_label=metric_label(task, metric)[0],
+        title=f"{len(found[0].curves)} runs on the same {new}tasks",
+        caption=f"{_caption(curves)}; bands: CI95 over tasks, not of the differences",
     )
+
+
+def _plot_curves(
+    curves: Sequence[Curve],
+    metric: str,
+    path: Path,
+    *,
+    metric_label: str,
+    title: str,
+    caption: str,
+) -> None:
+    """Draw curves in one panel, or where there are variants of the tasks, in a panel for each."""
+    panels = {
+        variant: {
+            curve.who: series
+            for curve in curves
+            if curve.variant == variant
+            for series in as_series([curve], metric).values()
+        }
+        for variant in dict.fromkeys(curve.variant for curve in curves)
+    }
+    if len(panels) > 1:
+        plot_adaptation_panels(panels, path, metric=metric_label, title=title, caption=caption)
+    else:
+        ((variant, series),) = panels.items()
+        title += f", {variant}" if variant else ""
+        plot_adaptation_curve(series, path, metric=metric_label, title=title, caption=caption)
 
 
 def summary(
@@ -322,11 +358,6 @@ def _cut(values: torch.Tensor, lengths: torch.Tensor) -> list[npt.NDArray[Any]]:
     """Each trajectory's values up to its end; the horizon may be later."""
     pairs = zip(values.cpu().numpy(), lengths.long().tolist(), strict=True)
     return [row[:length] for row, length in pairs]
-
-
-def _legible(curves: Sequence[Curve]) -> list[Curve]:
-    """The curves for a figure: all of the trained parameters, and the first variant's baselines."""
-    return [c for c in curves if c.who == TRAINED or c.variant == curves[0].variant]
 
 
 def _caption(curves: Sequence[Curve]) -> str:

@@ -39,15 +39,18 @@ class RunFolderError(ReportedError):
     """The run's folder cannot be used as asked; `str()` says what to do."""
 
 
-def check_writable(folder: Path) -> None:
-    """Make the folder of a run or a search. Raises RunFolderError if nothing can be written."""
+def check_writable(
+    folder: Path, setting: str = "run_dir", otherwise: str = "choose another folder"
+) -> None:
+    """Make a folder, by default that of a run or a search. Raises RunFolderError if nothing can be
+    written; it names the `setting` that chose the folder, and what to do."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
         raise RunFolderError(
-            f"run_dir: cannot write to {folder}: {error.strerror}; choose another folder"
+            f"{setting}: cannot write to {folder}: {error.strerror}; {otherwise}"
         ) from error
 
 

@@ -216,7 +216,11 @@ def setting_text(value: Any) -> str:
 def best_experiment(plan: Plan, best: TrialResult) -> Experiment:
     """The search's own experiment with the settings of the best trial and without the search."""
     alone = plan.experiment.changed(search=None, run_dir=None)
-    return with_settings(alone, {"name": f"{alone.name}-best", **best.settings})
+    own = {
+        "name": f"{alone.name}-best",
+        "description": f"The best setting of {plan.folder.name}: {settings_text(best.settings)}.",
+    }
+    return with_settings(alone, {**own, **best.settings})
 
 
 def write_report(

@@ -116,7 +116,8 @@ def run_search(
     watcher.starting(experiment, folder)
     with contextlib.ExitStack() as stack:
         gpus = stack.enter_context(_ray(experiment, possible, watcher.notice))
-        experiment = experiment.changed(cluster={"gpus_per_worker": gpus})
+        if gpus:  # otherwise what is found may run where there are some
+            experiment = experiment.changed(cluster={"gpus_per_worker": gpus})
         plan = Plan(experiment, folder, token, ranking, (os.getcwd(),))
         tracker, plan = stack.enter_context(_recorded(plan, watcher))
         runs = TrialRuns(plan)

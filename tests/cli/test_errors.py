@@ -6,9 +6,11 @@ import ast
 import importlib
 
 import pytest
+from typer.testing import CliRunner
 
 from pipeline.cli.console import LiveLine
 from pipeline.cli.exit_codes import _described
+from pipeline.cli.main import app
 from pipeline.cli.resumable import resumable
 from pipeline.training.endings import Interrupted
 from tasks.errors import ReportedError, first_line
@@ -94,3 +96,23 @@ def test_an_interruption_before_the_start(resumed: bool, message: str) -> None:
 )
 def test_the_first_line_of_a_message(error: Exception, expected: str) -> None:
     assert first_line(error) == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("evaluate", "--split", "validatoin"), "'test'; did you mean validation?"),
+        (("analyze", "--checkpoint", "bets"), "'best'; did you mean best?"),
+        (("compare", "--split", "exam"), "'exam' is not one of 'train', 'validation', 'test'."),
+        (("evaluate", "--tasks", "1"), "greater than or equal to 2"),
+    ],
+)
+def test_a_mistyped_option_is_told_in_plain_words(
+    arguments: tuple[str, ...], expected: str
+) -> None:
+    done = CliRunner().invoke(
+        app, [*arguments, "RUN"], env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
+    )
+    assert done.exit_code == 2
+    assert expected in " ".join(done.stderr.replace("│", " ").split())
+    assert "Value error" not in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def test_every_algorithm_can_be_analysed(glyphs: dict[str, Any]) -> None:
         assert finding(found).startswith("Adaptation in ")
 
 
-def test_regression_has_no_centroids(quick: dict[str, Any]) -> None:
+def test_regression_has_no_centroids(quick: dict[str, Any], tmp_path: Path) -> None:
     experiment = experiment_of(quick)
     found = analysis_of(experiment, initial_parameters(experiment), num_tasks=5)
     assert set(found.abilities) == {NONE, ALL, HEAD, BODY}
@@ -110,6 +111,11 @@ def test_regression_has_no_centroids(quick: dict[str, Any]) -> None:
     # What is lost is counted so that more is worse.
     worse = found.abilities[HEAD].mean - found.abilities[ALL].mean
     assert found.lost[HEAD].mean == pytest.approx(worse)
+    assert ability_rows(found)[0] == ["what adapts", "loss", "loss above 'as trained'"]
+    write_analysis(experiment, found, tmp_path)
+    page = (tmp_path / "analysis" / "index.html").read_text()
+    assert "the final parameters" in page
+    assert "centroid" not in page
 
 
 def made_up(**abilities: float) -> Analysis:
@@ -134,6 +140,7 @@ def made_up(**abilities: float) -> Analysis:
         values,
         {name: estimate(full - v.mean) for name, v in values.items() if name != ALL},
         [[2.0 - 0.1 * i for i in range(16)]] * 4,
+        higher_is_better=True,
     )
 
 
@@ -200,19 +207,23 @@ def test_the_tables_and_the_page(
         "0.40 ± 0.01",
         "50.00 ± 1.00 %",
     ]
+    assert ability_rows(analysis)[0][2] == "accuracy below 'as trained' in %"
     assert ability_rows(analysis)[2] == [ALL, "95.00 ± 1.00", ""]
     still = replace(analysis.layers[0], moved=Estimate(0.0, 0.0))
     analysis = replace(analysis, layers=[still, *analysis.layers])
-    files = write_analysis(experiment_of(quick), analysis, tmp_path / "analysis")
+    files = write_analysis(experiment_of(quick), analysis, tmp_path, "best")
     likeness, moved = drawn[0].axes
     assert likeness.get_yscale() == "linear"
     assert moved.get_yscale() == "log"  # 0.1 % and 50 % on one axis
     assert [text.get_text() for text in moved.texts] == ["does not adapt"]
-    labels = [text.get_text() for text in drawn[1].axes[0].get_legend().get_texts()]
+    labels = [text.get_text() for text in drawn[1].legends[0].get_texts()]
     assert labels == ["4 of the tasks", "mean of 4 tasks", "CI95"]
     page = (tmp_path / "analysis" / "index.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "feature reuse" in page
+    assert f"Run {tmp_path}, the parameters that were best on validation" in page
+    assert "Nearest centroid: no head either" in page
+    assert "accuracy below &#x27;as trained&#x27; in %" in page
     assert {file.name for file in files} == {
         "index.html",
         "analysis.json",
@@ -235,6 +246,17 @@ def test_the_command_logs_the_page_to_the_run(glyphs: dict[str, Any], tmp_path: 
     run = find_run(str(tmp_path / "run"), None)
     logged = client_class()(uri).list_artifacts(run.run_id, "analysis")
     assert {Path(file.path).name for file in logged} >= {"index.html", "layers.png"}
+    set_by_itself = ("--set", "task.queries=5")
+    ignored = maml("analyze", str(tmp_path / "run"), *set_by_itself, cwd=tmp_path)
+    assert ignored.returncode == 2
+    assert "give --queries N" in ignored.stderr
+    shutil.rmtree(tmp_path / "run" / "analysis")
+    (tmp_path / "run" / "analysis").touch()
+    taken = maml("analyze", str(tmp_path / "run"), cwd=tmp_path)
+    assert taken.returncode == 2
+    assert f"cannot write to {tmp_path / 'run' / 'analysis'}: File exists; " in taken.stderr
+    assert "analysis of" not in taken.stderr, "said before anything is computed"
     bad = maml("analyze", str(tmp_path / "run"), "--split", "exam", cwd=tmp_path)
     assert bad.returncode == 2
     assert "--split" in bad.stderr
+    assert "Value error" not in bad.stderr

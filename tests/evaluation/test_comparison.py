@@ -80,6 +80,39 @@ def test_other_tasks_are_refused_by_name(runs: Path) -> None:
     assert found.curves[0].protocol["shots"] == found.curves[1].protocol["shots"] == 7
 
 
+def test_what_every_variant_sets_is_no_reason_to_refuse_and_cannot_be_overridden(
+    runs: Path,
+) -> None:
+    variants = "evaluation.variants={few: {shots: 3}, more: {shots: 4, queries: 6}}"
+    found = compare_runs([runs / "one", runs / "shots"], overrides=[variants])
+    assert [[c.protocol["shots"] for c in each.curves] for each in found] == [[3, 3], [4, 4]]
+    with pytest.raises(ConfigError, match=r"--set task\.shots: .*\(few, more\) sets shots; add"):
+        compare_runs([runs / "one", runs / "shots"], overrides=[variants, "task.shots=7"])
+    # A setting of some of them counts for the others.
+    one, other = compare_runs([runs / "one"] * 2, overrides=[variants, "task.queries=9"])
+    assert [each.curves[0].protocol["queries"] for each in (one, other)] == [9, 6]
+
+
+def test_a_setting_that_every_variant_sets_is_refused_by_evaluate(
+    runs: Path, tmp_path: Path
+) -> None:
+    several = (
+        "evaluate",
+        str(runs / "one"),
+        "--json",
+        "--set",
+        "evaluation.variants={few: {shots: 3}}",
+    )
+    refused = maml(*several, "--set", "task.shots=7", cwd=tmp_path)
+    assert refused.returncode == 2
+    assert "--set task.shots: changes nothing" in refused.stderr
+    (advice,) = re.findall(r"add --set '(.*)' to test without", refused.stderr)
+    done = maml(*several, "--set", "task.shots=7", "--set", advice, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    curves = json.loads(done.stdout)
+    assert {(curve["variant"], curve["protocol"]["shots"]) for curve in curves} == {("", 7)}
+
+
 def test_other_data_are_refused(tmp_path: Path) -> None:
     """Two stores of one name, in two folders."""
     settings: dict[str, Any] = {
@@ -130,6 +163,12 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
     plot = maml("compare", *arguments, "--plot", "x.txt", cwd=tmp_path)
     assert plot.returncode == 2
     assert "--plot" in plot.stderr
+    (tmp_path / "taken").touch()
+    taken = maml("compare", *arguments, cwd=tmp_path, MAML_RUNS=str(tmp_path / "taken"))
+    assert taken.returncode == 2
+    assert f"cannot write to {tmp_path / 'taken'}: " in taken.stderr
+    assert "choose another place with --plot FILE" in taken.stderr
+    assert "meta-test of" not in taken.stderr, "said before anything is computed"
     nowhere = maml("compare", arguments[0], "nowhere", cwd=tmp_path)
     assert nowhere.returncode == 2
     assert "nowhere is not the folder of a run: there is no such folder" in nowhere.stderr

@@ -10,7 +10,12 @@ import pytest
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pipeline.evaluation.curve_plots import plot_adaptation_curve, plot_sinusoid_fits, plot_training
+from pipeline.evaluation.curve_plots import (
+    plot_adaptation_curve,
+    plot_adaptation_panels,
+    plot_sinusoid_fits,
+    plot_training,
+)
 from pipeline.evaluation.health_plots import plot_health
 
 STEPS = list(range(11))
@@ -49,6 +54,12 @@ def texts_inside(figure: Figure) -> bool:
     return apart and within and not covers
 
 
+def share_of_width(figure: Figure) -> float:
+    """The part of the figure's width that its axes take, from the leftmost to the rightmost."""
+    boxes = [axes.get_window_extent() for axes in figure.axes]
+    return (max(b.x1 for b in boxes) - min(b.x0 for b in boxes)) / figure.bbox.width
+
+
 def test_adaptation_curve_of_losses(tmp_path: Path, drawn: list[Figure]) -> None:
     path = tmp_path / "new folder" / "curve.png"
     zero = {"steps": STEPS, "mean": [0.0] * 11, "ci95": [0.0] * 11}
@@ -61,9 +72,10 @@ def test_adaptation_curve_of_losses(tmp_path: Path, drawn: list[Figure]) -> None
     assert axes.get_ylabel() == "MSE (log scale)"
     assert axes.get_xlabel() == "gradient steps"
     assert axes.get_title() == "Sinusoid"
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
     assert labels == ["K=5", "K=10", "oracle (= 0)"]
     assert list(axes.lines[0].get_ydata()) == curves["K=5"]["mean"]
+    assert share_of_width(drawn[0]) > 0.85
     assert "".join(t.get_text() for t in drawn[0].texts).replace("\n", " ") == caption.strip()
     assert all(float(tick).is_integer() for tick in axes.get_xticks())
     assert texts_inside(drawn[0])
@@ -80,6 +92,22 @@ def test_adaptation_curve_of_accuracy(tmp_path: Path, drawn: list[Figure]) -> No
     assert "95%" in drawn[0].texts[0].get_text()
     assert texts_inside(drawn[0])
     assert_image(path)
+
+
+@pytest.mark.parametrize("number", [2, 3, 6, 8])
+def test_a_panel_for_each_kind_of_tasks(tmp_path: Path, drawn: list[Figure], number: int) -> None:
+    panels = {
+        f"K={k}": {"one": curve(3, 1 / k), "other": curve(3, 2)} for k in range(1, number + 1)
+    }
+    plot_adaptation_panels(panels, tmp_path / "a.png", metric="MSE", title="Two runs", caption="c")
+    assert_image(tmp_path / "a.png")
+    titles = [axes.get_title() for axes in drawn[0].axes]
+    assert titles == list(panels)[:6]
+    assert [len(axes.lines) for axes in drawn[0].axes] == [2] * min(number, 6)
+    assert len({axes.get_ylim() for axes in drawn[0].axes}) == 1
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "other"]
+    assert ("the first 6 of 8" in drawn[0].texts[-1].get_text().replace("\n", " ")) == (number == 8)
+    assert texts_inside(drawn[0])
 
 
 def test_losses_of_one_size_are_drawn_linearly(tmp_path: Path, drawn: list[Figure]) -> None:
@@ -127,8 +155,9 @@ def test_training(tmp_path: Path, drawn: list[Figure], length: int) -> None:
     plot_training(history, tmp_path / "training.png", caption="means over 10 iterations")
     assert_image(tmp_path / "training.png")
     [axes] = drawn[0].axes
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["support", "query"]
+    assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["support", "query"]
     assert axes.get_xlabel() == "iteration"
+    assert share_of_width(drawn[0]) > 0.85
     assert texts_inside(drawn[0])
 
 

@@ -17,7 +17,7 @@ from pipeline.config.loading import from_dict, load, load_run, with_settings
 from pipeline.runs.catalog import list_runs
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.runs.folder import RunFolderError
-from pipeline.search.report import compare_orders
+from pipeline.search.report import compare_orders, settings_text
 from pipeline.search.run import run_search
 from pipeline.search.trial import COMPLETE, FAILED, STOPPED, Ranking, TrialResult
 from pipeline.search.tune import SearchWatcher
@@ -97,6 +97,7 @@ def test_a_grid_equals_an_exhaustive_evaluation(
     best = load(str(tmp_path / "search" / "best.yaml"))
     assert best.search is None
     assert best.inner.lr == OPTIMUM
+    assert best.description == f"The best setting of search: {settings_text(found.best.settings)}."
     assert best.cluster == experiment.cluster
 
 
