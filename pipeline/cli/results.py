@@ -150,6 +150,13 @@ def _place_of_plot(plot: Path | None) -> Path:
     return chosen
 
 
+def _without_queries(overrides: list[str]) -> list[str]:
+    """The settings, none of which may be one that an analysis has an option for."""
+    if any(override.startswith("task.queries=") for override in overrides):
+        raise ValueError("--set task.queries: an analysis has its own number; give --queries N")
+    return overrides
+
+
 @reporting_errors
 def analyze(
     run_dir: RunDir,
@@ -183,9 +190,7 @@ def analyze(
     )
     from pipeline.runs.folder import check_writable, parameters_of
 
-    loaded = load_run(run_dir, overrides or [])
-    if any(override.startswith("task.queries=") for override in overrides or []):
-        raise ValueError("--set task.queries: an analysis has its own number; give --queries N")
+    loaded = load_run(run_dir, _without_queries(overrides or []))
     theta = parameters_of(loaded, run_dir, checkpoint)
     folder = run_dir / "analysis"
     check_writable(folder, "analysis", "analyze a copy of the run's folder elsewhere")
