@@ -1,8 +1,12 @@
 """Tasks and models for tests, many of which misbehave; looking at runs."""
 
+import contextlib
 import os
+import subprocess
+import sys
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from pipeline.cluster.channel import ChannelAddress
 from pipeline.runs.checkpoint import load_theta
 from pipeline.training.session import Watcher
 from tasks.base import Classification, Examples, TaskBatch, as_tensor
@@ -292,3 +297,23 @@ class Recorder(Watcher):
         self.metrics.append(metrics)
         if self._at is not None:
             self._at(iteration, self)
+
+
+@contextlib.contextmanager
+def silent_listener() -> Iterator[tuple[subprocess.Popen[str], ChannelAddress]]:
+    """A process that listens for questions and answers none, and where; killed at the end."""
+    script = (
+        "import sys\nfrom concurrent.futures import Future\n"
+        "from pipeline.cluster.channel import listen\n"
+        "address = listen(lambda *_: Future())\n"
+        "print(address.name[1:], address.key.hex(), flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        name, key = process.stdout.readline().split()
+        try:
+            yield process, ChannelAddress("\0" + name, bytes.fromhex(key))
+        finally:
+            process.kill()

@@ -126,10 +126,10 @@ class Hub:
         return unheard
 
     def heard(self, worker: int) -> list[Arrived]:
-        """The next answer of a worker, if it is there; where its process has ended, an error for
-        every question: then it is connected no more."""
+        """The next answer of a worker whose channel can be read; where its process has ended, an
+        error for every question: then it is connected no more."""
         known = self._workers.get(worker)
-        if known is None or known.channel is None or not known.channel.poll():
+        if known is None or known.channel is None:
             return []
         try:
             number, apart, content = known.channel.recv()

@@ -109,9 +109,6 @@ class OwnNode:
                 self._hub.write(place, value)
         self._hub.ask(call.worker.identity, call.number, call, arguments, apart=True)
 
-    def flush(self, patient: bool) -> None:
-        """Nothing waits."""
-
     def leave(self, worker: RemoteWorker) -> None:
         self._hub.close(worker.identity)
 
@@ -166,6 +163,7 @@ class RelayedNode:
         self._questions.append(Question(call.worker.identity, call.number, arguments, addend))
 
     def flush(self, patient: bool) -> None:
+        """As `Nodes.flush`, to this node."""
         if not self._questions and (self._exchanges or not self._calls):
             return
         vectors = self._nodes.vectors

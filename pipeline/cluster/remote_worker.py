@@ -31,11 +31,7 @@ class Home(Protocol):
 
     def ask(self, call: Call, arguments: bytes, addend: Addend | None) -> None:
         """Put a question to a worker that is at home here; `arguments` are those of
-        `ChunkActor.run` but the last, pickled. It may wait until `flush`."""
-        ...
-
-    def flush(self, patient: bool) -> None:
-        """Send what waits; `patient`: there is no more for who is early."""
+        `ChunkActor.run` but the last, pickled. It may wait until `Nodes.flush`."""
         ...
 
     def leave(self, worker: RemoteWorker) -> None:

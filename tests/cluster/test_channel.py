@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import signal
-import subprocess
-import sys
 import threading
 from concurrent.futures import Future
 from typing import Any
@@ -17,6 +15,7 @@ from pipeline.cluster.channel import ChannelAddress, connect_to, listen
 from pipeline.cluster.hub import Hub
 from pipeline.cluster.messages import Failed, InMemory, Reply, opened
 from pipeline.cluster.replies import Replies
+from tests.helpers import silent_listener
 
 
 class Unportable(Exception):
@@ -93,19 +92,9 @@ def test_what_a_closed_worker_was_asked_does_not_come(hub: Hub) -> None:
 
 
 def test_a_killed_process_is_noticed_at_once(hub: Hub) -> None:
-    script = (
-        "import sys\nfrom concurrent.futures import Future\n"
-        "from pipeline.cluster.channel import listen\n"
-        "address = listen(lambda *_: Future())\n"
-        "print(address.name[1:], address.key.hex(), flush=True); sys.stdin.read()"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        name, key = process.stdout.readline().split()
+    with silent_listener() as (process, address):
         hub.open(1)
-        assert hub.connect(1, ChannelAddress("\0" + name, bytes.fromhex(key)))
+        assert hub.connect(1, address)
         ask(hub, 1, "lost", worker=1)
         os.kill(process.pid, signal.SIGKILL)
         ((call, error),) = arrived(Replies(None, hub))

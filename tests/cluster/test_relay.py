@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from pipeline.cluster import relay as relays
-from pipeline.cluster.channel import ChannelAddress, listen
+from pipeline.cluster.channel import listen
 from pipeline.cluster.messages import Addend, Answers, InMemory, Question, Reply, opened
 from pipeline.cluster.relay import RelayActor
 from pipeline.cluster.shared_vectors import SharedVectors
 from pipeline.worker.jobs import GradientJob, JobResult
 from pipeline.worker.tree import Span, TreeSum
+from tests.helpers import silent_listener
 from tests.places import ROOT
 
 CHUNKS, SIZE = 4, 5
@@ -190,20 +191,15 @@ def test_what_is_lost_is_said() -> None:
 
     async def scenario() -> list[Answers]:
         relay, _ = await two_workers()
-        process = subprocess.Popen(
-            [sys.executable, "-c", LISTENER], stdout=subprocess.PIPE, stdin=subprocess.PIPE
-        )
-        assert process.stdout is not None
-        name, key = process.stdout.readline().decode().split()
-        await relay.open(2)
-        assert await relay.connect(2, ChannelAddress("\0" + name, bytes.fromhex(key)))
-        dying = asyncio.create_task(
-            relay.exchange(PLACES, THETA, None, [question(2, 0), question(0, 1)], False)
-        )
-        await asyncio.sleep(0.1)
-        process.kill()
-        process.communicate()
-        found = [await dying]
+        with silent_listener() as (process, address):
+            await relay.open(2)
+            assert await relay.connect(2, address)
+            dying = asyncio.create_task(
+                relay.exchange(PLACES, THETA, None, [question(2, 0), question(0, 1)], False)
+            )
+            await asyncio.sleep(0.1)
+            process.kill()
+            found = [await dying]
         if len(found[0].contents) == 1:  # the other one came earlier
             found.append(await relay.exchange(PLACES, None, None, [], False))
         found.append(
@@ -215,15 +211,6 @@ def test_what_is_lost_is_said() -> None:
     assert isinstance(opened(contents[11]), Reply)
     for number in (10, 12, 13):
         assert isinstance(contents[number], EOFError | OSError), number
-
-
-LISTENER = """
-import sys
-from concurrent.futures import Future
-from pipeline.cluster.channel import listen
-address = listen(lambda *_: Future())
-print(address.name[1:], address.key.hex(), flush=True); sys.stdin.read()
-"""
 
 
 def test_nobody_waits_for_a_worker_that_was_closed() -> None:
