@@ -73,7 +73,7 @@ class RayWorkers:
         self._second: deque[Call] = deque()
         """Calls that waited behind another one when they were made."""
         per_batch = experiment.outer.tasks_per_batch
-        self._cut = Cut(per_batch, tasks_per_chunk(experiment, numbers))
+        self._cut = Cut(per_batch, tasks_per_chunk(experiment, numbers, compile))
         self._started_ray = connect(experiment, size)
         self._roster = Roster(ray, experiment, compile, size, notice)
         self._nodes = Nodes(

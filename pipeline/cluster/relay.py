@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pipeline.maml.flat_vector import FlatVector
 
 _TOGETHER = 0.25  # of the time that the first answer took: so long the others are waited for,
-_PATIENT = 1.0  # or so long, where there is no work for who is early
+_PATIENT = 3.0  # or so long, where there is no work for who is early; a vector less goes out
 _AT_LEAST = 0.004  # seconds; another call costs about as much
 
 
@@ -75,8 +75,9 @@ class RelayActor:
         """Ask, and return what has been answered, to these questions and to earlier ones.
 
         `theta` and `vector` are given where they are new on this node, and put in their places.
-        Returns when all is answered; when others take a quarter longer than the first one, or, to
-        be `patient`, twice as long; or, with whatever there is, when it is called again.
+        Returns when all is answered; when a worker's process has ended; when others take a quarter
+        longer than the first one, or, to be `patient`, four times as long; or, with whatever there
+        is, when it is called again.
         """
         self._together = _PATIENT if patient else _TOGETHER
         for place, value in zip(places, (theta, vector), strict=True):
@@ -107,7 +108,8 @@ class RelayActor:
         """Take in answers, and see whether to return what there is."""
         for arrived in found:
             self._keep(arrived)
-        if not self._hub.busy:
+        lost = any(not isinstance(arrived.content, bytes) for arrived in found)
+        if lost or not self._hub.busy:
             self._return()
         elif self._contents and self._timer is None:
             _, asked = found[0].name if found else (None, time.monotonic())

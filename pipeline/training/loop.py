@@ -178,8 +178,8 @@ class MetaLearning:
         """Only the number of workers: `opening` checks model, tasks and device of every run."""
         refuse_crowd(experiment)
 
-    def place(self, experiment: Experiment) -> Placement:
-        return decide_workers(experiment)
+    def place(self, experiment: Experiment, compile: bool) -> Placement:
+        return decide_workers(experiment, compile)
 
     def compiles(self, experiment: Experiment) -> bool:
         return decide_compile(experiment)

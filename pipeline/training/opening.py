@@ -115,15 +115,16 @@ def _started(
     """Check, make the folder, start the workers. Raises what `open_session` raises."""
     theta = _first_theta(experiment, run_dir, store)
     watcher.starting(experiment, run_dir)
-    placement = method.place(experiment)
+    # This and the number of threads change the last bits of results: a resumed run keeps those of
+    # its beginning.
+    compile = bool(state.extra["compile"]) if state else method.compiles(experiment)
+    placement = method.place(experiment, compile)
     write_atomically(run_dir / "config.yaml", experiment.to_yaml())
     # Of Ray Train: decided before the next lines write this process's number into the settings.
     worker_threads = threads_per_chunk(experiment, 1)
-    # Both change the last bits of results: a resumed run keeps those of its beginning.
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
     share = {"gpus_per_worker": placement.gpus_per_worker}
     experiment = experiment.changed(compute={"threads": threads}, cluster=share)
-    compile = bool(state.extra["compile"]) if state else method.compiles(experiment)
     session = Session(
         experiment, run_dir, method, theta, state, store, watcher, compile=compile, token=token
     )

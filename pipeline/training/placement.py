@@ -48,14 +48,21 @@ def decide_compile(experiment: Experiment) -> bool:
     return computer.worth_compiling(experiment.outer.iterations * computer.num_chunks)
 
 
-def decide_workers(experiment: Experiment) -> Placement:
-    """Resolve `cluster.workers` and `cluster.gpus_per_worker`.
+def decide_workers(experiment: Experiment, compile: bool) -> Placement:
+    """Resolve `cluster.workers` and `cluster.gpus_per_worker`; `compile`: whether chunks will be
+    compiled.
 
     GPUs that are there are used: one of this machine in this process, several by an actor each.
     Where there is none, `auto` times a chunk here, with the threads of each placement.
     """
+    numbers = flat_vector(initial_parameters(experiment)).size
+    per_chunk = tasks_per_chunk(experiment, numbers, compile)
+    experiment = experiment.changed(outer={"tasks_per_chunk": per_chunk})
     if experiment.cluster.workers != "auto":
-        workers = _of_use(experiment, experiment.cluster.workers)
+        workers = experiment.cluster.workers
+        if cluster_address(experiment) is None:
+            # Others would never get a chunk. What a cluster starts its user decides.
+            workers = min(workers, Cut(experiment.outer.tasks_per_batch, per_chunk).num_chunks)
         share = gpu_share(experiment.changed(cluster={"workers": workers}))
         return Placement(workers, "as configured", share)
     share = gpu_share(experiment)
@@ -91,16 +98,6 @@ def decide_workers(experiment: Experiment) -> Placement:
     if saved > _RAY_START_SECONDS:
         return Placement(workers, measured)
     return Placement(0, f"{measured}: not worth starting Ray")
-
-
-def _of_use(experiment: Experiment, workers: int) -> int:
-    """So many workers, or on this machine alone no more than a meta-batch has chunks: others would
-    never get one."""
-    if workers < 2 or cluster_address(experiment) is not None:
-        return workers
-    numbers = flat_vector(initial_parameters(experiment)).size
-    cut = Cut(experiment.outer.tasks_per_batch, tasks_per_chunk(experiment, numbers))
-    return min(workers, cut.num_chunks)
 
 
 def gpu_share(experiment: Experiment) -> float:

@@ -80,12 +80,12 @@ class Method(Protocol):
         worker."""
         ...
 
-    def place(self, experiment: Experiment) -> Placement:
-        """Decide how many actors compute chunks."""
-        ...
-
     def compiles(self, experiment: Experiment) -> bool:
         """Whether the functions of chunks are compiled; follows from the configuration alone."""
+        ...
+
+    def place(self, experiment: Experiment, compile: bool) -> Placement:
+        """Decide how many actors compute chunks, which are compiled or not."""
         ...
 
     def start_workers(self, session: Session, placement: Placement) -> WorkerGroup:
@@ -147,7 +147,7 @@ class Session:
         self.best: dict[str, Any] | None = None
         """The best validation so far: its iteration, value and metric."""
         self.metric, self._higher_is_better = task.primary_metric, task.higher_is_better
-        per_chunk = tasks_per_chunk(experiment, self.optimizer.layout.size)
+        per_chunk = tasks_per_chunk(experiment, self.optimizer.layout.size, compile)
         self.cut = Cut(experiment.outer.tasks_per_batch, per_chunk)
         self.compile = compile
         self.workers: WorkerGroup

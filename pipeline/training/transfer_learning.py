@@ -29,7 +29,7 @@ class TransferLearning:
         refuse_crowd(experiment)
         check_pretraining(experiment, self.settings)
 
-    def place(self, experiment: Experiment) -> Placement:
+    def place(self, experiment: Experiment, compile: bool) -> Placement:
         return Placement(0, "Ray Train has workers of its own", gpu_share(experiment))
 
     def compiles(self, experiment: Experiment) -> bool:

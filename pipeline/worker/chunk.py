@@ -61,7 +61,7 @@ class ChunkComputer:
         be learned, or of a device that is not there."""
         self._experiment, self._compile = experiment, compile
         self._learner = Learner.of(experiment)
-        per_chunk = tasks_per_chunk(experiment, self._learner.layout.size)
+        per_chunk = tasks_per_chunk(experiment, self._learner.layout.size, compile)
         self._cut = Cut(experiment.outer.tasks_per_batch, per_chunk)
         self._source = task_source_of(self._learner, self._cut, compile)
         self._functions: dict[Phase, ChunkFunction] = {}

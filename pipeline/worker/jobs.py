@@ -150,26 +150,29 @@ SMALL = 20_000
 """Parameters of a model whose cost is in calls, not in arithmetic."""
 
 
-def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int) -> int:
+def default_tasks_per_chunk(num_parameters: int, tasks_per_batch: int, compile: bool) -> int:
     """Tasks in a chunk where `outer.tasks_per_chunk` is not set.
 
-    It is decided from the model and the meta-batch alone, so that results do not depend on the
-    workers. For a small model the meta-batch is one chunk: its cost is in calls, not in arithmetic.
-    For a large one the meta-batch is cut in four, so that workers can share it and memory stays
-    bounded.
+    It is decided from the configuration alone, so that results do not depend on the workers. For a
+    small model the meta-batch is one chunk: its cost is in calls, not in arithmetic. For a large
+    one the meta-batch is cut in four, so that workers can share it and memory stays bounded; where
+    chunks are compiled, in sixteen, which costs nothing down to two tasks.
     """
     if num_parameters < SMALL:
         return tasks_per_batch
-    return max(1, -(-tasks_per_batch // 4))
+    quarter = -(-tasks_per_batch // 4)
+    return max(min(2, quarter), -(-tasks_per_batch // 16)) if compile else quarter
 
 
-def tasks_per_chunk(experiment: Experiment, num_parameters: int) -> int:
+def tasks_per_chunk(experiment: Experiment, num_parameters: int, compile: bool) -> int:
     """Tasks in a chunk; the last chunk of a meta-batch may have fewer."""
     outer = experiment.outer
-    return outer.tasks_per_chunk or default_tasks_per_chunk(num_parameters, outer.tasks_per_batch)
+    return outer.tasks_per_chunk or default_tasks_per_chunk(
+        num_parameters, outer.tasks_per_batch, compile
+    )
 
 
 def in_chunks(experiment: Experiment, num_parameters: int, num_tasks: int) -> list[tuple[int, int]]:
     """Cut tasks 0 .. num_tasks - 1 of a split into jobs: first task and number of tasks of each."""
-    size = tasks_per_chunk(experiment, num_parameters)
+    size = tasks_per_chunk(experiment, num_parameters, compile=False)
     return [(first, min(size, num_tasks - first)) for first in range(0, num_tasks, size)]

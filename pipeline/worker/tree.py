@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from pipeline.maml.flat_vector import FlatVector
 
-ORDER = "binary tree over the chunks"
+ORDER = "binary tree over the chunks, 16 of them where they are compiled"
 """In which order sums are made; a checkpoint says so, because their last bits depend on it."""
 NO_VECTOR: FlatVector = np.empty(0)
 """Stands in a sum for answers that are metrics alone: the tree still knows what is there."""

@@ -213,6 +213,28 @@ def test_what_is_lost_is_said() -> None:
         assert isinstance(contents[number], EOFError | OSError), number
 
 
+def test_what_is_lost_is_said_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others still compute; but somebody must do the work again."""
+    monkeypatch.setattr(relays, "_AT_LEAST", 60)
+
+    async def scenario() -> Answers:
+        relay, workers = await two_workers()
+        workers[0].may_answer.clear()
+        with silent_listener() as (process, address):
+            await relay.open(2)
+            assert await relay.connect(2, address)
+            asked = [question(0, 0), question(1, 1), question(2, 2)]
+            waiting = asyncio.create_task(relay.exchange(PLACES, THETA, None, asked, True))
+            await asyncio.sleep(0.1)
+            assert not waiting.done()
+            process.kill()
+            return await asyncio.wait_for(waiting, 10)
+
+    answers = asyncio.run(scenario())
+    assert numbers(answers) == [11, 12]
+    assert isinstance(answers.contents[-1][1], EOFError | OSError)
+
+
 def test_nobody_waits_for_a_worker_that_was_closed() -> None:
     async def scenario() -> Answers:
         relay, workers = await two_workers()

@@ -116,7 +116,9 @@ def test_workers_are_decided_on_by_all_that_an_iteration_does(
     monkeypatch.setattr(reinforcement, "collect", collect)
     monkeypatch.setattr(ChunkComputer, "run", run)
     settings = {**moving, "cluster": {"workers": "auto", "cpus_per_worker": 0.25}}
-    placement = decide_workers(experiment_of(settings, reinforcement={"update": update}))
+    placement = decide_workers(
+        experiment_of(settings, reinforcement={"update": update}), compile=False
+    )
     assert "an uncompiled iteration takes" in placement.reason
     assert len(collections) == 8
     assert {type(job) for job in jobs} == {GradientJob, *asked}

@@ -136,9 +136,18 @@ def test_chunks_are_the_meta_batch(per_batch: int, per_chunk: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_parameters", "tasks", "size"),
-    [(19_999, 25, 25), (20_000, 25, 7), (20_000, 3, 1)],
-    ids=["small", "large", "few tasks"],
+    ("num_parameters", "tasks", "size", "compiled"),
+    [
+        (19_999, 25, 25, 25),
+        (20_000, 25, 7, 2),
+        (20_000, 64, 16, 4),
+        (20_000, 8, 2, 2),
+        (20_000, 3, 1, 1),
+    ],
+    ids=["small model", "25 tasks", "64 tasks", "8 tasks", "3 tasks"],
 )
-def test_large_models_are_cut_in_four(num_parameters: int, tasks: int, size: int) -> None:
-    assert default_tasks_per_chunk(num_parameters, tasks) == size
+def test_large_models_are_cut_in_four_or_sixteen(
+    num_parameters: int, tasks: int, size: int, compiled: int
+) -> None:
+    assert default_tasks_per_chunk(num_parameters, tasks, compile=False) == size
+    assert default_tasks_per_chunk(num_parameters, tasks, compile=True) == compiled
