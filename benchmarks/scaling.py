@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 from machine import free_memory, loopback_bytes, machine_time, nodes_time
+from scaling_model import fitted, page
 from scaling_report import HEAD, Row, markdown_row, plot
 from torch import Tensor
 
@@ -371,6 +372,7 @@ def main() -> None:
             rows = simulated(arguments, data, folder)
             if {(row.wait, row.actors) for row in rows} == {(w, n) for w in WAITS for n in ACTORS}:
                 plot(rows, Path(__file__).with_suffix(".png"))
+                print(f"\n{page(*fitted(rows, ACTORS_PER_NODE))}")
             size, wait, actors, target = TARGET
             for row in rows:
                 if (row.size, row.wait, row.actors) == (size, wait, actors):

@@ -77,7 +77,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         axes.set_xscale("log", base=2)
         axes.set_xticks([row.actors for row in line], [str(row.actors) for row in line])
         axes.set_ylim(0, 105)
-        axes.axhline(90, color="#666666", linewidth=0.8, linestyle=":")
+        axes.axhline(75, color="#666666", linewidth=0.8, linestyle=":")
         axes.set_xlabel("actors")
         axes.set_title(f"{parameters / 1e6:.2g} million parameters", fontsize="medium")
     panels[0].set_ylabel("efficiency (%)")
