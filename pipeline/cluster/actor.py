@@ -22,7 +22,7 @@ from pipeline.maml.flat_vector import FlatVector
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import Job
 
-_IDLE = 2e-3  # seconds without a job, after which a worker prepares tasks of the next iteration
+_IDLE = 3e-4  # seconds without a job, after which a worker prepares tasks of the next iteration
 
 _T = TypeVar("_T")
 
