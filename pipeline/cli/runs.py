@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.cli.arguments import StoreUri
+from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors
 
 if TYPE_CHECKING:
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.maml.confidence import Estimate
     from pipeline.runs.catalog import Run, SideBySide
 
-runs_app = typer.Typer(help="List runs and searches, newest first; compare some of them.")
+runs_app = ClearTyper(help="List runs and searches, newest first; compare some of them.")
 
 _TRIALS_SHOWN = 5  # of a search, unless its trials are what was asked for
 _NOTHING = "–"
