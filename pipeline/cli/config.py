@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 
-import typer
-
 from pipeline.cli.arguments import ExperimentName, Overrides
 from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors

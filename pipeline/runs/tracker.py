@@ -48,6 +48,9 @@ SELECTED_BY = "selected_by"
 """Tag of a run: the metric of a validation that chooses its best checkpoint."""
 RANKED_BY, RANKED_MODE = "search.ranked_by", "search.ranked_mode"
 """Tags of a search: the metric that ranks its trials, METRIC or METRIC_stepK; 'min' or 'max'."""
+CURVES = "test_curves"
+"""Tag of a run: the titles of the curves of its meta-test, a JSON list. Names of metrics have them
+as `recorded_title` makes them."""
 _STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -238,6 +241,11 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
     database = sqlite_file(uri)
     # Absolute: another working directory must not mean another database.
     return uri if database is None else f"sqlite:///{database}"
+
+
+def recorded_title(title: str) -> str:
+    """The title of a curve, as the names of its metrics have it: MLflow refuses = and commas."""
+    return title.replace("=", "-").replace(",", "")
 
 
 def environment_tags() -> dict[str, str]:
