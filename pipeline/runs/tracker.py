@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import sqlite3
 import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -241,6 +242,27 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
     database = sqlite_file(uri)
     # Absolute: another working directory must not mean another database.
     return uri if database is None else f"sqlite:///{database}"
+
+
+def has_runs(database: Path) -> bool:
+    """Whether there is anything in a SQLite store; MLflow would create it by looking.
+
+    Raises TrackingError for what cannot be read.
+    """
+    try:
+        database.stat()
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
+            tables = store.execute("SELECT name FROM sqlite_master WHERE name = 'runs'").fetchall()
+            return bool(tables) and bool(store.execute("SELECT 1 FROM runs LIMIT 1").fetchall())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, sqlite3.OperationalError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise TrackingError(
+            f"cannot open {database}: {why}; make it readable, or name another store"
+        ) from error
+    except sqlite3.Error as error:
+        raise TrackingError(f"{database} is not a tracking store: {error}") from error
 
 
 def recorded_title(title: str) -> str:

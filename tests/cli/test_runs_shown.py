@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import os
 import re
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pipeline.training.loop import train
-from tests.commands import maml
+from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
 from tests.recorded import record
+
+_DROP_FROM_BOUNDING_SET, _DAC_OVERRIDE, _DAC_READ_SEARCH = 24, 1, 2  # of Linux's prctl
 
 
 def lines_on_a_terminal(*arguments: str, cwd: Path, columns: int) -> list[str]:
@@ -47,7 +58,7 @@ def test_names_stay_whole_on_a_terminal(tmp_path: Path) -> None:
     lines = lines_on_a_terminal("runs", "compare", *names[:2], cwd=tmp_path, columns=80)
     assert any("validation: query loss, 10" in line for line in lines)
     parts = [part for line in lines[:4] for part in line.split() if part.strip("─")]
-    assert {"omniglot-5w1s-pretrained-", "sinusoid-20261125-231837"} <= set(parts)
+    assert {"omniglot-5w1s-", "pretrained-20261125-", "235011", names[1]} <= set(parts)
 
 
 def test_curves_are_called_as_the_experiment_calls_them(
@@ -77,3 +88,77 @@ def test_metrics_of_other_programs_keep_their_names(tmp_path: Path) -> None:
     shown = maml("runs", "compare", "one", "other", cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr
     assert re.search(r"^ *test/loss +1 +1 *$", shown.stdout, flags=re.M)
+
+
+def close_folder(store: Path) -> None:
+    store.parent.chmod(0)
+
+
+def close_file(store: Path) -> None:
+    store.touch(mode=0)
+
+
+def make_a_folder(store: Path) -> None:
+    store.mkdir()
+
+
+def leave_it_half_written(store: Path) -> None:
+    """As a process that died leaves it: the next reader has to write."""
+    with contextlib.closing(sqlite3.connect(store)) as database:
+        database.execute("PRAGMA journal_mode=WAL")
+    store.chmod(0o444)
+    store.parent.chmod(0o555)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "why"),
+    [
+        (close_folder, "Permission denied"),
+        (close_file, "unable to open database file"),
+        (make_a_folder, "unable to open database file"),
+        (leave_it_half_written, "attempt to write a readonly database"),
+    ],
+)
+def test_a_store_that_cannot_be_opened_is_told_in_one_sentence(
+    spoil: Callable[[Path], None], why: str, tmp_path: Path
+) -> None:
+    runs = tmp_path / "runs"
+    runs.mkdir()
+    store = runs / "mlflow.db"
+    spoil(store)
+    done = as_a_common_user("runs", cwd=tmp_path)
+    runs.chmod(0o755)
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"error: cannot open {store}: {why}; make it readable, or name another store\n"
+    )
+    assert done.stdout == ""
+    assert {path.name for path in runs.iterdir()} <= {"mlflow.db"}
+
+
+def test_a_folder_that_cannot_be_written_to_has_no_runs(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    done = as_a_common_user("runs", cwd=tmp_path)
+    tmp_path.chmod(0o755)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("no runs in ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def as_a_common_user(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run the command without the right to open whatever there is, which root has."""
+
+    def drop() -> None:
+        if os.geteuid() == 0:  # the bounding set: the program that is started next lacks these
+            for capability in (_DAC_OVERRIDE, _DAC_READ_SEARCH):
+                ctypes.CDLL(None).prctl(_DROP_FROM_BOUNDING_SET, capability, 0, 0, 0)
+
+    return subprocess.run(
+        [sys.executable, "-m", "pipeline.cli", *arguments],
+        cwd=cwd,
+        env=clean_environment(),
+        preexec_fn=drop,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
