@@ -22,7 +22,8 @@ import numpy as np
 
 from pipeline.config.experiment import Experiment
 from pipeline.runs.catalog import find_run, store_of_folder
-from pipeline.runs.folder import Which, parameters_of
+from pipeline.runs.files import write_atomically
+from pipeline.runs.folder import Which, check_writable, parameters_of
 from pipeline.runs.mlflow_sender import TrackingError
 from pipeline.runs.predictor import Adapter, Array, Recipe
 from pipeline.worker.task_source import EVALUATION_SEED
@@ -30,11 +31,12 @@ from tasks.base import Examples, supervised
 
 HOST, PORT = "127.0.0.1", 5001
 """Where a served model is told to listen; MLflow's own pages take 5000."""
+REQUEST = "request.json"
+"""The file in a run's folder that asks its model about a test task, where that is of images."""
 REQUIREMENTS = ("torch", "numpy", "pydantic", "PyYAML", "safetensors")
 """What the exported code imports; MLflow adds itself."""
 _QUERIES = 3  # of an example
 _MAX_NUMBERS = 100  # of a request that a person can read
-_SERVED_EXAMPLE = "serving_input_example.json"  # where MLflow keeps it, beside the model
 _ROOT = Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"[^/:]+")
 _ALIAS = re.compile(r"(?!latest$|v\d+$)[\w-]+", re.IGNORECASE)  # as MLflow has it
@@ -67,12 +69,16 @@ def export_run(
     """Log the model of a run to the run's own MLflow record, and register it under a name.
 
     `code` are the files or packages that a task or model of one's own is imported from. Raises
-    CheckpointError if the parameters cannot be read, TrackingError if MLflow does not take the
-    model, ValueError for a name or an alias that MLflow refuses and for `code` that is missing.
+    CheckpointError if the parameters cannot be read, RunFolderError if a request of images cannot
+    be written into the folder, TrackingError if MLflow does not take the model, ValueError for a
+    name or an alias that MLflow refuses and for `code` that is missing.
     """
     _check_arguments(experiment, register, alias, code)
     adapter = Adapter(Recipe.of(experiment), parameters_of(experiment, run_dir, checkpoint))
     example = example_of(adapter.recipe)
+    kept = run_dir.absolute() / REQUEST
+    if not example.can_be_read:
+        check_writable(run_dir, REQUEST, "export a copy of the run's folder elsewhere")
     run = find_run(str(run_dir), None)
     store = store_of_folder(run_dir.absolute(), None)
     with _mlflow_at(store) as mlflow, tempfile.TemporaryDirectory() as folder:
@@ -96,7 +102,9 @@ def export_run(
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(register, alias, str(number))
     version = None if number is None else str(number)
-    request = request_for(example, info.model_uri, store)
+    if not example.can_be_read:
+        write_atomically(kept, body(example))
+    request = request_for(example, kept)
     return Exported(info.model_uri, store, version, request, plain(example.targets))
 
 
@@ -153,6 +161,11 @@ class Example(NamedTuple):
     targets: Array
     """The true labels of the queries [m], or their targets [m, outputs]."""
 
+    @property
+    def can_be_read(self) -> bool:
+        """Whether its numbers are so few that a person may read them."""
+        return sum(values.size for values in self.inputs.values()) <= _MAX_NUMBERS
+
 
 def example_of(recipe: Recipe) -> Example:
     """Test task 0 of the experiment: its support set, and three different queries, of different
@@ -185,15 +198,17 @@ def _with_three_digits(values: Array, dtype: type) -> Array:
     return np.array([float(f"{value:.3g}") for value in values.flat], dtype).reshape(values.shape)
 
 
-def request_for(example: Example, uri: str, store: str) -> str:
-    """A shell command that asks the served model with the example; where it has too many numbers to
-    be read, with the copy of it that MLflow keeps beside the model at `uri`."""
+def request_for(example: Example, kept: Path) -> str:
+    """A shell command that asks the served model with the example; where that has too many numbers
+    to be read, by the file `kept`, which holds its `body`."""
     curl = f"curl http://{HOST}:{PORT}/invocations -H 'Content-Type: application/json' -d"
-    if sum(values.size for values in example.inputs.values()) <= _MAX_NUMBERS:
-        body = {"inputs": {name: plain(values) for name, values in example.inputs.items()}}
-        return f"{curl} '{json.dumps(body)}'"
-    copy = f"mlflow artifacts download --artifact-uri {uri}/{_SERVED_EXAMPLE}"
-    return f'{curl} "@$(MLFLOW_TRACKING_URI={shlex.quote(store)} {copy})"'
+    return f"{curl} {shlex.quote(body(example) if example.can_be_read else f'@{kept}')}"
+
+
+def body(example: Example) -> str:
+    """The body of a request to the served model, in JSON."""
+    inputs = {name: plain(values) for name, values in example.inputs.items()}
+    return json.dumps({"inputs": inputs})
 
 
 def signature_of(adapter: Adapter) -> Any:

@@ -250,7 +250,9 @@ def has_runs(database: Path) -> bool:
     Raises TrackingError for what cannot be read.
     """
     try:
-        database.stat()
+        database.stat()  # which, unlike is_file, also tells where nobody may look
+        if database.is_dir():
+            raise TrackingError(f"{database} is not a tracking store: it is a folder")
         with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
             tables = store.execute("SELECT name FROM sqlite_master WHERE name = 'runs'").fetchall()
             return bool(tables) and bool(store.execute("SELECT 1 FROM runs LIMIT 1").fetchall())

@@ -27,6 +27,7 @@ from pipeline.runs.catalog import find_run
 from pipeline.runs.export import (
     HOST,
     PORT,
+    REQUEST,
     REQUIREMENTS,
     Exported,
     example_of,
@@ -131,7 +132,7 @@ def test_regression(quick: dict[str, Any], tmp_path: Path) -> None:
     assert found.support_loss[-1] < found.support_loss[0]
     # The request that is printed says the same of the same task, but for rounding.
     example = example_of(adapter.recipe)
-    asked = adapter.predict(**json.loads(shlex.split(request_for(example, "", ""))[-1])["inputs"])
+    asked = adapter.predict(**json.loads(shlex.split(request_for(example, tmp_path))[-1])["inputs"])
     assert asked.predictions == pytest.approx(found.predictions[:3], rel=0.1, abs=0.01)
     assert asked.support_loss == pytest.approx(found.support_loss, rel=0.1)
     assert plain(example.targets) == pytest.approx(batch.query.y[0][:3].numpy(), rel=0.01)
@@ -147,7 +148,7 @@ def test_the_readme_asks_what_export_would_ask() -> None:
     """Of sinusoids: a request that a person can read, and the truth about its queries."""
     example = example_of(Recipe.of(load("sinusoid")))
     (shown,) = (block for block in blocks("bash") if block.startswith("curl "))
-    assert shown.strip() == request_for(example, "", "")
+    assert shown.strip() == request_for(example, Path("not needed"))
     assert f"`{plain(example.targets)}`" in (ROOT / "pipeline/evaluation/README.md").read_text()
     inputs = json.loads(shlex.split(shown)[-1])["inputs"]
     numbers = [number for rows in inputs.values() for (number,) in rows]
@@ -335,17 +336,10 @@ def test_over_http(run: Path, served: str) -> None:
 def test_the_request_that_is_printed_works_as_it_is(
     run: Path, exported: Exported, served: str
 ) -> None:
-    """Also that of images, which MLflow keeps beside the model."""
+    """Also that of images, whose numbers are in a file."""
+    assert f"@{run / REQUEST}" in exported.request
     shell = exported.request.replace(f"http://{HOST}:{PORT}", served)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # which `python`
-    done = subprocess.run(
-        shell,
-        shell=True,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": path},
-    )
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
     answer = json.loads(done.stdout)["predictions"]
     here = Adapter.load(run).predict(**example_of(Recipe.of(load_run(run))).inputs)
     assert answer["predictions"] == here.predictions.tolist()
