@@ -290,7 +290,7 @@ def test_the_command(project: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -
     assert "query loss, 2 steps" in rows[8]
     assert "2 more" in rows[7]
     assert "quick, fomaml, first" in rows[8]
-    assert max(map(len, rows)) <= 120
+    assert max(map(len, rows)) <= 130
     assert by_name(uri)["fast"].started.strftime("%H:%M") in rows[8]
 
     monkeypatch.chdir(project)
