@@ -237,12 +237,13 @@ def _comparison_table(comparison: SideBySide) -> Table:
     labels = {name: _metric_label(name, _titles(runs)) for name in comparison.metrics}
     table, fit = _columns_of_runs(runs, [*comparison.settings, *labels.values()])
 
-    def add(label: str, values: Iterable[str], **row: bool) -> None:
-        table.add_row(_plain(label), *(_plain(fit(value)) for value in values), **row)
+    def add(label: str, values: Iterable[str]) -> None:
+        table.add_row(_plain(label), *(_plain(fit(value)) for value in values))
 
     add("status", (run.status for run in runs))
     add("started", (run.started.strftime("%Y-%m-%d %H:%M") for run in runs))
-    add("took", (duration(run.seconds) for run in runs), end_section=True)
+    add("took", (duration(run.seconds) for run in runs))
+    table.add_section()
     for path, values in comparison.settings.items():
         add(path, (_NOTHING if value is None else value for value in values))
     if not comparison.settings:
