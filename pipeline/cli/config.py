@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 
-import typer
-
 from pipeline.cli.arguments import ExperimentName, Overrides
+from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors
 
-config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
+config_app = ClearTyper(no_args_is_help=True, help="Look at experiments and their settings.")
 
 
 @config_app.command("list")

@@ -194,7 +194,7 @@ def recipes_table(found: Sequence[PairedComparison]) -> Table | None:
         return None
     names = [curve.who for curve in found[0].curves]
     room = (out.width - max(map(len, different))) // len(names) - 2
-    header = ["", *(_folded(name, room) for name in names)]
+    header = ["", *(folded(name, room) for name in names)]
     return plain_table([header, *([name, *values] for name, values in different.items())])
 
 
@@ -241,7 +241,7 @@ def _table_by_step(
         table.add_column(f"n = {step}", justify="right", no_wrap=True, min_width=width)
         room -= width + 2
     for name, cells, style in rows:
-        table.add_row(_folded(name, room), *cells, style=style)
+        table.add_row(folded(name, room), *cells, style=style)
     return table
 
 
@@ -251,10 +251,21 @@ class _AtHyphens(textwrap.TextWrapper):
     wordsep_re = re.compile(r"(\s+|[^\s-]+-)")
 
 
-def _folded(name: str, width: int) -> str:
-    """The name, broken into lines of at most `width` characters."""
-    wrapper = _AtHyphens(width=max(width, 1))
-    return "\n".join(part for line in name.splitlines() for part in wrapper.wrap(line))
+def folded(name: str, width: int) -> str:
+    """The name in lines of at most `width` characters: broken after hyphens and at spaces; where
+    there are none, a … says that the name goes on."""
+    width = max(width, 2)
+
+    def cut(part: re.Match[str]) -> str:
+        text, pieces = part[0], []
+        while len(text) > width:
+            pieces.append(f"{text[: width - 1]}… ")
+            text = text[width - 1 :]
+        return "".join([*pieces, text])
+
+    lines = re.sub(r"[^\s-]+-?", cut, name).splitlines()
+    wrapper = _AtHyphens(width=width)
+    return "\n".join(part for line in lines for part in wrapper.wrap(line))
 
 
 def _p_text(p: float) -> str:

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors
 from tasks.data_root import DATA_ROOT, absolute_root, default_root
 
 if TYPE_CHECKING:
     from tasks.image_store import ImageStore
 
-data_app = typer.Typer(no_args_is_help=True, help="Prepare image stores.")
-prepare_app = typer.Typer(no_args_is_help=True, help="Build an image store.")
+data_app = ClearTyper(no_args_is_help=True, help="Prepare image stores.")
+prepare_app = ClearTyper(no_args_is_help=True, help="Build an image store.")
 data_app.add_typer(prepare_app, name="prepare")
 
 

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors
 from tasks.errors import INTERRUPTED
 
 if TYPE_CHECKING:
     from pipeline.cluster.submission import ClusterJob, Head
 
-jobs_app = typer.Typer(
+jobs_app = ClearTyper(
     invoke_without_command=True, help="List the jobs of a Ray cluster; their logs; stop one."
 )
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.cli.clear_errors import ClearCommand
+from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.config import config_app
 from pipeline.cli.data import data_app
 from pipeline.cli.exit_codes import DEBUG, show_tracebacks
@@ -22,7 +22,7 @@ from pipeline.cli.tracking import resend, ui
 from pipeline.cli.train import train
 from pipeline.config.version import DISTRIBUTION, __version__
 
-app = typer.Typer(
+app = ClearTyper(
     name="maml",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -35,7 +35,7 @@ app.add_typer(data_app, name="data")
 app.add_typer(jobs_app, name="jobs")
 app.add_typer(runs_app, name="runs")
 for command in (submit, train, search, evaluate, compare, analyze, export, ui, resend):
-    app.command(cls=ClearCommand)(command)
+    app.command()(command)
 
 
 def _print_version(wanted: bool) -> None:

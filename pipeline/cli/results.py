@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -270,11 +271,12 @@ def export(
         say(f"registered {register}, version {exported.version}{f', {alias}' if alias else ''}")
     say(f"store      {exported.store}")
     say(
-        f"serve      MLFLOW_TRACKING_URI={exported.store} mlflow models serve -m {uri} "
-        f"--env-manager local --host {HOST} --port {PORT}"
+        f"serve      MLFLOW_TRACKING_URI={shlex.quote(exported.store)} "
+        f"mlflow models serve -m {uri} --env-manager local --host {HOST} --port {PORT}"
     )
     say(f"ask        {exported.request}")
     say('answer     {"predictions": {"predictions": ..., "scores": ..., "support_loss": ...}}')
+    say(f"truth      {exported.targets} would be right: the request is about test task 0")
 
 
 def _parsed_steps(text: str | None) -> tuple[int, ...] | None:

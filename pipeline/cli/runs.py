@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from pipeline.cli.arguments import StoreUri
+from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
+    from rich.text import Text
 
     from pipeline.maml.confidence import Estimate
     from pipeline.runs.catalog import Run, SideBySide
 
-runs_app = typer.Typer(help="List runs and searches, newest first; compare some of them.")
+runs_app = ClearTyper(help="List runs and searches, newest first; compare some of them.")
 
 _TRIALS_SHOWN = 5  # of a search, unless its trials are what was asked for
 _NOTHING = "–"
+_BRANCH = "└ "
+_ONE_LINE = (
+    "run", "name", "algorithm", "status", "started", "took", "validation", "mean ± CI95"
+)  # fmt: skip
+_TWO_LINES = ("name\nrun, status, algorithm", "started\ntook", "validation\nmean ± CI95")
+_WITHOUT_LIMIT = 10_000  # characters in a line, where there is no terminal
 _COLORS = {"running": "cyan", "finished": "green", "failed": "red", "killed": "yellow"}
 
 Json = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -93,115 +102,208 @@ def compare_some(
         _print_wide(_comparison_table(comparison))
 
 
+class _Row(NamedTuple):
+    """What the list says of a run, as plain text."""
+
+    run: str
+    name: str
+    algorithm: str = ""
+    status: str = ""
+    started: str = ""
+    took: str = ""
+    metric: str = ""
+    """The metric of the last validation and after how many steps; of a search, its trials."""
+    value: str = ""
+    branch: str = ""
+    """What stands before a name that belongs to the search above it."""
+    style: str = ""
+    """Of the name."""
+
+
 def _print_runs(runs: list[Run], text: str) -> None:
     """Print the runs: a line for each, or two if the terminal is too narrow for one."""
     from pipeline.cli.console import out
 
     rows = list(_rows(runs, text))
-    table = _table("run", "name", "algorithm", "status", "started", "took", "validation (steps)")
-    for row in rows:
-        table.add_row(*row)
+    table = _in_one_line(rows)
     if out.is_terminal and _natural_width(table) > out.width:
-        table = _table("run", "name", "started", "validation (steps)")
-        for number, name, algorithm, status, started, took, validation in rows:
-            table.add_row(
-                f"{number}\n{status}", f"{name}\n{algorithm}", f"{started}\n{took}", validation
-            )
+        table = _in_two_lines(rows, out.width)
     _print_wide(table)
 
 
-def _rows(runs: list[Run], text: str) -> Iterator[list[str]]:
+def _rows(runs: list[Run], text: str) -> Iterator[_Row]:
     """The rows of runs and searches, with the best trials below a search."""
     from pipeline.config.wording import counted
 
     for run in runs:
         if not run.is_search:
-            yield _row(run, _plain(run.name), _validation(run))
+            yield _row(run)
             continue
         trials = counted(len(run.trials), "trial") + (", best first" if len(run.trials) > 1 else "")
-        yield _row(run, f"[bold]{_plain(run.name)}[/]", trials)
+        yield _row(run)._replace(metric=trials, value="", style="bold")
         # Where trials were asked for, all of them are shown.
         shown = run.trials if text else run.trials[:_TRIALS_SHOWN]
         for trial in shown:
-            yield _row(trial, f"└ {_plain(trial.name)}", _validation(trial))
+            yield _row(trial)._replace(branch=_BRANCH)
         if hidden := len(run.trials) - len(shown):
-            yield ["", f"[dim]└ {hidden} more: --filter {run.short_id}[/]", *[""] * 5]
+            more = f"{hidden} more: --filter {run.short_id}"
+            yield _Row("", more, branch=_BRANCH, style="dim")
 
 
-def _row(run: Run, name: str, validation: str) -> list[str]:
-    """The cells of one run."""
+def _row(run: Run) -> _Row:
+    """The row of one run."""
     from pipeline.cli.console import duration
 
-    return [
+    # A name that was not chosen begins with the experiment's.
+    experiment = "" if run.name.startswith(run.experiment) else run.experiment
+    found = run.validation
+    return _Row(
         run.short_id,
-        name,
-        # A name that was not chosen begins with the experiment's.
-        ", ".join(
-            filter(
-                None,
-                (
-                    "" if run.name.startswith(run.experiment) else run.experiment,
-                    run.algorithm,
-                    run.order,
-                ),
-            )
-        ),
-        f"[{_COLORS.get(run.status, 'default')}]{run.status}[/]",
+        run.name,
+        ", ".join(filter(None, (experiment, run.algorithm, run.order))),
+        run.status,
         _day_and_time(run.started),
         duration(run.seconds),
-        validation,
-    ]
+        _NOTHING if found is None else _metric_after(found.metric, found.step),
+        "" if found is None else _estimate(found.value, found.metric == "accuracy"),
+    )
+
+
+def _in_one_line(rows: list[_Row]) -> Table:
+    """The list with a line for each run."""
+    from rich.text import Text
+
+    table = _table(*_ONE_LINE)
+    table.columns[_ONE_LINE.index("took")].justify = "right"
+    for row in rows:
+        table.add_row(
+            row.run,
+            Text(row.branch + row.name, row.style),
+            Text(row.algorithm),
+            _status(row),
+            row.started,
+            row.took,
+            row.metric,
+            row.value,
+        )
+    return table
+
+
+def _in_two_lines(rows: list[_Row], width: int) -> Table:
+    """The list with two lines for each run; a name without room is folded."""
+    from rich.text import Text
+
+    from pipeline.cli.console import folded
+
+    table = _table(*_TWO_LINES)
+    table.columns[0].no_wrap = False
+    cells = [(f"{row.started}\n{row.took}", f"{row.metric}\n{row.value}") for row in rows]
+    others = zip(_TWO_LINES[1:], *cells, strict=True)
+    widths = [max(len(line) for text in column for line in text.splitlines()) for column in others]
+    room = width - 2 - sum(widths) - 2 * len(widths)  # the edges, and between columns
+    for row, others_of_row in zip(rows, cells, strict=True):
+        space = " " * len(row.branch)
+        name = folded(row.name, room - len(space)).replace("\n", f"\n{space}")
+        cell = Text(row.branch + name, row.style)
+        if row.run:
+            cell += Text.assemble(f"\n{space}{row.run}  ", _status(row), f"  {row.algorithm}")
+        table.add_row(cell, *others_of_row)
+    return table
 
 
 def _table(*columns: str) -> Table:
-    """An empty table in which long names are folded."""
+    """An empty table in which nothing is folded."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for column in columns:
-        folds = column in ("name", "algorithm")
-        table.add_column(
-            column,
-            overflow="fold",
-            no_wrap=not folds,
-            justify="right" if column == "took" else "left",
-        )
+        table.add_column(column, no_wrap=True)
     return table
+
+
+def _status(row: _Row) -> Text:
+    """The status of a run, in its colour."""
+    from rich.text import Text
+
+    return Text(row.status, _COLORS.get(row.status, ""))
 
 
 def _comparison_table(comparison: SideBySide) -> Table:
     """A column per run; rows of settings that differ, then of metrics."""
     from pipeline.cli.console import duration
 
-    table = _table("")
-    for run in comparison.runs:
-        table.add_column(f"{_plain(run.name)}\n[dim]{run.short_id}[/]", overflow="fold")
     runs = comparison.runs
-    table.add_row("status", *(run.status for run in runs))
-    table.add_row("started", *(run.started.strftime("%Y-%m-%d %H:%M") for run in runs))
-    table.add_row("took", *(duration(run.seconds) for run in runs), end_section=True)
+    labels = {name: _metric_label(name, _titles(runs)) for name in comparison.metrics}
+    table, fit = _columns_of_runs(runs, [*comparison.settings, *labels.values()])
+
+    def add(label: str, values: Iterable[str]) -> None:
+        table.add_row(_plain(label), *(_plain(fit(value)) for value in values))
+
+    add("status", (run.status for run in runs))
+    add("started", (run.started.strftime("%Y-%m-%d %H:%M") for run in runs))
+    add("took", (duration(run.seconds) for run in runs))
+    table.add_section()
     for path, values in comparison.settings.items():
-        table.add_row(path, *(_NOTHING if value is None else _plain(value) for value in values))
+        add(path, (_NOTHING if value is None else value for value in values))
     if not comparison.settings:
         table.add_row("[dim]all settings are the same[/]")
     table.add_section()
     for name, estimates in comparison.metrics.items():
         if "oracle" in name and not any(value and value.mean for value in estimates):
             continue  # one that makes no mistake: the same zeros after every step
-        label = _plain(name.replace("/", " ").replace("_step", ", step "))
-        table.add_row(label, *(_estimate(value, "accuracy" in name) for value in estimates))
+        add(labels[name], (_estimate(value, "accuracy" in name) for value in estimates))
     if not comparison.metrics:
         table.add_row("[dim]no validation or meta-test yet[/]")
     return table
 
 
-def _validation(run: Run) -> str:
-    """The last validation of a run and its number of gradient steps, or a dash."""
-    found = run.validation
-    if found is None:
-        return _NOTHING
-    return f"{_estimate(found.value, found.metric == 'accuracy')} ({found.step})"
+def _columns_of_runs(runs: list[Run], labels: Sequence[str]) -> tuple[Table, Callable[[str], str]]:
+    """An empty table with a column for labels and one per run, and what folds a text for the
+    latter. On a terminal labels have what the runs leave of the width, a third at least."""
+    from pipeline.cli.console import folded, out
+
+    table = _table("")
+    room = _WITHOUT_LIMIT
+    if out.is_terminal:
+        width = min(max(map(len, labels), default=0), out.width // 3)
+        room = (out.width - 2 - width) // len(runs) - 2
+        table.columns[0].no_wrap = False
+
+    def fit(text: str) -> str:
+        return folded(text, room)
+
+    for run in runs:
+        table.add_column(f"{_plain(fit(run.name))}\n[dim]{run.short_id}[/]", no_wrap=True)
+    return table, fit
+
+
+def _titles(runs: Iterable[Run]) -> dict[str, str]:
+    """The titles of the curves of meta-tests, by what the names of metrics have in their place."""
+    from pipeline.runs.tracker import CURVES, recorded_title
+
+    found: dict[str, str] = {}
+    for run in runs:
+        with contextlib.suppress(ValueError):  # of hundreds of titles, which MLflow has cut
+            titles = json.loads(run.tags.get(CURVES, "[]"))
+            found |= {recorded_title(title): title for title in titles}
+    return found
+
+
+def _metric_label(name: str, titles: Mapping[str, str]) -> str:
+    """The name of a metric in words: 'test/K-5/loss_step1' is 'test, K=5: query loss, 1 step'."""
+    *where, last = name.split("/")
+    metric, _, step = last.rpartition("_step")
+    if not metric or not step.isdecimal():
+        return name  # not one of ours
+    return f"{', '.join(titles.get(part, part) for part in where)}: {_metric_after(metric, step)}"
+
+
+def _metric_after(metric: str, step: int | str) -> str:
+    """A metric of query sets and the steps of adaptation before it, in words."""
+    from pipeline.config.wording import counted
+
+    return f"{'query loss' if metric == 'loss' else metric}, {counted(int(step), 'step')}"
 
 
 def _day_and_time(moment: datetime.datetime) -> str:
@@ -244,4 +346,4 @@ def _natural_width(table: Table) -> int:
 
     from pipeline.cli.console import out
 
-    return Measurement.get(out, out.options.update(width=10_000), table).maximum
+    return Measurement.get(out, out.options.update(width=_WITHOUT_LIMIT), table).maximum

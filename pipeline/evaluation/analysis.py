@@ -30,6 +30,7 @@ from pipeline.maml.meta_loss import Objective
 from pipeline.maml.representations import (
     Outputs,
     head_inputs,
+    layer_of_modules,
     layer_outputs,
     linear_cka,
     mean_cca,
@@ -254,11 +255,7 @@ class _Looker:
     def _moved(self, start: Adapted, end: Adapted) -> dict[str, Tensor]:
         """|θ' − θ| / |θ| by layer, [B] each."""
         layers = [name for name, _ in weight_layers(self._model)]
-        owner, of_layer = layers[0], {}  # modules behind a layer's weights belong to that layer
-        modules = [name for name, _ in self._model.named_modules()]
-        for module in modules:
-            owner = module if module in layers else owner
-            of_layer[module] = owner
+        of_layer = layer_of_modules(self._model)
         change = dict.fromkeys(layers, torch.zeros(next(iter(start.fast.values())).shape[0]))
         size = dict(change)
         for name, p in start.slow.items():

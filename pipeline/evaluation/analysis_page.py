@@ -32,6 +32,7 @@ from pipeline.evaluation.plot_style import (
     save,
 )
 from pipeline.maml.confidence import Estimate, mean_and_ci95
+from pipeline.maml.representations import layer_label
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import Which
 
@@ -95,11 +96,10 @@ def layer_rows(analysis: Analysis) -> list[list[str]]:
     """The rows of the table of layers, header first."""
     rows = [["layer", "CKA", "CCA", "parameters moved"]]
     for number, layer in enumerate(analysis.layers, 1):
-        head = ", head" if layer is analysis.layers[-1] else ""
         moved = layer.moved.text(percent=True)
         rows.append(
             [
-                f"{number} ({layer.kind}{head})",
+                layer_label(number, layer.kind, layer is analysis.layers[-1]),
                 layer.cka.text(),
                 layer.cca.text(),
                 moved if layer.moved.mean == 0 else f"{moved} %",
@@ -141,8 +141,7 @@ def _plot_layers(analysis: Analysis, path: Path) -> None:
     likeness.set_title("What adaptation changes")
     legend(likeness)
     _moves(moved, [layer.moved for layer in analysis.layers])
-    names = [f"{n}\n{layer.kind}" for n, layer in enumerate(analysis.layers, 1)]
-    names[-1] += "\n(head)"
+    names = [row[0].replace(" (", "\n(") for row in layer_rows(analysis)[1:]]
     moved.set_xticks(range(len(names)), names)
     moved.set_xlabel("layer")
     save(figure, path, f"Moved: |θ' - θ| / |θ| of a layer's parameters. {protocol_text(analysis)}")

@@ -20,6 +20,7 @@ from pipeline.evaluation.plot_style import (
     marker_of,
     new_figure,
     new_panels,
+    whole_numbers,
 )
 
 _STACKED, _MOST_PANELS = 3, 6  # panels one below the other; panels in a figure
@@ -44,7 +45,8 @@ def plot_adaptation_curve(
     _draw_curves(axes, curves, logarithmic)
     label_metric(axes, metric, logarithmic)
     caption = caption or "bands: 95% confidence intervals"
-    finish(figure, axes, path, "gradient steps", title, caption, integers=True)
+    whole_numbers(axes)
+    finish(figure, axes, path, "gradient steps", title, caption)
 
 
 def plot_adaptation_panels(
@@ -72,6 +74,7 @@ def plot_adaptation_panels(
     for axes, (name, curves) in zip(grid.flat, shown.items(), strict=False):
         _draw_curves(axes, curves, logarithmic)
         label_metric(axes, metric, logarithmic)
+        whole_numbers(axes)
         axes.set_title(name, fontsize="medium")
     labels = {"x_label": "gradient steps", "y_label": grid[0, 0].get_ylabel()}
     for axes in grid.flat:
@@ -160,7 +163,8 @@ def plot_training(
             axes.plot(iterations, series[name], color=color, alpha=0.25, linewidth=0.8)
         axes.plot(iterations, smooth[name], color=color, linewidth=1.8, label=name)
     label_metric(axes, metric, is_logarithmic(metric, list(smooth.values())))
-    finish(figure, axes, path, "iteration", title, caption, integers=True)
+    whole_numbers(axes)
+    finish(figure, axes, path, "iteration", title, caption)
 
 
 def _moving_mean(values: Sequence[float], window: int) -> list[float]:

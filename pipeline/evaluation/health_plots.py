@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from pipeline.evaluation.health import PREFIX, by_step
 from pipeline.evaluation.plot_style import (
@@ -22,22 +23,25 @@ from pipeline.evaluation.plot_style import (
     new_figure,
     shade,
     shade_bar,
+    whole_numbers,
 )
 
 Metrics = Mapping[str, float]
 """One diagnosis: its metrics by name, with their "iteration"."""
+_FEW = 20  # diagnoses, each of which has a marker: a line of one point cannot be seen
 _NEAR = 3  # a bound above this many times the largest value is left out: it would flatten the rest
 
 
-def plot_health(records: Sequence[Metrics], folder: Path, alpha: float | None) -> list[Path]:
+def plot_health(
+    records: Sequence[Metrics], folder: Path, alpha: float | None, labels: Mapping[str, str]
+) -> list[Path]:
     """Draw the diagnoses of a run; return the files.
 
-    `records` are its diagnoses. `alpha` is the inner rate if adaptation
-    is gradient descent with a fixed rate, else None. Each figure is a function that returns whether
-    the records have what it shows.
+    `records` are its diagnoses, one at least. `alpha` is the inner rate if adaptation is gradient
+    descent with a fixed rate, else None. `labels` say what each parameter is called
+    (`parameter_labels`). Each figure is a function that returns whether the records have what it
+    shows.
     """
-    if not records:
-        return []
     written = []
     for name, draw in {
         "gradient_norm": _gradient_norm,
@@ -45,12 +49,12 @@ def plot_health(records: Sequence[Metrics], folder: Path, alpha: float | None) -
         "curvature": _curvature,
         "order": _order,
         "hurt": _hurt,
-        "inner_lr": _inner_lr,
     }.items():
         path = folder / f"health_{name}.png"
         if draw(records, path, alpha):
             written.append(path)
-    return written
+    path = folder / "health_inner_lr.png"
+    return [*written, path] if _inner_lr(records, path, labels) else written
 
 
 def _gradient_norm(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
@@ -68,7 +72,7 @@ def _gradient_norm(records: Sequence[Metrics], path: Path, alpha: float | None) 
 
 def _curvature(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw the curvature along the inner gradient, by inner step."""
-    caption = "g·Hg / |g|² of the support loss after s inner steps, mean over tasks."
+    caption = "Along the gradient g of the support loss after s inner steps, mean over tasks."
     if alpha is not None:
         caption += (
             f" Above 2 / inner rate = {2 / alpha:,.4g} a step of gradient descent ends higher than "
@@ -78,7 +82,7 @@ def _curvature(records: Sequence[Metrics], path: Path, alpha: float | None) -> b
         records,
         path,
         "curvature",
-        y_label="curvature along the inner gradient",
+        y_label="curvature g·Hg / |g|²",
         title="How steep the way of adaptation is",
         caption=caption,
         bound=None if alpha is None else 2 / alpha,
@@ -101,14 +105,14 @@ def _lines_by_step(
         return False
     figure, axes = new_figure(7.2, 4.2)
     for s, line in enumerate(lines):
-        axes.plot(_iterations(records), line, color=shade(s, len(lines)))
+        axes.plot(_iterations(records), line, color=shade(s, len(lines)), **_marked(records))
     levels = [] if bound is None else [bound]
     logarithmic = is_logarithmic(name, [*lines.tolist(), levels])
     label_metric(axes, y_label, logarithmic)
     if bound is not None and (logarithmic or bound < _NEAR * np.nanmax(lines)):
         axes.axhline(bound, color=GREY, linestyle="--")
         axes.text(
-            0.99,
+            1.0,
             bound,
             "2 / inner rate",
             transform=axes.get_yaxis_transform(),
@@ -119,7 +123,7 @@ def _lines_by_step(
         )
     if len(lines) > 1:
         shade_bar(figure, axes, len(lines), "inner steps s")
-    _by_iteration(figure, axes, path, title, caption)
+    _by_iteration(figure, axes, path, title, caption, records)
     return True
 
 
@@ -135,7 +139,8 @@ def _inner_loss(records: Sequence[Metrics], path: Path, alpha: float | None) -> 
     logarithmic = is_logarithmic("loss", [list(loss) for loss in losses])
     label_metric(axes, "support loss before the step", logarithmic)
     title = "Adaptation to the support set"
-    finish(figure, axes, path, "inner step", title, "Mean over tasks.", integers=True)
+    whole_numbers(axes)
+    finish(figure, axes, path, "inner step", title, "Mean over tasks.")
     return True
 
 
@@ -148,11 +153,13 @@ def _order(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
         {"order_cosine": "cosine", "order_norm_ratio": "norm: second / first order"}.items()
     ):
         values = [record[PREFIX + name] for record in records]
-        axes.plot(_iterations(records), values, color=COLORS[number], label=label)
+        axes.plot(
+            _iterations(records), values, color=COLORS[number], label=label, **_marked(records)
+        )
     axes.axhline(1, color=GREY, linewidth=0.8)
     axes.set_ylabel("second against first order")
     caption = "Both at 1: the first order would do as well. Same tasks for both."
-    _by_iteration(figure, axes, path, "What the second order changes", caption)
+    _by_iteration(figure, axes, path, "What the second order changes", caption, records)
     return True
 
 
@@ -160,47 +167,63 @@ def _hurt(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
     """Draw the share of tasks whose query loss rises by adaptation."""
     figure, axes = new_figure(7.2, 3.6)
     shares = [record[f"{PREFIX}hurt_share"] for record in records]
-    axes.plot(_iterations(records), shares, color=COLORS[1])
+    axes.plot(_iterations(records), shares, color=COLORS[1], **_marked(records))
     axes.set_ylim(-0.02, max(0.2, 1.1 * max(shares)))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("tasks")
+    axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0, symbol=""))
+    axes.set_ylabel("share of tasks (%)")
     caption = "Query loss after adaptation higher than before."
-    _by_iteration(figure, axes, path, "Tasks on which adaptation hurts", caption)
+    _by_iteration(figure, axes, path, "Tasks on which adaptation hurts", caption, records)
     return True
 
 
-def _inner_lr(records: Sequence[Metrics], path: Path, alpha: float | None) -> bool:
+def _inner_lr(records: Sequence[Metrics], path: Path, labels: Mapping[str, str]) -> bool:
     """Draw learned rates: by step at the last diagnosis, or by iteration where steps share them."""
     prefix = f"{PREFIX}inner_lr/"
     names = [key.removeprefix(prefix) for key in records[-1] if key.startswith(prefix)]
     if not names:
         return False
     last = dict(records[-1])
-    layers = list(dict.fromkeys(name.rpartition("_step")[0] or name for name in names))
+    parameters = list(dict.fromkeys(name.rpartition("_step")[0] or name for name in names))
     figure, axes = new_figure(8.6, 4.6)
-    stepwise = layers[0] not in names
-    for number, layer in enumerate(layers):
+    stepwise = parameters[0] not in names
+    for number, name in enumerate(parameters):
         if stepwise:
-            rates = list(by_step(last, f"inner_lr/{layer}"))
+            rates = list(by_step(last, f"inner_lr/{name}"))
             x = [1.0 + s for s in range(len(rates))]
         else:
-            x, rates = _iterations(records), [r[prefix + layer] for r in records]
+            x, rates = _iterations(records), [r[prefix + name] for r in records]
         marker = marker_of(number // len(COLORS))
-        axes.plot(x, rates, color=color_of(number), marker=marker, markersize=4, label=layer)
+        label = labels.get(name, name)
+        axes.plot(x, rates, color=color_of(number), marker=marker, markersize=4, label=label)
     axes.axhline(0, color=GREY, linewidth=0.8)
     axes.set_ylabel("inner rate")
     if stepwise:
         title = f"Learned inner rates after iteration {int(last['iteration']):,}"
-        finish(figure, axes, path, "inner step", title, integers=True)
+        whole_numbers(axes)
+        finish(figure, axes, path, "inner step", title)
     else:
-        caption = "Means over each layer's parameters."
-        _by_iteration(figure, axes, path, "Learned inner rates", caption)
+        caption = "Means over the entries of each parameter."
+        _by_iteration(figure, axes, path, "Learned inner rates", caption, records)
     return True
 
 
-def _by_iteration(figure: Figure, axes: Axes, path: Path, title: str, caption: str) -> None:
-    """Complete and save a figure whose x axis is the iteration."""
-    finish(figure, axes, path, "iteration", title, caption, integers=True)
+def _by_iteration(
+    figure: Figure,
+    axes: Axes,
+    path: Path,
+    title: str,
+    caption: str,
+    records: Sequence[Metrics],
+) -> None:
+    """Complete and save a figure whose x axis is the iteration, with numbers at the diagnoses."""
+    whole_numbers(axes, _iterations(records))
+    finish(figure, axes, path, "iteration", title, caption)
+
+
+def _marked(records: Sequence[Metrics]) -> dict[str, Any]:
+    """How the points of a line by iteration are drawn."""
+    return {"marker": "o", "markersize": 4} if len(records) <= _FEW else {}
 
 
 def _iterations(records: Sequence[Metrics]) -> list[float]:

@@ -32,6 +32,7 @@ _CAPTION_WIDTH, _CAPTION_LINE = 15, 0.14  # characters per inch, inches per line
 _LOG_RANGE = 20  # losses whose ratio exceeds this are drawn on a logarithmic axis
 _FEW_DECADES = 1e3  # a logarithmic axis below this ratio has ticks at 1, 2, 5
 _MOST_TICKS = 12
+_MOST_NUMBERS = 8  # numbers of iterations that an axis has room for
 
 
 def after_steps(steps: int) -> str:
@@ -95,6 +96,20 @@ def label_metric(axes: Axes, metric: str, logarithmic: bool) -> None:
     axes.set_ylabel(f"{metric} (log scale)" if logarithmic else metric)
 
 
+def whole_numbers(axes: Axes, at: Sequence[float] = ()) -> None:
+    """Have whole numbers alone on the x axis; where `at` are a few, ascending, those that have room
+    for their labels, the last in any case."""
+    if 0 < len(at) <= _MOST_NUMBERS:
+        chosen = [at[-1]]
+        for value in reversed(at[:-1]):
+            if chosen[-1] - value >= (at[-1] - at[0]) / _MOST_NUMBERS:
+                chosen.append(value)
+        axes.set_xticks(chosen[::-1])
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10], min_n_ticks=1))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+
+
 def legend(axes: Axes) -> None:
     """Add a legend beside the data, which it cannot cover there."""
     if axes.get_legend_handles_labels()[0]:
@@ -142,13 +157,9 @@ def finish(
     x_label: str,
     title: str,
     caption: str = "",
-    *,
-    integers: bool = False,
 ) -> None:
-    """Complete a figure with one pair of axes and save it; `integers`: x has whole numbers only."""
+    """Complete a figure with one pair of axes and save it."""
     axes.set_xlabel(x_label)
-    if integers:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.set_title(title)
     legend_below(figure, axes)
     save(figure, path, caption)

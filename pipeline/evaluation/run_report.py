@@ -29,6 +29,7 @@ from pipeline.evaluation.policy_plots import Courses, Paths, animate_paths, plot
 from pipeline.maml.adaptation_curve import adapt
 from pipeline.maml.flat_vector import Params, flat_vector
 from pipeline.maml.meta_loss import Objective
+from pipeline.maml.representations import parameter_labels
 from pipeline.runs.folder import History
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.learner import adaptation_of, model_of
@@ -72,7 +73,9 @@ def write_plots(
         written.append(path)
     inner = experiment.inner
     plain = inner.rates == "fixed" and inner.optimizer == "sgd"
-    written += plot_health(read_diagnoses(run_dir), folder, inner.lr if plain else None)
+    if diagnoses := read_diagnoses(run_dir):
+        labels = parameter_labels(model_of(experiment))
+        written += plot_health(diagnoses, folder, inner.lr if plain else None, labels)
     for kind, draw in FIGURES.items():
         if isinstance(task, kind):
             written.append(draw(task, experiment, theta, folder))
@@ -247,6 +250,7 @@ def sinusoid_fits(
     truth = task.parameters(EVALUATION_SEED, "test", indices)
     return [
         {
+            "title": f"test task {i}",
             "x_grid": grid.numpy(),
             "truth": amplitude * np.sin(grid.numpy() - phase),
             "support_x": support.x[i, :, 0].numpy(),

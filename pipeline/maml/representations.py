@@ -31,6 +31,38 @@ def weight_layers(model: nn.Module) -> list[tuple[str, str]]:
     ]
 
 
+def layer_label(number: int, kind: str, is_head: bool) -> str:
+    """What tables and figures call a weight layer: '1 (Linear)', '3 (Linear, head)'."""
+    return f"{number} ({kind}{', head' if is_head else ''})"
+
+
+def layer_of_modules(model: nn.Module) -> dict[str, str]:
+    """The weight layer that each module belongs to, both by name: a module behind a layer, such as
+    its normalisation, belongs to that layer; one before all layers to the first."""
+    layers = [name for name, _ in weight_layers(model)]
+    owner, owners = layers[0], {}
+    for name, _ in model.named_modules():
+        owner = name if name in layers else owner
+        owners[name] = owner
+    return owners
+
+
+def parameter_labels(model: nn.Module) -> dict[str, str]:
+    """What figures call each parameter, by its name: '1 (Linear) weight', or where it belongs to
+    something behind the layer, '1 (Linear) BatchNorm bias'."""
+    layers, owners = weight_layers(model), layer_of_modules(model)
+    called = {
+        name: layer_label(number, kind, number == len(layers))
+        for number, (name, kind) in enumerate(layers, 1)
+    }
+    labels = {}
+    for name, _ in model.named_parameters():
+        module, _, own = name.rpartition(".")
+        behind = "" if module in called else f"{type(model.get_submodule(module)).__name__} "
+        labels[name] = f"{called[owners[module]]} {behind}{own}"
+    return labels
+
+
 def layer_outputs(model: nn.Module, params: Params, x: Tensor) -> Outputs:
     """The output of each weight layer for inputs x, [n, ..., channels].
 

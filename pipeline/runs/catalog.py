@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import math
 import re
-import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ import yaml
 from pipeline.config.loading import runs_folder
 from pipeline.maml.confidence import Estimate
 from pipeline.runs.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
-from pipeline.runs.tracker import RANKED_BY, RANKED_MODE, SELECTED_BY, resolve_uri
+from pipeline.runs.tracker import RANKED_BY, RANKED_MODE, SELECTED_BY, has_runs, resolve_uri
 from tasks.errors import first_line
 
 STATUSES = ("running", "scheduled", "finished", "failed", "killed")
@@ -235,10 +234,7 @@ def compare(runs: Sequence[Run]) -> SideBySide:
         for name in run.metrics
         if name.startswith(_FINAL) and not name.endswith(_CI95)
     }
-    # Validation first; step 10 after step 9.
-    ordered = sorted(
-        names, key=lambda n: (_FINAL.index(f"{n.split('/')[0]}/"), re.sub(r"\d+", _padded, n))
-    )
+    ordered = sorted(names, key=_place)
     return SideBySide(
         list(runs),
         {path: values for path, values in settings.items() if len(set(values)) > 1},
@@ -350,7 +346,7 @@ def _reading(uri: str, must_exist: bool = False) -> Iterator[Any]:
     Raises TrackingError, also for what goes wrong while reading.
     """
     database = sqlite_file(uri)
-    if database is not None and not _has_runs(database):
+    if database is not None and not has_runs(database):
         if must_exist:
             raise TrackingError(f"there are no runs in {database}: train something first")
         yield None
@@ -363,18 +359,6 @@ def _reading(uri: str, must_exist: bool = False) -> Iterator[Any]:
         if not isinstance(error, MlflowException):
             raise
         raise TrackingError(f"cannot read the runs of {uri}: {first_line(error)}") from error
-
-
-def _has_runs(database: Path) -> bool:
-    """Whether there is anything in a SQLite store; MLflow would create it by looking."""
-    if not database.is_file():
-        return False
-    try:
-        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
-            tables = store.execute("SELECT name FROM sqlite_master WHERE name = 'runs'").fetchall()
-            return bool(tables) and bool(store.execute("SELECT 1 FROM runs LIMIT 1").fetchall())
-    except sqlite3.Error as error:
-        raise TrackingError(f"{database} is not a tracking store: {error}") from error
 
 
 def store_of_folder(folder: Path, uri: str | None) -> str:
@@ -396,5 +380,8 @@ def _named(runs: Sequence[Run]) -> str:
     return ", ".join(f"{run.short_id} ({run.name})" for run in runs[:_NAMED]) + more
 
 
-def _padded(number: re.Match[str]) -> str:
-    return number[0].zfill(9)
+def _place(name: str) -> tuple[int, list[str]]:
+    """Where a metric stands among others: validation first, a baseline after what it is for, step
+    10 after step 9."""
+    padded = re.sub(r"\d+", lambda number: number[0].zfill(9), name)
+    return _FINAL.index(f"{name.split('/')[0]}/"), padded.split("/")

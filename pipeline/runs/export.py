@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
 import re
+import shlex
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
@@ -22,14 +22,20 @@ import numpy as np
 
 from pipeline.config.experiment import Experiment
 from pipeline.runs.catalog import find_run, store_of_folder
-from pipeline.runs.folder import Which, parameters_of
+from pipeline.runs.files import write_atomically
+from pipeline.runs.folder import Which, check_writable, parameters_of
 from pipeline.runs.mlflow_sender import TrackingError
-from pipeline.runs.predictor import Adapter, Recipe
+from pipeline.runs.predictor import Adapter, Array, Recipe
+from pipeline.worker.task_source import EVALUATION_SEED
+from tasks.base import Examples, supervised
 
 HOST, PORT = "127.0.0.1", 5001
 """Where a served model is told to listen; MLflow's own pages take 5000."""
+REQUEST = "request.json"
+"""The file in a run's folder that asks its model about a test task, where that is of images."""
 REQUIREMENTS = ("torch", "numpy", "pydantic", "PyYAML", "safetensors")
 """What the exported code imports; MLflow adds itself."""
+_QUERIES = 3  # of an example
 _MAX_NUMBERS = 100  # of a request that a person can read
 _ROOT = Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"[^/:]+")
@@ -46,7 +52,9 @@ class Exported(NamedTuple):
     version: str | None
     """The version in the registry; None: it was not registered."""
     request: str
-    """A shell command that asks the model when it is served at HOST:PORT."""
+    """A shell command that asks the model about a test task when it is served at HOST:PORT."""
+    targets: Any
+    """The right answer: the labels of the request's queries, or their targets, as nested lists."""
 
 
 def export_run(
@@ -61,11 +69,16 @@ def export_run(
     """Log the model of a run to the run's own MLflow record, and register it under a name.
 
     `code` are the files or packages that a task or model of one's own is imported from. Raises
-    CheckpointError if the parameters cannot be read, TrackingError if MLflow does not take the
-    model, ValueError for a name or an alias that MLflow refuses and for `code` that is missing.
+    CheckpointError if the parameters cannot be read, RunFolderError if a request of images cannot
+    be written into the folder, TrackingError if MLflow does not take the model, ValueError for a
+    name or an alias that MLflow refuses and for `code` that is missing.
     """
     _check_arguments(experiment, register, alias, code)
     adapter = Adapter(Recipe.of(experiment), parameters_of(experiment, run_dir, checkpoint))
+    example = example_of(adapter.recipe)
+    kept = run_dir.absolute() / REQUEST
+    if not example.can_be_read:
+        check_writable(run_dir, REQUEST, "export a copy of the run's folder elsewhere")
     run = find_run(str(run_dir), None)
     store = store_of_folder(run_dir.absolute(), None)
     with _mlflow_at(store) as mlflow, tempfile.TemporaryDirectory() as folder:
@@ -83,13 +96,16 @@ def export_run(
             code_paths=[str(_ROOT / "pipeline"), str(_ROOT / "tasks"), *map(str, code)],
             pip_requirements=requirements(),
             signature=signature_of(adapter),
-            input_example=example_for(adapter),
+            input_example=example.inputs,
         )
         number = info.registered_model_version
         if alias is not None:
             mlflow.MlflowClient().set_registered_model_alias(register, alias, str(number))
     version = None if number is None else str(number)
-    return Exported(info.model_uri, store, version, request_to(adapter))
+    if not example.can_be_read:
+        write_atomically(kept, body(example))
+    request = request_for(example, kept)
+    return Exported(info.model_uri, store, version, request, plain(example.targets))
 
 
 def _check_arguments(
@@ -137,37 +153,62 @@ def requirements() -> list[str]:
     return [f"{name}=={metadata.version(name).partition('+')[0]}" for name in names]
 
 
-def example_for(adapter: Adapter) -> dict[str, Any]:
-    """Inputs of the right shapes, and noise otherwise: a support example per class (or three)."""
-    recipe = adapter.recipe
-    count = recipe.output_size if adapter.classifies else 3
-    rng = np.random.default_rng(0)
-    examples = rng.random((count, *recipe.input_shape), dtype=np.float32)
-    targets = rng.random((count, recipe.output_size), dtype=np.float32)
-    return {
-        "support_x": examples,
-        "support_y": np.arange(count) if adapter.classifies else targets,
-        "query_x": examples,
-    }
+class Example(NamedTuple):
+    """What somebody may ask the model, and what a right answer is."""
+
+    inputs: dict[str, Array]
+    """The support set and m queries, as the model's `predict` takes them."""
+    targets: Array
+    """The true labels of the queries [m], or their targets [m, outputs]."""
+
+    @property
+    def can_be_read(self) -> bool:
+        """Whether its numbers are so few that a person may read them."""
+        return sum(values.size for values in self.inputs.values()) <= _MAX_NUMBERS
 
 
-def request_to(adapter: Adapter) -> str:
-    """A shell command that asks the served model, with the numbers of `example_for`; where these
-    are too many to be read, with random ones of the same shape."""
-    inputs = {
-        name: (value if value.dtype.kind == "i" else value.astype(float).round(2)).tolist()
-        for name, value in example_for(adapter).items()
-    }
-    url = f"http://{HOST}:{PORT}/invocations"
-    curl = f"curl {url} -H 'Content-Type: application/json' -d"
-    shape = np.shape(inputs["query_x"])
-    if math.prod(shape) <= _MAX_NUMBERS:
-        return f"{curl} '{json.dumps({'inputs': inputs})}'"
-    made = (
-        f"import json, numpy; x = numpy.random.rand{shape}.tolist(); print(json.dumps("
-        f'{{"inputs": {{"support_x": x, "support_y": {inputs["support_y"]}, "query_x": x}}}}))'
+def example_of(recipe: Recipe) -> Example:
+    """Test task 0 of the experiment: its support set, and three different queries, of different
+    classes where there are classes. Inputs have three digits, so that a person can read them.
+
+    Raises ValueError or StoreError if such tasks cannot be sampled.
+    """
+    task = supervised(recipe.experiment.build_task(), "an exported model")
+    batch = task.sample(EVALUATION_SEED, "test", np.arange(1))
+    support, query = (Examples(part.x[0], part.y[0]) for part in batch)
+    different = query.y if task.has_classes else query.x
+    _, first = np.unique(different.numpy(), axis=0, return_index=True)
+    chosen = np.sort(first)[:_QUERIES]
+    inputs = {"support_x": support.x, "support_y": support.y, "query_x": query.x[chosen]}
+    return Example(
+        {name: _with_three_digits(x.numpy(), np.float32) for name, x in inputs.items()},
+        query.y[chosen].numpy(),
     )
-    return f"python -c '{made}' | {curl} @-"
+
+
+def plain(values: Array) -> Any:
+    """Values as nested lists, with three digits; labels as they are."""
+    return _with_three_digits(values, np.float64).tolist()
+
+
+def _with_three_digits(values: Array, dtype: type) -> Array:
+    """The values in another precision; labels as they are."""
+    if values.dtype.kind == "i":
+        return values
+    return np.array([float(f"{value:.3g}") for value in values.flat], dtype).reshape(values.shape)
+
+
+def request_for(example: Example, kept: Path) -> str:
+    """A shell command that asks the served model with the example; where that has too many numbers
+    to be read, by the file `kept`, which holds its `body`."""
+    curl = f"curl http://{HOST}:{PORT}/invocations -H 'Content-Type: application/json' -d"
+    return f"{curl} {shlex.quote(body(example) if example.can_be_read else f'@{kept}')}"
+
+
+def body(example: Example) -> str:
+    """The body of a request to the served model, in JSON."""
+    inputs = {name: plain(values) for name, values in example.inputs.items()}
+    return json.dumps({"inputs": inputs})
 
 
 def signature_of(adapter: Adapter) -> Any:

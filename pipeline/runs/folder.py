@@ -7,6 +7,7 @@ RUN_DIR/theta.safetensors    the final parameters
 RUN_DIR/results.json         the meta-test, every number with its protocol
 RUN_DIR/plots/               PNG
 RUN_DIR/analysis/            what `maml analyze` found
+RUN_DIR/request.json         what asks a served model of images (`maml export`)
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import logging
 import os
 import platform
 import shutil
+import sqlite3
 import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,9 @@ SELECTED_BY = "selected_by"
 """Tag of a run: the metric of a validation that chooses its best checkpoint."""
 RANKED_BY, RANKED_MODE = "search.ranked_by", "search.ranked_mode"
 """Tags of a search: the metric that ranks its trials, METRIC or METRIC_stepK; 'min' or 'max'."""
+CURVES = "test_curves"
+"""Tag of a run: the titles of the curves of its meta-test, a JSON list. Names of metrics have them
+as `recorded_title` makes them."""
 _STORES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks")
 
 
@@ -238,6 +242,34 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
     database = sqlite_file(uri)
     # Absolute: another working directory must not mean another database.
     return uri if database is None else f"sqlite:///{database}"
+
+
+def has_runs(database: Path) -> bool:
+    """Whether there is anything in a SQLite store; MLflow would create it by looking.
+
+    Raises TrackingError for what cannot be read.
+    """
+    try:
+        database.stat()  # which, unlike is_file, also tells where nobody may look
+        if database.is_dir():
+            raise TrackingError(f"{database} is not a tracking store: it is a folder")
+        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
+            tables = store.execute("SELECT name FROM sqlite_master WHERE name = 'runs'").fetchall()
+            return bool(tables) and bool(store.execute("SELECT 1 FROM runs LIMIT 1").fetchall())
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, sqlite3.OperationalError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise TrackingError(
+            f"cannot open {database}: {why}; make it readable, or name another store"
+        ) from error
+    except sqlite3.Error as error:
+        raise TrackingError(f"{database} is not a tracking store: {error}") from error
+
+
+def recorded_title(title: str) -> str:
+    """The title of a curve, as the names of its metrics have it: MLflow refuses = and commas."""
+    return title.replace("=", "-").replace(",", "")
 
 
 def environment_tags() -> dict[str, str]:

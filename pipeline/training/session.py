@@ -6,6 +6,7 @@ checkpoints, metrics, results and plots, and sends them to MLflow.
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +23,7 @@ from pipeline.evaluation.run_report import summary, write_plots
 from pipeline.maml.flat_vector import FlatVector, Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState, save_theta
 from pipeline.runs.folder import History, RunFolderError
-from pipeline.runs.tracker import NullTracker, Tracker
+from pipeline.runs.tracker import CURVES, NullTracker, Tracker, recorded_title
 from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.training.outer_step import outer_step_of
 from pipeline.training.placement import Placement
@@ -266,10 +267,11 @@ class Session:
         """Write the meta-test and all plots, and log them."""
         write_results(self.run_dir, curves)
         for curve in curves:
-            prefix = f"test/{curve.title}/".replace("=", "-").replace(",", "")
-            self.tracker.log_metrics(curve.by_step(prefix), self.iteration)
+            values = curve.by_step(f"test/{recorded_title(curve.title)}/")
+            self.tracker.log_metrics(values, self.iteration)
         self.tracker.log_artifact(self.run_dir / "results.json")
-        self.tracker.set_tags({"mlflow.note.content": self.summary(curves)})
+        titles = json.dumps([curve.title for curve in curves])
+        self.tracker.set_tags({CURVES: titles, "mlflow.note.content": self.summary(curves)})
         self.record_plots(curves)
 
     def summary(self, curves: Sequence[Curve] = ()) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli.console import ConsoleWatcher
+from pipeline.cli.console import ConsoleWatcher, folded
 from pipeline.training.loop import MetaLearning, meta_train
 from pipeline.training.opening import open_session
 from tests.conftest import experiment_of
@@ -47,3 +47,19 @@ def test_a_policy_that_does_not_adapt_has_one_return(
     line = last_line({**moving, "inner": {"lr": 0.1, "steps": 0}}, tmp_path, capsys)
     assert "  return -" in line
     assert "after adaptation" not in line
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "lines"),
+    [
+        ("sinusoid-20261125-231837", 24, ["sinusoid-20261125-231837"]),
+        ("sinusoid-20261125-231837", 15, ["sinusoid-", "20261125-231837"]),
+        ("sinusoid-20261125-231837", 8, ["sinusoi…", "d-", "2026112…", "5-231837"]),
+        ("80.00 ± 1.00 %", 14, ["80.00 ± 1.00 %"]),
+        ("five!", 5, ["five!"]),
+        ("sixsix", 5, ["sixs…", "ix"]),
+        ("one\nminus other", 11, ["one", "minus other"]),
+    ],
+)
+def test_a_name_that_is_broken_says_so(name: str, width: int, lines: list[str]) -> None:
+    assert folded(name, width).splitlines() == lines

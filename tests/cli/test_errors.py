@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
+from pipeline.cli.clear_errors import ClearCommand, ClearGroup, ClearTyper
 from pipeline.cli.console import LiveLine
 from pipeline.cli.exit_codes import _described
 from pipeline.cli.main import app
@@ -105,6 +109,14 @@ def test_the_first_line_of_a_message(error: Exception, expected: str) -> None:
         (("analyze", "--checkpoint", "bets"), "'best'; did you mean best?"),
         (("compare", "--split", "exam"), "'exam' is not one of 'train', 'validation', 'test'."),
         (("evaluate", "--tasks", "1"), "greater than or equal to 2"),
+        (("runs", "--limit", "0"), "greater than or equal to 1"),
+        (("runs", "--limt", "3"), "--limit"),
+        (("runs", "compare", "--jsn"), "--json"),
+        (("jobs", "--adress", "x"), "--address"),
+        (("jobs", "logs", "--folow"), "--follow"),
+        (("data", "prepare", "glyphs", "--classes", "3"), "greater than or equal to 10"),
+        (("data", "prepare", "images", "--sise", "28"), "--size"),
+        (("config", "show", "--hepl"), "--help"),
     ],
 )
 def test_a_mistyped_option_is_told_in_plain_words(
@@ -115,4 +127,37 @@ def test_a_mistyped_option_is_told_in_plain_words(
     )
     assert done.exit_code == 2
     assert expected in " ".join(done.stderr.replace("│", " ").split())
+    assert "Value error" not in done.stderr
+
+
+def test_every_command_and_group_is_clear_about_its_options() -> None:
+    def walk(name: str, command: Any) -> Iterator[tuple[str, Any]]:
+        yield name, command
+        for each, inner in getattr(command, "commands", {}).items():
+            yield from walk(f"{name} {each}", inner)
+
+    found = dict(walk("maml", typer.main.get_command(app)))
+    assert {"maml train", "maml runs", "maml data prepare images", "maml jobs stop"} <= set(found)
+    for name, command in found.items():
+        assert isinstance(command, ClearCommand | ClearGroup), name
+
+
+@pytest.mark.parametrize("place", [("group",), ("group", "command"), ("command",)])
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("finsihed", "'failed'; did you mean finished?"), ("x", "'x' is not one of 'finished', ")],
+)
+def test_a_mistyped_choice_is_refused_in_the_same_words_everywhere(
+    place: tuple[str, ...], given: str, expected: str
+) -> None:
+    def command(status: Literal["finished", "failed"] = "failed") -> None: ...
+
+    whole, group = ClearTyper(), ClearTyper()
+    whole.add_typer(group, name="group")
+    group.callback(invoke_without_command=True)(command)
+    for each in (whole, group):
+        each.command("command")(command)
+    done = CliRunner().invoke(whole, [*place, "--status", given], env={"TERMINAL_WIDTH": "200"})
+    assert done.exit_code == 2
+    assert expected in done.stderr
     assert "Value error" not in done.stderr

@@ -17,6 +17,8 @@ from pipeline.evaluation.curve_plots import (
     plot_training,
 )
 from pipeline.evaluation.health_plots import plot_health
+from pipeline.maml.models import mlp
+from pipeline.maml.representations import parameter_labels
 
 STEPS = list(range(11))
 
@@ -99,12 +101,16 @@ def test_a_panel_for_each_kind_of_tasks(tmp_path: Path, drawn: list[Figure], num
     panels = {
         f"K={k}": {"one": curve(3, 1 / k), "other": curve(3, 2)} for k in range(1, number + 1)
     }
+    for curves in panels.values():  # few steps, between which there are no others
+        for each in curves.values():
+            each |= {name: values[:3] for name, values in each.items()}
     plot_adaptation_panels(panels, tmp_path / "a.png", metric="MSE", title="Two runs", caption="c")
     assert_image(tmp_path / "a.png")
     titles = [axes.get_title() for axes in drawn[0].axes]
     assert titles == list(panels)[:6]
     assert [len(axes.lines) for axes in drawn[0].axes] == [2] * min(number, 6)
     assert len({axes.get_ylim() for axes in drawn[0].axes}) == 1
+    assert all(float(tick).is_integer() for axes in drawn[0].axes for tick in axes.get_xticks())
     assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["one", "other"]
     assert ("the first 6 of 8" in drawn[0].texts[-1].get_text().replace("\n", " ")) == (number == 8)
     assert texts_inside(drawn[0])
@@ -179,10 +185,9 @@ def diagnoses(steps: int, curvature: float) -> list[dict[str, float]]:
 def test_health_by_step_and_with_a_bound_far_away(
     tmp_path: Path, drawn: list[Figure], steps: int
 ) -> None:
-    written = plot_health(diagnoses(steps, curvature=3.0), tmp_path, alpha=1e-3)
+    written = plot_health(diagnoses(steps, curvature=3.0), tmp_path, 1e-3, {})
     names = [path.stem.removeprefix("health_") for path in written]
     assert names == ["gradient_norm", "inner_loss", "curvature", "hurt"]
-    assert plot_health([], tmp_path, alpha=None) == []
     norm, bar = drawn[0].axes
     assert len(norm.lines) == steps + 1
     assert [int(tick) for tick in bar.get_yticks()] == list(range(steps + 1))
@@ -195,10 +200,55 @@ def test_health_by_step_and_with_a_bound_far_away(
     assert all(texts_inside(figure) for figure in drawn)
 
 
+def test_numbers_stand_where_diagnoses_were_made(tmp_path: Path, drawn: list[Figure]) -> None:
+    """The last one always; another only where there is room for both."""
+    records = diagnoses(2, curvature=3.0)
+    for record, iteration in zip(records, (1000, 2000, 3000, 4000, 4100), strict=True):
+        record["iteration"] = iteration
+    plot_health(records, tmp_path, None, {})
+    axes = drawn[0].axes[0]
+    assert list(axes.get_xticks()) == [1000, 2000, 3000, 4100]
+    assert axes.xaxis.get_major_formatter()(1000, 0) == "1,000"
+    assert axes.lines[0].get_marker() == "o"
+
+
+def test_one_diagnosis_of_one_step_can_be_seen(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_health(diagnoses(1, curvature=3.0)[1:2], tmp_path, None, {})
+    ticks = [tick for figure in drawn for tick in figure.axes[0].get_xticks()]
+    assert {0.0, 10.0} <= set(ticks)
+    assert all(float(tick).is_integer() for tick in ticks)
+    markers = [line.get_marker() for figure in drawn for line in figure.axes[0].lines]
+    assert set(markers) == {"o"}
+
+
+def test_shares_of_tasks_are_whole_percents(tmp_path: Path, drawn: list[Figure]) -> None:
+    plot_health(diagnoses(1, curvature=3.0), tmp_path, None, {})
+    axes = drawn[-1].axes[0]
+    assert all(round(100 * float(tick), 6).is_integer() for tick in axes.get_yticks())
+    assert axes.yaxis.get_major_formatter()(0.05, 0) == "5"
+    assert axes.get_ylabel() == "share of tasks (%)"
+
+
+@pytest.mark.parametrize("by_step", ["", "_step0"])
+def test_rates_are_called_as_layers_are(tmp_path: Path, drawn: list[Figure], by_step: str) -> None:
+    model = mlp((1,), 1, hidden=(3,), normalisation="batch")
+    rates = {f"diagnostics/inner_lr/{n}{by_step}": 0.1 for n, _ in model.named_parameters()}
+    records = [record | rates for record in diagnoses(1, curvature=3.0)]
+    plot_health(records, tmp_path, None, parameter_labels(model))
+    assert [text.get_text() for text in drawn[-1].legends[0].get_texts()] == [
+        "1 (Linear) weight",
+        "1 (Linear) bias",
+        "1 (Linear) BatchNorm bias",
+        "2 (Linear, head) weight",
+        "2 (Linear, head) bias",
+    ]
+    assert texts_inside(drawn[-1])
+
+
 def test_a_bound_far_from_curvatures_of_both_signs_does_not_flatten_them(
     tmp_path: Path, drawn: list[Figure]
 ) -> None:
-    plot_health(diagnoses(2, curvature=-1.0), tmp_path, alpha=1e-3)
+    plot_health(diagnoses(2, curvature=-1.0), tmp_path, 1e-3, {})
     axes = drawn[2].axes[0]
     assert axes.get_yscale() == "linear"
     assert axes.get_ylim()[1] < 10

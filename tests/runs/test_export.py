@@ -20,26 +20,30 @@ import pytest
 
 from pipeline.cluster.group import InProcess
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import load_run
+from pipeline.config.loading import load, load_run
 from pipeline.evaluation.meta_test import EvaluationSpec, task_by_task
 from pipeline.maml.flat_vector import flat_vector
 from pipeline.runs.catalog import find_run
 from pipeline.runs.export import (
     HOST,
     PORT,
+    REQUEST,
     REQUIREMENTS,
     Exported,
+    example_of,
     export_run,
-    request_to,
+    plain,
+    request_for,
     requirements,
 )
 from pipeline.runs.folder import parameters_of
 from pipeline.runs.mlflow_sender import client_class
-from pipeline.runs.predictor import Adapter
+from pipeline.runs.predictor import Adapter, Recipe
 from pipeline.training.loop import train
 from pipeline.worker.task_source import EVALUATION_SEED
 from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
+from tests.places import ROOT
 from tests.ports import free_port
 from tests.readme import blocks
 
@@ -76,6 +80,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def sampled(experiment: Experiment, count: int) -> Any:
     return experiment.build_task().sample(EVALUATION_SEED, "test", np.arange(count))
+
+
+def inputs_of(run: Path) -> dict[str, Any]:
+    """Test task 0 as the model takes it, with all of its queries."""
+    support, query = sampled(load_run(run), 1)
+    parts = {"support_x": support.x, "support_y": support.y, "query_x": query.x}
+    return {name: values[0].numpy() for name, values in parts.items()}
 
 
 def test_it_answers_as_evaluation_does(run: Path) -> None:
@@ -118,17 +129,41 @@ def test_regression(quick: dict[str, Any], tmp_path: Path) -> None:
     batch = sampled(experiment, 1)
     found = adapter.predict(batch.support.x[0], batch.support.y[0], batch.query.x[0])
     assert found.predictions.shape == (5, 1)
-    # The request that is printed, and the one that a README shows, are ones for such a model.
-    (shown,) = (block for block in blocks("bash") if block.startswith("curl "))
-    for shell in (request_to(adapter), shown):
-        body = json.loads(shlex.split(shell)[-1])
-        assert np.isfinite(adapter.predict(**body["inputs"]).predictions).all()
+    assert found.support_loss[-1] < found.support_loss[0]
+    # The request that is printed says the same of the same task, but for rounding.
+    example = example_of(adapter.recipe)
+    asked = adapter.predict(**json.loads(shlex.split(request_for(example, tmp_path))[-1])["inputs"])
+    assert asked.predictions == pytest.approx(found.predictions[:3], rel=0.1, abs=0.01)
+    assert asked.support_loss == pytest.approx(found.support_loss, rel=0.1)
+    assert plain(example.targets) == pytest.approx(batch.query.y[0][:3].numpy(), rel=0.01)
     with pytest.raises(ValueError, match=r"support_y: must have the shape \[5, 1\]"):
         adapter.predict(batch.support.x[0], batch.support.y[0][:, 0], batch.query.x[0])
     with pytest.raises(ValueError, match="support_y: must be finite"):
         adapter.predict(batch.support.x[0], np.full((5, 1), np.nan), batch.query.x[0])
     with pytest.raises(ValueError, match="diverged"):
         adapter.predict(1e200 * batch.support.x[0].double(), batch.support.y[0], batch.query.x[0])
+
+
+def test_the_readme_asks_what_export_would_ask() -> None:
+    """Of sinusoids: a request that a person can read, and the truth about its queries."""
+    example = example_of(Recipe.of(load("sinusoid")))
+    (shown,) = (block for block in blocks("bash") if block.startswith("curl "))
+    assert shown.strip() == request_for(example, Path("not needed"))
+    assert f"`{plain(example.targets)}`" in (ROOT / "pipeline/evaluation/README.md").read_text()
+    inputs = json.loads(shlex.split(shown)[-1])["inputs"]
+    numbers = [number for rows in inputs.values() for (number,) in rows]
+    assert len(numbers) == 10 + 10 + 3
+    assert all(float(f"{number:.3g}") == number for number in numbers)
+    assert len(set(numbers[-3:])) == 3
+
+
+def test_an_example_of_classes_asks_about_one_image_of_each(run: Path) -> None:
+    example = example_of(Recipe.of(load_run(run)))
+    whole = inputs_of(run)
+    assert example.inputs["support_x"] == pytest.approx(whole["support_x"], abs=5e-4)
+    assert example.inputs["support_y"].tolist() == whole["support_y"].tolist()
+    assert example.targets.tolist() == [0, 1, 2]
+    assert example.inputs["query_x"] == pytest.approx(whole["query_x"][:3], abs=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -145,14 +180,8 @@ def test_regression(quick: dict[str, Any], tmp_path: Path) -> None:
     ],
 )
 def test_bad_input_names_the_argument(run: Path, change: dict[str, Any], message: str) -> None:
-    batch = sampled(load_run(run), 1)
-    given = {
-        "support_x": batch.support.x[0],
-        "support_y": batch.support.y[0],
-        "query_x": batch.query.x[0],
-    }
     with pytest.raises(ValueError, match=message):
-        Adapter.load(run).predict(**{**given, **change})
+        Adapter.load(run).predict(**{**inputs_of(run), **change})
 
 
 def test_two_files_are_enough(run: Path, tmp_path: Path) -> None:
@@ -161,10 +190,9 @@ def test_two_files_are_enough(run: Path, tmp_path: Path) -> None:
     recipe = json.loads((tmp_path / "model" / "recipe.json").read_text())
     recipe["experiment"]["data"]["root"] = str(tmp_path / "nowhere")
     (tmp_path / "model" / "recipe.json").write_text(json.dumps(recipe))
-    batch = sampled(load_run(run), 1)
-    arguments = (batch.support.x[0], batch.support.y[0], batch.query.x[0])
-    one = Adapter.load(run).predict(*arguments)
-    other = Adapter.load(tmp_path / "model").predict(*arguments)
+    inputs = inputs_of(run)
+    one = Adapter.load(run).predict(**inputs)
+    other = Adapter.load(tmp_path / "model").predict(**inputs)
     assert np.array_equal(one.scores, other.scores)
     assert not (tmp_path / "nowhere").exists()
     assert {path.name for path in (tmp_path / "model").iterdir()} == {
@@ -211,12 +239,7 @@ def test_in_an_environment_of_its_own_requirements(
     if "No matching distribution" in installed.stderr or "connection" in installed.stderr:
         pytest.skip(f"cannot install packages here: {installed.stderr[-300:]}")
     assert installed.returncode == 0, installed.stderr
-    batch = sampled(load_run(run), 1)
-    inputs = {
-        "support_x": batch.support.x[0].numpy(),
-        "support_y": batch.support.y[0].numpy(),
-        "query_x": batch.query.x[0].numpy(),
-    }
+    inputs = inputs_of(run)
     np.savez(tmp_path / "inputs.npz", **inputs)
     script = (
         "import sys, json, mlflow, numpy\n"
@@ -293,12 +316,7 @@ def ask(address: str, inputs: dict[str, Any], **more: Any) -> Any:
 
 
 def test_over_http(run: Path, served: str) -> None:
-    batch = sampled(load_run(run), 1)
-    inputs = {
-        "support_x": batch.support.x[0].tolist(),
-        "support_y": batch.support.y[0].tolist(),
-        "query_x": batch.query.x[0].tolist(),
-    }
+    inputs = {name: values.tolist() for name, values in inputs_of(run).items()}
     answer = ask(served, inputs)
     here = Adapter.load(run).predict(**inputs)
     assert answer["predictions"] == here.predictions.tolist()
@@ -315,18 +333,18 @@ def test_over_http(run: Path, served: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="no curl here")
-def test_the_request_that_is_printed_works_as_it_is(run: Path, served: str) -> None:
-    shell = request_to(Adapter.load(run)).replace(f"http://{HOST}:{PORT}", served)
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # which `python`
-    done = subprocess.run(
-        shell,
-        shell=True,
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PATH": path},
-    )
-    assert len(json.loads(done.stdout)["predictions"]["predictions"]) == WAYS
+def test_the_request_that_is_printed_works_as_it_is(
+    run: Path, exported: Exported, served: str
+) -> None:
+    """Also that of images, whose numbers are in a file."""
+    assert f"@{run / REQUEST}" in exported.request
+    shell = exported.request.replace(f"http://{HOST}:{PORT}", served)
+    done = subprocess.run(shell, shell=True, capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)["predictions"]
+    here = Adapter.load(run).predict(**example_of(Recipe.of(load_run(run))).inputs)
+    assert answer["predictions"] == here.predictions.tolist()
+    np.testing.assert_allclose(answer["support_loss"], here.support_loss, rtol=1e-4)
+    assert len(exported.targets) == len(answer["predictions"]) == WAYS
 
 
 def test_as_mlflow_loads_it(run: Path, exported: Exported) -> None:
@@ -340,12 +358,7 @@ def test_as_mlflow_loads_it(run: Path, exported: Exported) -> None:
         model = mlflow.pyfunc.load_model("models:/few-shot@champion")
     finally:
         mlflow.set_tracking_uri(None)
-    batch = sampled(load_run(run), 1)
-    inputs = {
-        "support_x": batch.support.x[0].numpy(),
-        "support_y": batch.support.y[0].numpy(),
-        "query_x": batch.query.x[0].numpy(),
-    }
+    inputs = inputs_of(run)
     here = Adapter.load(run).predict(**inputs)
     assert model.predict(inputs)["predictions"].tolist() == here.predictions.tolist()
     assert {spec.name for spec in model.metadata.signature.inputs} == set(inputs)
@@ -361,7 +374,8 @@ def test_the_command(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "models:/m-" in done.stdout
     assert "mlflow models serve" in done.stdout
-    assert "\nask        python -c" in done.stdout
+    assert "\nask        curl " in done.stdout
+    assert "\ntruth      [0, 1, 2] would be right" in done.stdout
     assert done.stderr == ""
     alone = maml("export", str(run), "--alias", "champion", cwd=tmp_path)
     assert alone.returncode == 2

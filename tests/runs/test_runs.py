@@ -21,6 +21,7 @@ from pipeline.runs.tracker import MlflowTracker
 from pipeline.training.loop import train
 from tests.commands import maml
 from tests.conftest import experiment_of
+from tests.recorded import record
 
 SETTINGS: dict[str, Any] = {
     "name": "quick",
@@ -39,19 +40,6 @@ SETTINGS: dict[str, Any] = {
 }
 ACCURACIES = [0.5, 0.8, None, 0.6, 0.7, 0.4, 0.3]
 """Of the trials of the search; one failed before its first validation."""
-
-
-def record(run_dir: Path, uri: str, status: Any = "FINISHED", **given: Any) -> str:
-    """A run made by hand; returns its id."""
-    metrics = given.pop("metrics", {})
-    settings: dict[str, Any] = {"params": {}, "tags": {}, **given}
-    tracker = MlflowTracker.open(
-        uri=uri, experiment="maml", run_name=run_dir.name, run_dir=run_dir, **settings
-    )
-    tracker.log_metrics(metrics, 3)
-    assert tracker.close(status) is None
-    assert tracker.run_id is not None
-    return tracker.run_id
 
 
 @pytest.fixture(scope="module")
@@ -297,10 +285,12 @@ def test_the_command(project: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -
     assert [row.split()[1] for row in rows if "└" not in row] == ["orphan", "sweep", "fast", "slow"]
     assert "7 trials, best first" in rows[1]
     assert "trial-1" in rows[2]
-    assert "80.00 ± 1.00 % (3)" in rows[2]
+    assert "accuracy, 3 steps" in rows[2]
+    assert "80.00 ± 1.00 %" in rows[2]
+    assert "query loss, 2 steps" in rows[8]
     assert "2 more" in rows[7]
     assert "quick, fomaml, first" in rows[8]
-    assert max(map(len, rows)) <= 120
+    assert max(map(len, rows)) <= 130
     assert by_name(uri)["fast"].started.strftime("%H:%M") in rows[8]
 
     monkeypatch.chdir(project)
@@ -319,7 +309,9 @@ def test_the_command(project: Path, uri: str, monkeypatch: pytest.MonkeyPatch) -
     (lr,) = (line for line in compared.stdout.splitlines() if "inner.lr" in line)
     assert lr.split() == ["inner.lr", "0.01", "0.1"]
     (loss,) = (
-        line for line in compared.stdout.splitlines() if "test trained loss, step 10" in line
+        line
+        for line in compared.stdout.splitlines()
+        if "test, trained: query loss, 10 steps" in line
     )
     assert loss.count("±") == 2
     assert "oracle" not in compared.stdout, "zeros only"
