@@ -55,7 +55,7 @@ def quadratic(quick: dict[str, Any]) -> dict[str, Any]:
         "task": {"kind": "quadratic", "spread": 1.0},
         "model": {"kind": "linear"},
         "inner": {"lr": 0.1, "steps": 1},
-        "outer": {"lr": 0.05, "iterations": 60, "tasks_per_batch": 20},
+        "outer": {"lr": 0.05, "iterations": 60, "tasks_per_batch": 20, "tasks_per_chunk": 20},
         "evaluation": {"validation_tasks": 100, "steps": [0, 1], "every": 20},
     }
 
