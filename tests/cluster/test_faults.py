@@ -50,8 +50,8 @@ def slow(
 def test_killed_workers_change_nothing(
     quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
-    """Workers are killed while they compute; the run ends with the bits of an undisturbed one. (With
-    their trajectories: tests/training/test_reinforcement.py.)"""
+    """Workers are killed while they compute; the run ends with the bits of an undisturbed one.
+    Those that had collected trajectories: tests/training/test_reinforcement.py."""
     slow = {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01}}
     train(experiment_of(slow), tmp_path / "calm")
     killed: list[int] = []

@@ -262,12 +262,8 @@ def test_one_policy_for_all_tasks_learns_no_rates() -> None:
 def test_other_estimators_are_other_programs(moving: dict[str, Any]) -> None:
     """Within a process, where compiled programs are shared: of trials of a search, say."""
     chosen = [{"estimator": "lvc"}, {"estimator": "naive"}, {"update": "promp", "clip": 0.1}]
-    programs = {
-        ChunkComputer(
-            experiment_of({**moving, "reinforcement": settings}), compile=True
-        ).program()[0]
-        for settings in chosen
-    }
+    experiments = [experiment_of({**moving, "reinforcement": settings}) for settings in chosen]
+    programs = {ChunkComputer(each, compile=True).program()[0] for each in experiments}
     assert len(programs) == 3
 
 
