@@ -42,9 +42,9 @@ def test_any_number_of_workers_gives_the_same_bits(
     either: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     """Chunks of 3, 3, 3 and 1 tasks, or of 4 and 2. All workers are on this machine: hardware does
-    not vary."""
+    not vary. (Two of them are in most tests that have any.)"""
     train(experiment_of(either), tmp_path / "alone")
-    for workers in (1, 2, 3):
+    for workers in (1, 3):
         folder = tmp_path / f"{workers} actors"
         train(experiment_of(either, cluster={"workers": workers}), folder)
         assert torch.equal(final_theta(tmp_path / "alone"), final_theta(folder)), workers
