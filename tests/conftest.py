@@ -18,6 +18,9 @@ from tests.places import REAL_DATA
 os.environ["RAY_ADDRESS"] = "local"
 # As the pipeline does where it starts Ray: or workers get nothing beside three processes of tests.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# Nobody looks at what Ray measures of itself here, and each start of it would set that up.
+os.environ.setdefault("RAY_enable_metrics_collection", "0")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import from_dict
@@ -53,13 +56,15 @@ def quick() -> dict[str, Any]:
 
 @pytest.fixture
 def moving(quick: dict[str, Any]) -> dict[str, Any]:
-    """A small navigation experiment."""
+    """A small navigation experiment. TRPO solves for its direction in three steps instead of ten,
+    which are most of an iteration; whoever wants another update replaces the whole section."""
     return {
         **quick,
         "task": {"kind": "navigation", "trajectories": 8, "horizon": 10},
         "model": {"kind": "gaussian-policy", "hidden": [8]},
         "inner": {"lr": 0.1, "steps": 1},
         "outer": {"iterations": 4, "tasks_per_batch": 6, "tasks_per_chunk": 4},
+        "reinforcement": {"cg_iterations": 3},
         "evaluation": {
             "tasks": 6,
             "validation_tasks": 5,

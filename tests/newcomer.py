@@ -20,6 +20,15 @@ SHORT = [
     "compute.compile=never",
     "compute.threads=1",  # two would wait for each other where tests share the cores
 ]
+_PATHS = ["task.trajectories=4", "task.horizon=6", "reinforcement.cg_iterations=2"]
+_FILTERS = ["model.filters=8"]
+SMALL = {
+    "navigation": _PATHS,
+    "cheetah-direction": _PATHS,
+    "omniglot-5w1s-short": _FILTERS,
+    "image-folder": _FILTERS,
+}
+"""What makes an iteration of an experiment short, too, and all that is done with its run."""
 SHORT_SEARCH = ["search.samples=1", "search.max_concurrent=1"]
 
 # Served until it is stopped (tests/runs/test_mlflow_pages.py), or in need of a cluster
@@ -68,8 +77,8 @@ class Newcomer:
                 return [re.sub(r"^(outer.iterations)=.*", r"\1=4", each) for each in arguments]
             case ["train", "sinusoid"]:
                 return [*arguments, *SHORT]  # the main job, with its actors
-            case ["train", *_]:
-                return [*arguments, *SHORT, "cluster.workers=0"]
+            case ["train", name, *_]:
+                return [*arguments, *SHORT, *SMALL.get(name, []), "cluster.workers=0"]
             case ["evaluate", *_]:
                 few = [] if "--tasks" in arguments else ["--tasks", "2"]
                 return [*("4" if each == "600" else each for each in arguments), *few]

@@ -60,10 +60,11 @@ def check_scheduler(outer: Outer) -> None:
 
     Raises ValueError naming the setting.
     """
+    if outer.scheduler is None:
+        return  # the first optimiser of a process has torch import its compiler, for two seconds
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=outer.lr)
     scheduler = build_scheduler(optimizer, outer)
-    if scheduler is None:
-        return
+    assert scheduler is not None
     optimizer.step()
     try:
         scheduler.step()

@@ -48,9 +48,11 @@ def slow(
 
 
 def test_killed_workers_change_nothing(
-    slow: dict[str, Any], tmp_path: Path, ray_local: None
+    quick: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
-    """Workers are killed while they compute; the run ends with the bits of an undisturbed one."""
+    """Workers are killed while they compute; the run ends with the bits of an undisturbed one.
+    Those that had collected trajectories: tests/training/test_reinforcement.py."""
+    slow = {**quick, "task": {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.01}}
     train(experiment_of(slow), tmp_path / "calm")
     killed: list[int] = []
 

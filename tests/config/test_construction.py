@@ -44,8 +44,10 @@ def test_the_section_reinforcement_is_there_for_policies_alone(
     quick: dict[str, Any], moving: dict[str, Any]
 ) -> None:
     assert Experiment(**quick).reinforcement is None
-    assert Experiment(**moving).reinforcement == Reinforcement()
+    assert Experiment(**moving).reinforcement == Reinforcement(cg_iterations=3)
     assert Experiment(**{**moving, "reinforcement": None}).reinforcement == Reinforcement()
+    del moving["reinforcement"]
+    assert Experiment(**moving).reinforcement == Reinforcement()
 
 
 @pytest.mark.parametrize(

@@ -144,6 +144,17 @@ def test_the_mathematics_needs_torch_and_numpy_alone() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_an_experiment_is_checked_without_the_compiler() -> None:
+    """Torch imports its compiler, for two seconds, where the first optimiser of a process is built;
+    a command that only looks at an experiment builds none, unless it has a schedule to try out."""
+    code = (
+        "import sys; from pipeline.config.loading import load\n"
+        "assert load('sinusoid').outer.scheduler is None\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("folder", ["pipeline", "tasks", "benchmarks"])
 def test_functions_stay_short(folder: str) -> None:
     """A function of more than 60 lines needs a comment above it that says why: `# Long: ...`."""

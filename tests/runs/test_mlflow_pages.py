@@ -46,6 +46,7 @@ def project(tmp_path_factory: pytest.TempPathFactory, ray_local: None) -> Projec
         "space": {"inner.lr": {"grid": [0.01, 0.02]}},
         "scheduler": "none",
         "algorithm": "grid",
+        "max_concurrent": 1,
     }
     settings = {**SETTINGS, "tracking": {"uri": f"sqlite:///{runs}/mlflow.db"}}
     experiment = experiment_of({**settings, "search": section}, outer={"iterations": 12})

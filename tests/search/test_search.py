@@ -30,6 +30,9 @@ OPTIMUM = 7.5 / 12.5
 """Curvatures λ = 0.5, 1, 1.5, 2: after a step at rate α what is left of a task's distance in
 dimension d is (1 − αλ_d), so the loss Σ λ_d (1 − αλ_d)² is least at α = Σ λ_d² / Σ λ_d³."""
 
+ONE_AFTER_THE_OTHER = {"scheduler": "none", "samples": 1, "max_concurrent": 1}
+"""All trials of a search in one process, which takes seconds to start."""
+
 
 class Listener(SearchWatcher):
     def __init__(self) -> None:
@@ -55,7 +58,7 @@ def quadratic(quick: dict[str, Any]) -> dict[str, Any]:
         "task": {"kind": "quadratic", "spread": 1.0},
         "model": {"kind": "linear"},
         "inner": {"lr": 0.1, "steps": 1},
-        "outer": {"lr": 0.05, "iterations": 60, "tasks_per_batch": 20},
+        "outer": {"lr": 0.05, "iterations": 60, "tasks_per_batch": 20, "tasks_per_chunk": 20},
         "evaluation": {"validation_tasks": 100, "steps": [0, 1], "every": 20},
     }
 
@@ -104,7 +107,7 @@ def test_a_grid_equals_an_exhaustive_evaluation(
 def test_algorithms_can_be_searched(quick: dict[str, Any], tmp_path: Path, ray_local: None) -> None:
     """Each trial is the algorithm whole: nothing of another one's settings stays."""
     names = ["maml", "reptile", "maml++"]
-    section = {"space": {"algorithm": {"grid": names}}, "scheduler": "none", "samples": 1}
+    section = {"space": {"algorithm": {"grid": names}}, **ONE_AFTER_THE_OTHER}
     experiment = from_dict({**quick, "search": section})
     found = run_search(experiment, tmp_path / "search")
     outcomes = {t.settings["algorithm"]: t.outcome for t in found.trials}
@@ -120,7 +123,7 @@ def test_policies_are_searched_by_their_returns(
     moving: dict[str, Any], tmp_path: Path, ray_local: None
 ) -> None:
     """The best first, here and in `maml runs`."""
-    section = {"space": {"inner.lr": {"grid": [0.01, 1.0]}}, "scheduler": "none", "samples": 1}
+    section = {"space": {"inner.lr": {"grid": [0.01, 1.0]}}, **ONE_AFTER_THE_OTHER}
     settings = {**moving, "outer": {**moving["outer"], "iterations": 2}, "search": section}
     settings["tracking"] = {"enabled": True}
     found = run_search(from_dict(settings), tmp_path / "search")

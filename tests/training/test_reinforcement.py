@@ -51,7 +51,8 @@ def test_trajectories_that_are_lost_are_collected_again(
 ) -> None:
     """Who has collected a chunk is killed before it is asked about it; and the bits are those of an
     undisturbed run."""
-    settings = {**moving, "reinforcement": {"update": update}}
+    own = moving["reinforcement"] if update == "trpo" else {"update": update}
+    settings = {**moving, "reinforcement": own}
     train(experiment_of(settings), tmp_path / "calm")
     killed: list[int] = []
 
@@ -117,7 +118,7 @@ def test_workers_are_decided_on_by_all_that_an_iteration_does(
     monkeypatch.setattr(ChunkComputer, "run", run)
     settings = {**moving, "cluster": {"workers": "auto", "cpus_per_worker": 0.25}}
     placement = decide_workers(
-        experiment_of(settings, reinforcement={"update": update}), compile=False
+        experiment_of({**settings, "reinforcement": {"update": update}}), compile=False
     )
     assert "an uncompiled iteration takes" in placement.reason
     assert len(collections) == 8
@@ -127,7 +128,7 @@ def test_workers_are_decided_on_by_all_that_an_iteration_does(
 def test_compilation_is_decided_on_fisher_products_too(
     moving: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two chunks in four iterations, each with ten products."""
+    """Two chunks in four iterations, each with three products."""
     calls = []
 
     def decide(works: Sequence[Work]) -> bool:
@@ -136,10 +137,10 @@ def test_compilation_is_decided_on_fisher_products_too(
 
     monkeypatch.setattr(chunk, "worth_compiling", decide)
     for update in ("trpo", "gradient"):
-        assert not decide_compile(
-            experiment_of(moving, reinforcement={"update": update}, compute={"compile": "auto"})
-        )
-    assert calls == [[8, 80], [8]]
+        chosen = {"update": update} if update == "gradient" else moving["reinforcement"]
+        settings = {**moving, "reinforcement": chosen}
+        assert not decide_compile(experiment_of(settings, compute={"compile": "auto"}))
+    assert calls == [[8, 24], [8]]
 
 
 @pytest.mark.parametrize("estimator", get_args(SurrogateEstimator))
@@ -249,7 +250,7 @@ def test_a_search_over_settings_of_another_update_is_refused() -> None:
 
 @pytest.mark.parametrize("update", UPDATES)
 def test_resolved_settings_of_every_update_load_again(moving: dict[str, Any], update: str) -> None:
-    experiment = experiment_of(moving, reinforcement={"update": update})
+    experiment = experiment_of({**moving, "reinforcement": {"update": update}})
     assert from_dict(experiment.plain()) == experiment
 
 
@@ -261,10 +262,8 @@ def test_one_policy_for_all_tasks_learns_no_rates() -> None:
 def test_other_estimators_are_other_programs(moving: dict[str, Any]) -> None:
     """Within a process, where compiled programs are shared: of trials of a search, say."""
     chosen = [{"estimator": "lvc"}, {"estimator": "naive"}, {"update": "promp", "clip": 0.1}]
-    programs = {
-        ChunkComputer(experiment_of(moving, reinforcement=settings), compile=True).program()[0]
-        for settings in chosen
-    }
+    experiments = [experiment_of({**moving, "reinforcement": settings}) for settings in chosen]
+    programs = {ChunkComputer(each, compile=True).program()[0] for each in experiments}
     assert len(programs) == 3
 
 
@@ -274,8 +273,8 @@ def test_a_policy_without_forward_derivatives_is_refused_where_they_are_needed(
     moving: dict[str, Any], update: str, inner: dict[str, Any]
 ) -> None:
     """By a Fisher product always, by promp for the second order."""
-    settings = {**moving, "model": {"kind": "tests.helpers:backward_only"}}
-    experiment = experiment_of(settings, inner=inner, reinforcement={"update": update})
+    own = {"model": {"kind": "tests.helpers:backward_only"}, "reinforcement": {"update": update}}
+    experiment = experiment_of({**moving, **own}, inner=inner)
     computer = ChunkComputer(experiment, compile=False)
     if update == "trpo" or (update == "promp" and not inner):
         with pytest.raises(ValueError, match=rf"no forward derivative.*update={update} needs"):

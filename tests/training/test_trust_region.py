@@ -111,7 +111,7 @@ def test_a_step_that_cannot_be_had_is_not_taken(
 def test_steps_that_are_taken_unseen_stay_near_and_improve(
     moving: dict[str, Any], settings: dict[str, Any], moved_inside: bool
 ) -> None:
-    round = Round(experiment_of(moving, reinforcement=settings))
+    round = Round(experiment_of({**moving, "reinforcement": settings}))
     metrics = round.step()
     name = settings["update"]
     assert abs(metrics[f"{name}/kl_before"]) < 1e-6
