@@ -91,7 +91,7 @@ def test_interrupt(search_file: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, out + err
-    assert err.splitlines()[-1] == "to continue: maml search quick.yaml --resume runs/search"
+    assert err.splitlines()[-1] == "to continue: maml search --resume runs/search"
     assert "Traceback" not in out + err
     assert [status for _, status, _ in steps_and_runs(tmp_path)] == ["FINISHED", "KILLED"]
 
@@ -115,7 +115,7 @@ def test_resume(search_file: Path, tmp_path: Path) -> None:
     )
     assert 20 <= reached < 120
 
-    resumed = maml("search", "quick.yaml", "--resume", str(folder), cwd=tmp_path)
+    resumed = maml("search", "--resume", str(folder), cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Best: inner.lr=0.0" in resumed.stdout
     assert updates(first) == trained  # with the very times that they took
@@ -129,7 +129,7 @@ def test_resume(search_file: Path, tmp_path: Path) -> None:
     assert sorted(table["inner.lr"]) == [0.01, 0.02, 0.03]
     assert set(table["outcome"]) == {"complete"}
 
-    again = maml("search", "quick.yaml", "seed=1", "--resume", str(folder), cwd=tmp_path)
+    again = maml("search", "seed=1", "--resume", str(folder), cwd=tmp_path)
     assert again.returncode == 2
     assert "a resumed search keeps its settings" in again.stderr
 
