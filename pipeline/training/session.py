@@ -146,9 +146,8 @@ class Session:
         self.optimizer = OuterOptimizer(theta, experiment.outer)
         self.outer_step = outer_step_of(experiment)
         self.iteration = 0
-        """Completed meta-updates; `update_done` counts them."""
-        self._moves = 0
-        """Of θ, up to the last completed update."""
+        """Completed meta-updates."""
+        self._moves = 0  # of θ, up to the last completed update
         self.pretraining: dict[str, Tensor] = {}
         """State of pretraining by name, from which θ is made at the end; empty in meta-training."""
         self.bad_updates = 0
