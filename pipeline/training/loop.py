@@ -93,13 +93,17 @@ def meta_train(session: Session, should_stop: Callable[[], bool] = never) -> Non
 
 
 def _look(session: Session) -> None:
-    """Validate and diagnose where it is due after this iteration, and was not done yet."""
+    """Diagnose and validate where it is due after this iteration, and was not done yet.
+
+    In this order, because a validation that is the best so far writes a checkpoint: from there on
+    both are done.
+    """
     experiment = session.experiment
-    if session.due(experiment.validate_every) and session.validated_at < session.iteration:
-        validate(session)
     every = experiment.diagnostics.every
     if every and session.due(every) and session.diagnosed_at < session.iteration:
         diagnose(session)
+    if session.due(experiment.validate_every) and session.validated_at < session.iteration:
+        validate(session)
 
 
 def meta_update(session: Session) -> None:

@@ -97,16 +97,20 @@ def test_interrupt(search_file: Path, tmp_path: Path) -> None:
 
 
 def test_resume(search_file: Path, tmp_path: Path) -> None:
-    """After a SIGKILL the finished trial is kept, the second goes on from its checkpoint, the third
-    begins; MLflow has each of them once."""
+    """While a search runs nobody else goes on with it. After a SIGKILL the finished trial is kept,
+    the second goes on from its checkpoint, the third begins; MLflow has each of them once."""
     folder = tmp_path / "runs" / "search"
     process = start(folder)
     try:
         wait_until_the_second_trial_is_under_way(folder)
+        other = maml("search", "--resume", str(folder), cwd=tmp_path)
+        assert other.returncode == 2
+        assert f"run_dir: {folder} is in use by process {process.pid} on " in other.stderr
         process.kill()
         process.communicate(timeout=60)
     finally:
         process.kill()
+    auto = ("--resume", "auto")
     first, second = sorted((folder / "trials").glob("*"))
     trained = updates(first)
     reached = max(
@@ -115,7 +119,10 @@ def test_resume(search_file: Path, tmp_path: Path) -> None:
     )
     assert 20 <= reached < 120
 
-    resumed = maml("search", "--resume", str(folder), cwd=tmp_path)
+    other = maml("search", "quick.yaml", f"run_dir={folder}", "seed=1", *auto, cwd=tmp_path)
+    assert other.returncode == 2
+    assert "seed: was 0, is 1; a resumed search keeps its settings" in other.stderr
+    resumed = maml("search", "quick.yaml", f"run_dir={folder}", *auto, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Best: inner.lr=0.0" in resumed.stdout
     assert updates(first) == trained  # with the very times that they took

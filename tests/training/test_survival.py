@@ -159,6 +159,19 @@ def test_an_interrupted_validation_is_done_when_the_run_goes_on(
     assert records(tmp_path / "whole") == records(tmp_path / "cut")
 
 
+def test_nothing_is_recorded_twice(quick: dict[str, Any], tmp_path: Path) -> None:
+    """What came after the last update was done before the run ended; it is not done again."""
+    few = {"every": 3}
+    short = experiment_of(quick, diagnostics=few, evaluation=few)
+    trained(short, tmp_path / "run")
+    before = records(tmp_path / "run")
+    trained(short, tmp_path / "run", resume=True)
+    assert records(tmp_path / "run") == before
+    longer = experiment_of(quick, diagnostics=few, evaluation=few, outer={"iterations": 8})
+    trained(longer, tmp_path / "run", resume=True)
+    assert records(tmp_path / "run")[: len(before)] == before
+
+
 def test_half_an_update_is_not_saved(
     quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
