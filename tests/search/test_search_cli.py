@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -102,10 +103,11 @@ def test_resume(search_file: Path, tmp_path: Path) -> None:
     folder = tmp_path / "runs" / "search"
     process = start(folder)
     try:
-        wait_until_the_second_trial_is_under_way(folder)
+        wait_for((folder / "search.yaml").exists)
         other = maml("search", "--resume", str(folder), cwd=tmp_path)
         assert other.returncode == 2
         assert f"run_dir: {folder} is in use by process {process.pid} on " in other.stderr
+        wait_until_the_second_trial_is_under_way(folder)
         process.kill()
         process.communicate(timeout=60)
     finally:
@@ -136,6 +138,7 @@ def test_resume(search_file: Path, tmp_path: Path) -> None:
     assert sorted(table["inner.lr"]) == [0.01, 0.02, 0.03]
     assert set(table["outcome"]) == {"complete"}
 
+    assert json.loads((folder / "search.json").read_text())["over"]
     again = maml("search", "seed=1", "--resume", str(folder), cwd=tmp_path)
     assert again.returncode == 2
     assert "a resumed search keeps its settings" in again.stderr
