@@ -61,11 +61,10 @@ def train(
         target = (folder / name).absolute()
         if (target / "results.json").exists():
             continue
-        resume = ["--resume", str(target)] if (target / "checkpoints").exists() else []
         given = [*overrides, *places, f"run_dir={target}", "tracking.enabled=false"]
         print(f"{name}: maml train {' '.join([experiment, *overrides])}", flush=True)
-        command = [sys.executable, "-m", "pipeline.cli", "train", experiment]
-        subprocess.run([*command, *(resume or given)], check=True)
+        command = [sys.executable, "-m", "pipeline.cli", "train", experiment, "--resume", "auto"]
+        subprocess.run([*command, *given], check=True)
 
 
 def minutes(folder: Path, per_batch: int) -> float:

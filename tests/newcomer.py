@@ -60,7 +60,7 @@ class Newcomer:
         if pretrained:
             names["PRETRAINED_RUN_DIR"] = pretrained[-1][1]
         if trained := [run for run in self.runs if run not in pretrained]:
-            names["NAME"], names["RUN_DIR"] = trained[-1]
+            names["RUN_DIR"] = trained[-1][1]
         if others := [run for _, run in self.runs if run != names["RUN_DIR"]]:
             names["OTHER_RUN"] = Path(others[-1]).name
         filled = [names.get(each, each) for each in arguments]
@@ -73,7 +73,7 @@ class Newcomer:
                 return [*arguments, "--source", str(self.data)]
             case ["search", *rest] if "--resume" not in rest:
                 return [*arguments, *SHORT, *SHORT_SEARCH]
-            case ["train", *rest] if "--resume" in rest:
+            case ["train", *rest] if rest[:1] == ["--resume"]:
                 return [re.sub(r"^(outer.iterations)=.*", r"\1=4", each) for each in arguments]
             case ["train", "sinusoid"]:
                 return [*arguments, *SHORT]  # the main job, with its actors
@@ -89,7 +89,7 @@ class Newcomer:
     def type(self, arguments: list[str]) -> None:
         """Run a command, and keep in mind which folder it names."""
         done = typed(arguments, self.folder)
-        if arguments[0] == "train":
+        if arguments[0] == "train" and arguments[1] != "--resume":
             self.runs.append((arguments[1], _folder("run", done.stdout)))
         if arguments[0] == "search":
             self.search = _folder("search", done.stdout)

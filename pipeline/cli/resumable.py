@@ -8,7 +8,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from pipeline.cli.exit_codes import show_tracebacks
 from pipeline.cli.next_commands import typed
@@ -20,56 +20,86 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def load_new_or_resumed(
-    experiment: str,
-    overrides: Sequence[str],
-    resume: Path | None,
-    load_to_resume: Callable[[Path, str, Sequence[str]], Experiment],
-) -> tuple[Experiment, Path]:
-    """The experiment, and the absolute folder that its results go to.
+class Kind(NamedTuple):
+    """What is taken up again: a run or a search."""
 
-    Without `resume` the experiment is read by its name and the folder is a new one; otherwise the
-    folder is `resume`, and `load_to_resume(folder, experiment, overrides)` reads what it holds.
-    Raises ConfigError, and what `load_to_resume` raises.
+    load_to_resume: Callable[[Path, Sequence[str]], Experiment]
+    """Reads what a folder holds, with overrides."""
+    to_continue: Callable[[Experiment], Path | None]
+    """The folder with which `--resume auto` goes on, if there is one."""
+    continues_elsewhere: Callable[[Experiment], bool] = lambda experiment: False
+    """Whether it goes on though there is no such folder."""
+
+
+class Request(NamedTuple):
+    """What is to be done, and where."""
+
+    experiment: Experiment
+    folder: Path
+    """Absolute."""
+    resume: bool
+
+
+@contextlib.contextmanager
+def new_or_resumed(
+    kind: Kind, name: str | None, overrides: Sequence[str], resume: str | None
+) -> Iterator[Request]:
+    """What `[NAME] [OVERRIDES] [--resume FOLDER|auto]` asks for.
+
+    Without `resume` the experiment is read by its name and the folder is a new one, which goes
+    again if nothing is written to it. A folder to be resumed says all that a name would. With
+    `auto`, the named experiment goes on where there is something to go on with, and else begins.
+    Raises ConfigError, RunFolderError, and what the functions of `kind` raise.
     """
-    from pipeline.config.loading import load, new_run_dir
+    from pipeline.config.loading import ConfigError, absolute_path, load
+    from pipeline.runs.claims import new_folder
+    from pipeline.runs.continuing import AUTO
 
-    if resume is None:
-        loaded = load(experiment, overrides)
-        return loaded, new_run_dir(loaded)
-    folder = resume.expanduser().absolute()
-    return load_to_resume(folder, experiment, overrides), folder
+    if resume not in (None, AUTO):
+        folder = absolute_path(resume)
+        words = [*([name] if name else []), *overrides]  # the first word stands where names do
+        yield Request(kind.load_to_resume(folder, words), folder, True)
+        return
+    if name is None:
+        raise ConfigError("", ["name an experiment (`maml config list`), or --resume a folder"])
+    experiment = load(name, overrides)
+    found = kind.to_continue(experiment) if resume == AUTO else None
+    if found is not None:
+        yield Request(experiment, found, True)
+        return
+    elsewhere = resume == AUTO and kind.continues_elsewhere(experiment)
+    with new_folder(experiment) as folder:
+        yield Request(experiment, folder, elsewhere)
 
 
 def carry_out(
     work: Callable[..., T],
-    experiment: Experiment,
-    folder: Path,
+    request: Request,
     *,
-    resume: bool,
     watcher: LiveLine,
     command: str,
     on_stop: str,
 ) -> T:
     """Run `work` on the experiment until it is done, and return what it returns.
 
-    The first Ctrl-C or SIGTERM prints `on_stop` and lets the work save its state. Where the work
-    ends early, the last line shows `command --resume FOLDER`. Raises Interrupted, TrainingFailed,
-    and what `work` raises before it has started.
+    The first Ctrl-C, SIGTERM or SIGHUP prints `on_stop` and lets the work save its state. Where the
+    work ends early, the last line shows `command --resume FOLDER`. Raises Interrupted,
+    TrainingFailed, and what `work` raises before it has started.
     """
     stop = StopRequest(watcher, on_stop)
-    with resumable(watcher, f"{command} --resume {typed(folder)}", resume):
+    with resumable(watcher, f"{command} --resume {typed(request.folder)}", request.resume):
         return work(
-            experiment,
-            folder,
-            resume=resume,
+            request.experiment,
+            request.folder,
+            resume=request.resume,
             watcher=watcher,
             should_stop=lambda: stop.requested,
         )
 
 
 class StopRequest:
-    """Handles Ctrl-C and SIGTERM: the first one asks for a checkpoint, the second ends at once."""
+    """Handles Ctrl-C, SIGTERM and SIGHUP: the first one asks for a checkpoint, the second ends at
+    once."""
 
     def __init__(self, watcher: LiveLine, message: str):
         """`message` is shown at the first signal, if `watcher.training` says that there is a state
@@ -77,15 +107,27 @@ class StopRequest:
         self.requested = False
         self._watcher = watcher
         self._message = message
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup has it
+            signal.signal(signal.SIGHUP, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGHUP:
+            self._forget_the_terminal()
         if self.requested or not self._watcher.training:
             raise KeyboardInterrupt
         self.requested = True
         # Not print: the signal may have come in the middle of one.
         os.write(2, f"\n{self._message}\n".encode())
+
+    def _forget_the_terminal(self) -> None:
+        """It is gone: what would be printed there goes nowhere, instead of being an error."""
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for number in self._terminals:
+            os.dup2(nowhere, number)
+        os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from pipeline.cli.exit_codes import reporting_errors
 from pipeline.cli.next_commands import typed, ui_command
-from pipeline.cli.resumable import carry_out, load_new_or_resumed
+from pipeline.cli.resumable import Kind, carry_out, new_or_resumed
 
 
 @reporting_errors
 def search(
     experiment: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="a shipped experiment or a YAML file with a search section", show_default=False
+            help="a shipped experiment or a YAML file with a search section; not with --resume "
+            "SEARCH_DIR",
+            show_default=False,
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -29,8 +30,12 @@ def search(
         ),
     ] = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(help="continue the search in this folder: finished trials are kept"),
+        str | None,
+        typer.Option(
+            metavar="SEARCH_DIR|auto",
+            help="continue the search in this folder: finished trials are kept; auto: the newest "
+            "unfinished one of EXPERIMENT with these settings (or that in run_dir), or begin one",
+        ),
     ] = None,
 ) -> None:
     """Search for the best settings: many short trainings with Ray Tune, ranked by validation.
@@ -40,20 +45,20 @@ def search(
     """
     from pipeline.cli.console import out
     from pipeline.cli.search_console import SearchConsole, search_table
-    from pipeline.search.run import load_search, run_search
+    from pipeline.search.run import load_search, run_search, search_to_continue
     from pipeline.training.endings import TrainingFailed
 
-    loaded, folder = load_new_or_resumed(experiment, overrides or [], resume, load_search)
+    kind = Kind(load_search, search_to_continue)
     watcher = SearchConsole()
-    result = carry_out(
-        run_search,
-        loaded,
-        folder,
-        resume=resume is not None,
-        watcher=watcher,
-        command=f"maml search {experiment}",
-        on_stop="stopping and saving the search (again to stop at once)",
-    )
+    with new_or_resumed(kind, experiment, overrides or [], resume) as request:
+        result = carry_out(
+            run_search,
+            request,
+            watcher=watcher,
+            command="maml search",
+            on_stop="stopping and saving the search (again to stop at once)",
+        )
+    folder = request.folder
     watcher.stop()
     # Wider than a narrow terminal if it must be: no number is cut.
     out.print(search_table(result), width=max(out.width, 120), crop=False)
@@ -63,5 +68,5 @@ def search(
     if result.best is None:
         raise TrainingFailed("no trial has a result; the table says why each one failed")
     watcher.say(f"train in full  maml train {typed(folder / 'best.yaml')}")
-    if loaded.tracking.enabled:
-        watcher.say(f"MLflow         {ui_command(loaded, folder)}")
+    if request.experiment.tracking.enabled:
+        watcher.say(f"MLflow         {ui_command(request.experiment, folder)}")

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.cli.arguments import ExperimentName, Overrides
+from pipeline.cli.arguments import Overrides
 from pipeline.cli.exit_codes import reporting_errors
 from pipeline.cli.next_commands import typed, ui_command
-from pipeline.cli.resumable import carry_out, load_new_or_resumed
+from pipeline.cli.resumable import Kind, carry_out, new_or_resumed
 
 if TYPE_CHECKING:
     from pipeline.config.experiment import Experiment
@@ -18,11 +18,22 @@ if TYPE_CHECKING:
 
 @reporting_errors
 def train(
-    experiment: ExperimentName,
+    experiment: Annotated[
+        str | None,
+        typer.Argument(
+            help="name of a shipped experiment, or a YAML file; not with --resume RUN_DIR",
+            show_default=False,
+        ),
+    ] = None,
     overrides: Overrides = None,
     resume: Annotated[
-        Path | None,
-        typer.Option(help="continue the run in this folder from its last checkpoint"),
+        str | None,
+        typer.Option(
+            metavar="RUN_DIR|auto",
+            help="continue the run in this folder, which says all but what overrides change; auto: "
+            "the newest unfinished run of EXPERIMENT with these settings (or that in run_dir), or "
+            "begin one",
+        ),
     ] = None,
 ) -> None:
     """Meta-train an experiment, then meta-test it.
@@ -31,21 +42,21 @@ def train(
     """
     from pipeline.cli.console import ConsoleWatcher, curves_table, out
     from pipeline.config.loading import load_to_resume
+    from pipeline.runs.continuing import has_checkpoints_elsewhere, run_to_continue
     from pipeline.training.loop import train as meta_train
 
-    loaded, run_dir = load_new_or_resumed(experiment, overrides or [], resume, load_to_resume)
+    kind = Kind(load_to_resume, run_to_continue, has_checkpoints_elsewhere)
     watcher = ConsoleWatcher()
-    curves = carry_out(
-        meta_train,
-        loaded,
-        run_dir,
-        resume=resume is not None,
-        watcher=watcher,
-        command=f"maml train {experiment}",
-        on_stop="stopping and saving (again to stop at once)",
-    )
-    out.print(curves_table(loaded.build_task(), curves))
-    for line in _what_next(loaded, run_dir):
+    with new_or_resumed(kind, experiment, overrides or [], resume) as request:
+        curves = carry_out(
+            meta_train,
+            request,
+            watcher=watcher,
+            command="maml train",
+            on_stop="stopping and saving (again to stop at once)",
+        )
+    out.print(curves_table(request.experiment.build_task(), curves))
+    for line in _what_next(request.experiment, request.folder):
         watcher.say(line)
 
 

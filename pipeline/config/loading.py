@@ -7,7 +7,6 @@ overrides such as `inner.lr=0.1`. `load` makes an `Experiment` of it, whose erro
 
 from __future__ import annotations
 
-import datetime
 import difflib
 import os
 import re
@@ -142,6 +141,7 @@ def load_run(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
 
 # What may change when a run is continued: none of it changes what has been computed so far.
 _RESUMABLE = (
+    "description",
     "outer.iterations",
     "cluster.",
     "evaluation.",
@@ -152,26 +152,45 @@ _RESUMABLE = (
 )
 
 
-def load_to_resume(run_dir: Path, name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
+def load_to_resume(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
     """Read the experiment of a run that is to be continued. Raises ConfigError.
 
     The run's own configuration counts; overrides may change how long it goes on and everything
     that does not touch its results.
     """
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError(
+                "", [f"{word}: {run_dir} says which experiment goes on; leave it out"]
+            )
     before = load_run(run_dir)
-    name = load(name_or_path).name if Path(name_or_path).is_file() else name_or_path
-    if name != before.name:
-        raise ConfigError("", [f"{run_dir} holds a run of {before.name}, not of {name}"])
     after = load_run(run_dir, overrides)
-    was, now = before.flat(), after.flat()
+    refuse_changes(before, after, "the overrides")
+    return after
+
+
+def refuse_changes(before: Experiment, after: Experiment, source: str) -> None:
+    """Raise ConfigError for settings that a run cannot change when it is continued.
+
+    `source` is where the settings of `after` come from.
+    """
     errors = [
-        f"{path}: was {was.get(path)!r}; a resumed run cannot change it to {now.get(path)!r}"
-        for path in sorted({*was, *now})
-        if was.get(path) != now.get(path) and not path.startswith(_RESUMABLE)
+        f"{path}: was {was!r}; a resumed run cannot change it to {now!r}"
+        for path, was, now in changes(before, after)
+        if not path.startswith(_RESUMABLE)
     ]
     if errors:
-        raise ConfigError("the overrides", errors)
-    return after
+        raise ConfigError(source, errors)
+
+
+def changes(before: Experiment, after: Experiment) -> list[tuple[str, Any, Any]]:
+    """The settings that differ: their paths, and their values before and after."""
+    was, now = before.flat(), after.flat()
+    return [
+        (path, was.get(path), now.get(path))
+        for path in sorted({*was, *now})
+        if was.get(path) != now.get(path)
+    ]
 
 
 def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -223,19 +242,6 @@ def absolute_path(path: str | Path) -> Path:
 def runs_folder() -> Path:
     """The absolute folder of runs that name no `run_dir`."""
     return absolute_path(os.environ.get(RUNS) or "runs")
-
-
-def new_run_dir(experiment: Experiment) -> Path:
-    """The absolute folder of a new run: `run_dir`, else one that does not exist yet."""
-    if experiment.run_dir is not None:
-        return absolute_path(experiment.run_dir)
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    folder = runs_folder() / f"{experiment.name}-{stamp}"
-    attempt = 2
-    while folder.exists():
-        folder = folder.with_name(f"{experiment.name}-{stamp}-{attempt}")
-        attempt += 1
-    return folder
 
 
 def json_schema() -> dict[str, Any]:

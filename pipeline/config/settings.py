@@ -368,6 +368,9 @@ class Checkpointing(Section):
     every: int | None = Field(
         None, ge=1, description="iterations between checkpoints; null: with every validation"
     )
+    minutes: float | None = Field(
+        10.0, ge=0, description="after which there is one in any case; 0 or null: only by `every`"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints kept, beside the best one")
     uri: str | None = Field(
         None, description="any folder that pyarrow.fs knows (s3://...); null: in the run's folder"

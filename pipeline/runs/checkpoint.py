@@ -3,8 +3,9 @@
 A checkpoint is two files: tensors (safetensors, bit for bit), then a manifest (JSON) that names the
 tensor file and its SHA-256. The manifest is written last and moved into place, so that its
 existence means completeness: whatever happens before leaves the previous checkpoint in charge and
-at most a leftover, which is ignored, and removed by the next save. Nothing is pickled, so loading a
-checkpoint runs no code.
+at most a leftover, which is ignored, and removed by the next save. On a local disk both files and
+the folder are synced before an older checkpoint goes. Nothing is pickled, so loading a checkpoint
+runs no code.
 
     FOLDER/iteration-00000120-1f9c2a7e.safetensors
     FOLDER/iteration-00000120.json
@@ -31,7 +32,7 @@ from torch import Tensor
 
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import Params
-from pipeline.runs.files import unique_suffix, write_atomically
+from pipeline.runs.files import sync, unique_suffix, write_atomically
 from tasks.errors import ReportedError
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ class CheckpointStore:
     """The checkpoints of one run: the `keep` newest, and the best on validation.
 
     'Best' is a fact about the moment of saving: it is stored with the checkpoint and never changed,
-    and the newest checkpoint that has it is the best one. There is one writer, the driver.
+    and the newest checkpoint that has it is the best one. There is one writer, the driver that has
+    the lease of the run's folder (see `claims`).
     """
 
     def __init__(self, uri_or_path: str | Path, keep: int):
@@ -93,6 +95,7 @@ class CheckpointStore:
             else:
                 self._fs = pyarrow.fs.LocalFileSystem()
                 self._root = str(Path(self.folder).expanduser().absolute())
+            self._is_local = isinstance(self._fs, pyarrow.fs.LocalFileSystem)
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint folder {self.folder}: {error}; use a local path or a URI such as "
@@ -104,6 +107,11 @@ class CheckpointStore:
         """The checkpoints of an experiment's run: in its folder, unless configured elsewhere."""
         settings = experiment.checkpoint
         return cls(settings.uri or run_dir / "checkpoints", settings.keep)
+
+    @property
+    def local_folder(self) -> Path | None:
+        """The folder, where it is on a file system of this machine."""
+        return Path(self._root) if self._is_local else None
 
     def check_writable(self) -> None:
         """Create the folder and write to it once, so that a run fails at its start if it must.
@@ -151,6 +159,7 @@ class CheckpointStore:
             self._write(self._path(tensor_file), tensors)
             self._write(unfinished, json.dumps(manifest, indent=1).encode())
             self._fs.move(unfinished, self._path(f"{name}.json"))
+            self._sync(self._root)  # before those that it supersedes go
         except OSError as error:
             raise self._unwritable(error) from error
         try:
@@ -268,6 +277,12 @@ class CheckpointStore:
     def _write(self, path: str, content: bytes) -> None:
         with self._fs.open_output_stream(path) as stream:
             stream.write(content)
+        self._sync(path)
+
+    def _sync(self, path: str) -> None:
+        """Have a file or a folder of this machine on the disk itself; other stores see to it."""
+        if self._is_local:
+            sync(path)
 
     def _read(self, path: str) -> bytes:
         with self._fs.open_input_file(path) as file:

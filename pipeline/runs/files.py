@@ -18,6 +18,18 @@ def unique_suffix() -> str:
     return uuid.uuid4().hex[:8]
 
 
+def sync(path: str | Path) -> None:
+    """Return once the content of a file, or the names in a folder, would survive a loss of power.
+
+    Raises OSError.
+    """
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def write_atomically(path: str | Path, content: str | bytes) -> None:
     """Write a small local file so that a reader sees all of it or what was there before.
 

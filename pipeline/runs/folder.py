@@ -8,6 +8,7 @@ RUN_DIR/results.json         the meta-test, every number with its protocol
 RUN_DIR/plots/               PNG
 RUN_DIR/analysis/            what `maml analyze` found
 RUN_DIR/request.json         what asks a served model of images (`maml export`)
+RUN_DIR/.lease               who writes to it at the moment, see `claims`
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.config.experiment import Experiment
+from pipeline.config.loading import load_run
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.runs.checkpoint import (
     CheckpointError,
@@ -34,6 +36,7 @@ from tasks.errors import ReportedError
 
 Which = Literal["final", "best"]
 """Whose parameters: those of the last iteration, or of the best validation."""
+_TRAINED = ("metrics.jsonl", "theta.safetensors", "results.json")  # what training leaves
 
 
 class RunFolderError(ReportedError):
@@ -62,47 +65,64 @@ def taken_back_if_it_fails(run_dir: Path) -> Iterator[None]:
 
     Everything stays where the folder has gained more than the start of a run writes.
     """
-    before = {path.name for path in run_dir.iterdir()} if run_dir.is_dir() else None
+    before = {path.name for path in run_dir.iterdir()}
+    config = run_dir / "config.yaml"  # of a run that was killed before it had a checkpoint
+    killed = config.read_bytes() if config.is_file() else None
     try:
         yield
     except BaseException:
         with contextlib.suppress(OSError):  # what cannot be removed stays
             _take_back(run_dir, before)
+        if killed is not None:
+            write_atomically(config, killed)
         raise
 
 
-def _take_back(run_dir: Path, before: set[str] | None) -> None:
-    """Remove what a start wrote; `before` is what the folder held, None if there was none.
-
-    Raises OSError.
-    """
-    gained = {path.name for path in run_dir.iterdir()} - (before or set())
+def _take_back(run_dir: Path, before: set[str]) -> None:
+    """Remove what a start wrote; `before` is what the folder held. Raises OSError."""
+    gained = {path.name for path in run_dir.iterdir()} - before
     if not gained <= {"config.yaml", "checkpoints"}:
         return
     if "checkpoints" in gained:
         (run_dir / "checkpoints").rmdir()  # raises if there is one in it: then all of it stays
     if "config.yaml" in gained:
         (run_dir / "config.yaml").unlink()
-    if before is None:
-        run_dir.rmdir()
 
 
 def refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
-    """Raise RunFolderError if the folder or its checkpoint folder already holds a run."""
-    if (run_dir / "config.yaml").exists() or store.list():
+    """Raise RunFolderError if the folder or its checkpoint folder already holds a run.
+
+    A run that was killed before its first checkpoint has nothing that could be lost: it is none.
+    """
+    if store.list() or _has_trained(run_dir):
         raise RunFolderError(
             f"run_dir: {run_dir} (or its checkpoint folder) already holds a run; continue it with "
             f"--resume {run_dir}, or choose another folder"
         )
 
 
-def state_to_resume(store: CheckpointStore) -> TrainingState:
-    """Load the newest state. Raises RunFolderError if there is none, CheckpointError if all are
-    damaged."""
+def state_to_resume(run_dir: Path, store: CheckpointStore) -> TrainingState | None:
+    """Load the newest state; None if the run was killed before it had one.
+
+    Raises RunFolderError if there is no run, or if it had one; CheckpointError if all are damaged.
+    """
     state = store.latest()
-    if state is None:
+    begun = (run_dir / "config.yaml").is_file()
+    if state is None and (not begun or _has_trained(run_dir)):
         raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
     return state
+
+
+def _has_trained(run_dir: Path) -> bool:
+    """Whether the folder holds anything that training wrote, or checkpoints elsewhere say so."""
+    if any((run_dir / name).exists() for name in _TRAINED):
+        return True
+    if not (run_dir / "config.yaml").exists():
+        return False
+    try:
+        return bool(CheckpointStore.of_run(load_run(run_dir), run_dir).list())
+    except ReportedError:
+        return True  # a configuration that cannot be read may be that of a run
 
 
 def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:

@@ -19,14 +19,16 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.cluster.capacity import refuse_or_wait
 from pipeline.cluster.connection import connect
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import ConfigError, absolute_path, load
+from pipeline.config.loading import ConfigError, absolute_path, changes, load
 from pipeline.config.search import Search
 from pipeline.evaluation.meta_test import check_tasks
+from pipeline.runs.claims import leased
+from pipeline.runs.continuing import folder_to_continue
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import RunFolderError, check_writable
 from pipeline.runs.mlflow_sender import TrackingError
@@ -64,6 +66,7 @@ from pipeline.training.opening import with_absolute_data
 from pipeline.training.placement import gpu_share
 from pipeline.worker.chunk import ChunkComputer
 
+_FACTS = "search.json"
 _CONNECTING = 60.0  # seconds that MLflow has to answer before the search gives up
 
 
@@ -112,9 +115,10 @@ def run_search(
     ranking = _ranking(search, possible)
     scheduler = scheduler_of(search, possible)
     algorithm = algorithm_of(search, experiment.seed)
-    token = _open_folder(experiment, folder, resume)
-    watcher.starting(experiment, folder)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(leased(folder))
+        token = _open_folder(experiment, folder, resume)
+        watcher.starting(experiment, folder)
         gpus = stack.enter_context(_ray(experiment, possible, watcher.notice))
         if gpus:  # otherwise what is found may run where there are some
             experiment = experiment.changed(cluster={"gpus_per_worker": gpus})
@@ -136,10 +140,11 @@ def run_search(
         _record(tracker, plan, results, words, files, runs.run_ids)
         if stopped:
             raise Interrupted(f"the search was stopped: {outcomes(results)}")
+        _write_facts(folder, {"token": token, "over": True})
     return SearchResult(plan, results, words)
 
 
-def load_search(folder: Path, name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
+def load_search(folder: Path, overrides: Sequence[str] = ()) -> Experiment:
     """The experiment of a search that is to be continued; no override can change it.
 
     Raises ConfigError, RunFolderError.
@@ -149,11 +154,29 @@ def load_search(folder: Path, name_or_path: str, overrides: Sequence[str] = ()) 
     path = folder / "search.yaml"
     if not path.is_file():
         raise RunFolderError(f"{folder} is not the folder of a search: it has no search.yaml")
-    before = load(str(path))
-    name = load(name_or_path).name if Path(name_or_path).is_file() else name_or_path
-    if name != before.name:
-        raise ConfigError(str(folder), [f"holds a search of {before.name}, not of {name}"])
-    return before
+    return load(str(path))
+
+
+def search_to_continue(experiment: Experiment) -> Path | None:
+    """The folder of a search of this experiment that can go on; None if there is none.
+
+    It is `run_dir`, else the newest of this name and these settings that is not over. Raises
+    ConfigError if the search in `run_dir` has other settings.
+    """
+
+    def check(folder: Path) -> None:
+        before = load_search(folder)
+        asked = with_absolute_data(experiment).changed(run_dir=before.run_dir)
+        errors = [
+            f"{path}: was {was!r}, is {now!r}; a resumed search keeps its settings"
+            for path, was, now in changes(before, asked)
+        ]
+        if errors:
+            raise ConfigError(f"the search in {folder}", errors)
+
+    return folder_to_continue(
+        experiment, "search.yaml", check, lambda folder: bool(_facts(folder).get("over"))
+    )
 
 
 def _check_tasks(experiments: Sequence[Experiment]) -> None:
@@ -178,12 +201,11 @@ def _ranking(search: Search, possible: Sequence[Experiment]) -> Ranking:
 
 def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
     """Make or find the folder; return the search's token in MLflow. Raises RunFolderError."""
-    path = folder / "search.json"
     if resume:
         try:
-            return str(json.loads(path.read_text())["token"])
-        except (OSError, ValueError, KeyError) as error:
-            raise RunFolderError(f"{path} cannot be read: {error}") from None
+            return str(_facts(folder)["token"])
+        except KeyError:
+            raise RunFolderError(f"{folder / _FACTS} has no token") from None
     if (folder / "search.yaml").exists() or (folder / "config.yaml").exists():
         raise RunFolderError(
             f"run_dir: {folder} already holds results; continue a search with --resume {folder}, "
@@ -191,9 +213,25 @@ def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
         )
     token = uuid.uuid4().hex
     check_writable(folder)
-    path.write_text(json.dumps({"token": token}))
+    _write_facts(folder, {"token": token})
     write_atomically(folder / "search.yaml", experiment.to_yaml())
     return token
+
+
+def _facts(folder: Path) -> dict[str, Any]:
+    """What a search knows of itself: its token in MLflow, and whether it is over.
+
+    Raises RunFolderError.
+    """
+    path = folder / _FACTS
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise RunFolderError(f"{path} cannot be read: {error}") from None
+
+
+def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    write_atomically(folder / _FACTS, json.dumps(facts))
 
 
 @contextlib.contextmanager

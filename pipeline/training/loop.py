@@ -81,18 +81,29 @@ def meta_train(session: Session, should_stop: Callable[[], bool] = never) -> Non
     """
     experiment = session.experiment
     session.save_checkpoint()  # so that a run can be continued before its first regular checkpoint
+    _look(session)  # a run that ended between an update and these
     while session.iteration < experiment.outer.iterations:
         meta_update(session)
-        if session.due(experiment.validate_every):
-            validate(session)
-        if experiment.diagnostics.every and session.due(experiment.diagnostics.every):
-            diagnose(session)
-        if session.due(experiment.checkpoint_every):
+        _look(session)
+        if session.checkpoint_due:
             session.save_checkpoint()
         if should_stop():
-            session.save_checkpoint()
             raise Interrupted(f"stopped after iteration {session.iteration}")
     session.save_theta()
+
+
+def _look(session: Session) -> None:
+    """Diagnose and validate where it is due after this iteration, and was not done yet.
+
+    In this order, because a validation that is the best so far writes a checkpoint: from there on
+    both are done.
+    """
+    experiment = session.experiment
+    every = experiment.diagnostics.every
+    if every and session.due(every) and session.diagnosed_at < session.iteration:
+        diagnose(session)
+    if session.due(experiment.validate_every) and session.validated_at < session.iteration:
+        validate(session)
 
 
 def meta_update(session: Session) -> None:
@@ -111,7 +122,7 @@ def meta_update(session: Session) -> None:
     batch = MetaBatch(iteration, session.cut.num_chunks, session.workers)
     moved = session.outer_step.move(session.optimizer, mean, batch)  # θ_t -> θ_{t+1}
     updated = time.perf_counter()
-    session.iteration += 1
+    session.update_done()
     _stop_if_diverged(session, mean)
     session.record(
         {
@@ -160,7 +171,6 @@ def _stop_if_diverged(session: Session, mean: Aggregate) -> None:
     if session.bad_updates < limit:
         session.watcher.notice(f"{what}; the update was not applied")
         return
-    session.save_checkpoint()
     first_loss = session.history.first("train/support_loss")
     if session.experiment.diagnostics.every and not theta_diverged(mean.metrics, first_loss):
         diagnose(session)  # a run that diverges early has no diagnosis yet

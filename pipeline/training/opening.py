@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.cluster.connection import cluster_address
 from pipeline.cluster.group import threads_per_chunk
@@ -18,6 +18,7 @@ from pipeline.config.experiment import Experiment
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.maml.flat_vector import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
+from pipeline.runs.claims import Lease, leased
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import (
     check_writable,
@@ -34,7 +35,7 @@ from pipeline.runs.tracker import (
     resolve_uri,
 )
 from pipeline.training.endings import Interruption
-from pipeline.training.session import Method, Session, Watcher
+from pipeline.training.session import Method, Session, Watcher, without_window
 from pipeline.worker.learner import compute_device, initial_parameters
 from tasks.data_root import absolute_root
 
@@ -42,9 +43,10 @@ from tasks.data_root import absolute_root
 def first_state_from(state: TrainingState) -> TrainingState:
     """The state of a new run that starts from another run's checkpoint.
 
-    It takes over θ, the optimiser, the iteration, `compile` and `threads`, not the MLflow run nor
-    the best checkpoint.
+    It takes over θ, the optimiser, the iteration, `compile` and `threads`, not the MLflow run, the
+    metrics that wait for their record, nor the best checkpoint.
     """
+    state = without_window(state)
     extra = {**state.extra, "tracking_token": None, "ancestor": name_of_state(state)}
     return replace(state, best=None, bad_updates=0, mlflow_run_id=None, extra=extra)
 
@@ -76,20 +78,46 @@ def open_session(
     """
     method.check(experiment)
     store = CheckpointStore.of_run(experiment, run_dir)
-    state = _state_to_begin_with(store, run_dir, resume, start_from)
-    experiment = with_absolute_data(experiment.changed(search=None))
-    with contextlib.ExitStack() as starting:
-        if state is None and token is None:  # the folder of a named run is its caller's
-            starting.enter_context(taken_back_if_it_fails(run_dir))
-        session = _started(experiment, run_dir, method, state, store, watcher, token)
+    with contextlib.ExitStack() as held:
+        lease = None if token is not None else held.enter_context(_writing(run_dir, store))
+        state = _state_to_begin_with(store, run_dir, resume, start_from)
+        begun = _Opening(experiment, run_dir, method, state, store, watcher, token, lease)
+        session = _prepared(begun)
+        with _closed(session):
+            session.tracker = _start_tracking(session, state)
+            watcher.started(session)
+            yield session
+
+
+@contextlib.contextmanager
+def _writing(run_dir: Path, store: CheckpointStore) -> Iterator[Lease]:
+    """Be the one who writes the run and, where they are on this machine, its checkpoints.
+
+    Raises RunFolderError.
+    """
+    with contextlib.ExitStack() as held:
+        lease = held.enter_context(leased(run_dir))
+        elsewhere = store.local_folder
+        if elsewhere is not None and not elsewhere.is_relative_to(run_dir):
+            held.enter_context(leased(elsewhere, "checkpoint.uri"))
+        yield lease
+
+
+@contextlib.contextmanager
+def _closed(session: Session) -> Iterator[None]:
+    """Around what a session does: saves its last state, ends its workers and its MLflow record."""
     status: Literal["FINISHED", "FAILED", "KILLED"] = "FAILED"
+    watcher = session.watcher
     try:
-        session.tracker = _start_tracking(session, state)
-        watcher.started(session)
-        yield session
+        yield
+        if problem := session.save_at_end():
+            watcher.notice(problem)
         status = "FINISHED"
-    except Interruption:
-        status = "KILLED"
+    except BaseException as error:
+        if problem := session.save_at_end():
+            error.add_note(problem)
+        if isinstance(error, Interruption):
+            status = "KILLED"
         raise
     finally:
         try:
@@ -103,30 +131,63 @@ def open_session(
                 )
 
 
-def _started(
-    experiment: Experiment,
-    run_dir: Path,
-    method: Method,
-    state: TrainingState | None,
-    store: CheckpointStore,
-    watcher: Watcher,
-    token: str | None,
-) -> Session:
-    """Check, make the folder, start the workers. Raises what `open_session` raises."""
-    theta = _first_theta(experiment, run_dir, store)
-    watcher.starting(experiment, run_dir)
+class _Opening(NamedTuple):
+    """What a session is made of."""
+
+    experiment: Experiment
+    run_dir: Path
+    method: Method
+    state: TrainingState | None
+    store: CheckpointStore
+    watcher: Watcher
+    token: str | None
+    lease: Lease | None
+
+
+def _prepared(opening: _Opening) -> Session:
+    """A session whose workers have been started; what a new run wrote goes where that fails.
+
+    Raises what `open_session` raises.
+    """
+    experiment = with_absolute_data(opening.experiment.changed(search=None))
+    run_dir, state = opening.run_dir, opening.state
+    config = experiment.to_yaml()
+    with contextlib.ExitStack() as starting:
+        if state is None and opening.lease is not None:  # without one the folder is the caller's
+            starting.enter_context(taken_back_if_it_fails(run_dir))
+        theta = _first_theta(experiment, run_dir, opening.store)
+        opening.watcher.starting(experiment, run_dir)
+        if state is None:  # so that it can be resumed if it is killed while programs compile
+            write_atomically(run_dir / "config.yaml", config)
+        session = _started(opening._replace(experiment=experiment), theta)
+    if state is not None:  # only now, because a resume that is refused changes nothing
+        write_atomically(run_dir / "config.yaml", config)
+        session.history.forget_after(state.iteration)
+    return session
+
+
+def _started(opening: _Opening, theta: Params) -> Session:
+    """Decide what results depend on, and start the workers. Raises what `open_session` raises."""
+    experiment, method, state = opening.experiment, opening.method, opening.state
     # This and the number of threads change the last bits of results: a resumed run keeps those of
     # its beginning.
     compile = bool(state.extra["compile"]) if state else method.compiles(experiment)
     placement = method.place(experiment, compile)
-    write_atomically(run_dir / "config.yaml", experiment.to_yaml())
     # Of Ray Train: decided before the next lines write this process's number into the settings.
     worker_threads = threads_per_chunk(experiment, 1)
     threads = state.extra["threads"] if state else threads_per_chunk(experiment, placement.workers)
     share = {"gpus_per_worker": placement.gpus_per_worker}
-    experiment = experiment.changed(compute={"threads": threads}, cluster=share)
     session = Session(
-        experiment, run_dir, method, theta, state, store, watcher, compile=compile, token=token
+        experiment.changed(compute={"threads": threads}, cluster=share),
+        opening.run_dir,
+        method,
+        theta,
+        state,
+        opening.store,
+        opening.watcher,
+        compile=compile,
+        token=opening.token,
+        lease=opening.lease,
     )
     session.worker_threads = worker_threads
     session.workers = method.start_workers(session, placement)
@@ -143,7 +204,7 @@ def _state_to_begin_with(
     if start_from is not None:
         return first_state_from(start_from)
     if resume:
-        return state_to_resume(store)
+        return state_to_resume(run_dir, store)
     refuse_to_overwrite(run_dir, store)
     return None
 
@@ -152,7 +213,7 @@ def _first_theta(experiment: Experiment, run_dir: Path, store: CheckpointStore) 
     """Check what can be known to be wrong before the start; return θ of a fresh model.
 
     A model that does not fit the tasks, a missing GPU and a bad tracking address are found before
-    `check_writable` makes the run's folder. Raises what `open_session` raises.
+    anything is written. Raises what `open_session` raises.
     """
     check_tasks(experiment)
     theta = initial_parameters(experiment)

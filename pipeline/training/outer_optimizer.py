@@ -34,6 +34,8 @@ class OuterOptimizer:
         self._optimizer: torch.optim.Optimizer = factory([self._flat], fused=True, **options)
         self._scheduler = build_scheduler(self._optimizer, outer)
         self._steps = 0
+        self.moves = 0
+        """Counts the beginnings of changes to θ, to the optimiser and to the schedule."""
 
     @property
     def flat(self) -> Tensor:
@@ -74,18 +76,21 @@ class OuterOptimizer:
                 gradient = gradient * min(
                     1.0, largest / max(norm, torch.finfo(gradient.dtype).tiny)
                 )
+            self.moves += 1
             self._flat.grad = gradient
             self._optimizer.step()
         return norm
 
     def tick(self) -> None:
         """Advance the schedule by one iteration."""
+        self.moves += 1
         self._steps += 1
         if self._scheduler is not None:
             self._scheduler.step()
 
     def replace(self, flat: Tensor) -> None:
         """Overwrite θ with `flat` [D]; the optimiser and its schedule keep their state."""
+        self.moves += 1
         self._flat.detach().copy_(flat)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -82,7 +82,6 @@ def pretrain(session: Session, settings: Pretraining, should_stop: Callable[[], 
         else:
             _by_ray_train(session, settings, workers, should_stop)
         if session.iteration < experiment.outer.iterations:
-            session.save_checkpoint()
             raise Interrupted(f"stopped after iteration {session.iteration}")
     theta = narrowed(experiment, settings, theta_of(session.pretraining))
     session.optimizer.replace(Layout.of(session.optimizer.theta).join(theta))

@@ -10,10 +10,12 @@ import json
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pipeline.cluster.group import WorkerGroup
@@ -22,15 +24,18 @@ from pipeline.evaluation.meta_test import Curve, write_results
 from pipeline.evaluation.run_report import summary, write_plots
 from pipeline.maml.flat_vector import FlatVector, Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState, save_theta
+from pipeline.runs.claims import Lease
 from pipeline.runs.folder import History, RunFolderError
 from pipeline.runs.tracker import CURVES, NullTracker, Tracker, recorded_title
 from pipeline.training.outer_optimizer import OuterOptimizer
 from pipeline.training.outer_step import outer_step_of
 from pipeline.training.placement import Placement
+from pipeline.training.saving import Saver
 from pipeline.worker.jobs import Cut, tasks_per_chunk
 from pipeline.worker.tree import ORDER
 
 _PRETRAINING = "pretraining."  # prefix of the names of pretraining's tensors in a checkpoint
+_WINDOW = "window."  # and of the sums of metrics since the last record, float64 scalars
 
 
 class Watcher:
@@ -132,8 +137,10 @@ class Session:
         *,
         compile: bool,
         token: str | None = None,
+        lease: Lease | None = None,
     ):
-        """`theta` is of a fresh model, `state` that of a checkpoint to continue from, or None."""
+        """`theta` is of a fresh model, `state` that of a checkpoint to continue from, or None;
+        `lease` is that of `run_dir`, None where its caller sees to it that nobody else writes."""
         task = experiment.build_task()
         self.experiment, self.run_dir, self.watcher = experiment, run_dir, watcher
         self.method = method
@@ -141,6 +148,7 @@ class Session:
         self.outer_step = outer_step_of(experiment)
         self.iteration = 0
         """Completed meta-updates."""
+        self._moves = 0  # of θ, up to the last completed update
         self.pretraining: dict[str, Tensor] = {}
         """State of pretraining by name, from which θ is made at the end; empty in meta-training."""
         self.bad_updates = 0
@@ -157,9 +165,9 @@ class Session:
         """Threads of a worker of Ray Train, set by `opening`; `experiment.compute` has those that
         compute chunks."""
         self.tracker: Tracker = NullTracker()
+        self.validated_at = self.diagnosed_at = 0
+        """The iterations of the last validation and diagnosis."""
         self._store = store
-        self._improved = False
-        self._saved_at = -1
         self._window: dict[str, float] = {}
         self._window_length = 0
         self._seconds_tracking = 0.0
@@ -167,6 +175,8 @@ class Session:
         self.history = History(run_dir)
         if state is not None:
             self._restore(state)
+        saved_at = None if state is None else state.iteration
+        self._saver = Saver(store, experiment.checkpoint, watcher.notice, saved_at, lease)
         # A view of the memory that updates change in place: always the current θ.
         self._theta = self.optimizer.flat.numpy()
         # Made here, because MLflow answers later: a run that is killed early is found again by it.
@@ -195,8 +205,7 @@ class Session:
         for name, value in metrics.items():
             window[name] = window.get(name, 0.0) + value
         self._window_length += 1
-        # A record never spans a checkpoint, so that a resumed run writes the same records.
-        if self.due(self.experiment.track_every) or self.due(self.experiment.checkpoint_every):
+        if self.due(self.experiment.track_every):
             means = {name: total / self._window_length for name, total in window.items()}
             self._window, self._window_length = {}, 0
             self.log(means)
@@ -215,48 +224,77 @@ class Session:
             before is None or (value > before if self._higher_is_better else value < before)
         )
         self.log(curve.by_step("validation/"))
+        self.validated_at = self.iteration
         if better:
             self.best = {"iteration": self.iteration, "value": value, "metric": self.metric}
-            self._improved = True
-            self.save_checkpoint()
+            self._saver.save(self._state(), best=True)
         self.watcher.validated(self.iteration, curve, better)
 
     def record_diagnosis(self, metrics: dict[str, float], warnings: Mapping[str, str]) -> None:
         """Record a diagnosis; pass on its warnings, each kind once in a run."""
         self.log(metrics)
+        self.diagnosed_at = self.iteration
         for kind, message in warnings.items():
             if kind not in self._warned:
                 self._warned.add(kind)
                 self.watcher.notice(f"iteration {self.iteration:,}: {message}")
 
+    @property
+    def checkpoint_due(self) -> bool:
+        """Whether it is time for a checkpoint: by the number of iterations, or by the clock."""
+        return self.due(self.experiment.checkpoint_every) or self._saver.overdue()
+
     def save_checkpoint(self) -> None:
-        """Write a checkpoint of the current state, unless there is one already."""
-        if self._saved_at == self.iteration and not self._improved:
-            return
-        self._store.save(
-            TrainingState(
-                iteration=self.iteration,
-                tensors={
-                    **self.optimizer.tensors(),
-                    **{f"{_PRETRAINING}{name}": v for name, v in self.pretraining.items()},
-                },
-                scheduler=self.optimizer.scheduler_state(),
-                best=self.best,
-                bad_updates=self.bad_updates,
-                config=self.experiment.model_dump(mode="json"),
-                mlflow_run_id=self.tracker.run_id,
-                extra={
-                    "compile": self.compile,
-                    "threads": self.experiment.compute.threads,
-                    "tracking_token": self.tracking_token,
-                    "ancestor": self.started_from,
-                    "order_of_sums": ORDER,
-                },
-            ),
-            best=self._improved,
+        """Write a checkpoint of the current state, unless there is one already.
+
+        A write that fails does not end the run, see `Saver.save`, which says what this raises.
+        """
+        if self._saver.saved_at != self.iteration:
+            self._saver.save(self._state(), best=False)
+
+    def save_at_end(self) -> str:
+        """Write the last state of a run that is over, however it ended; what went wrong, or ''.
+
+        Nothing is written for a run that has no checkpoint, as it has not begun, nor in the middle
+        of an update: what there is of it is no state from which a run can go on.
+        """
+        saved_at = self._saver.saved_at
+        whole = self.optimizer.moves == self._moves
+        if saved_at in (None, self.iteration) or not whole:
+            return ""
+        return self._saver.save_at_end(self._state())
+
+    def update_done(self) -> None:
+        """Count an update of θ that is complete."""
+        self.iteration += 1
+        self._moves = self.optimizer.moves
+
+    def _state(self) -> TrainingState:
+        """What a checkpoint holds: copies."""
+        window = {n: torch.tensor(v, dtype=torch.float64) for n, v in self._window.items()}
+        return TrainingState(
+            iteration=self.iteration,
+            tensors={
+                **self.optimizer.tensors(),
+                **{f"{_PRETRAINING}{name}": v for name, v in self.pretraining.items()},
+                **{f"{_WINDOW}{name}": v for name, v in window.items()},
+            },
+            scheduler=self.optimizer.scheduler_state(),
+            best=self.best,
+            bad_updates=self.bad_updates,
+            config=self.experiment.model_dump(mode="json"),
+            mlflow_run_id=self.tracker.run_id,
+            extra={
+                "compile": self.compile,
+                "threads": self.experiment.compute.threads,
+                "tracking_token": self.tracking_token,
+                "ancestor": self.started_from,
+                "order_of_sums": ORDER,
+                "validated_at": self.validated_at,
+                "diagnosed_at": self.diagnosed_at,
+                "window_length": self._window_length,
+            },
         )
-        # Reset, or every later checkpoint would count as the best one.
-        self._improved, self._saved_at = False, self.iteration
 
     def save_theta(self) -> None:
         """Write the current θ as the run's result, theta.safetensors."""
@@ -285,7 +323,7 @@ class Session:
             self.tracker.log_artifact(plot, "plots")
 
     def _restore(self, state: TrainingState) -> None:
-        """Continue from the state of a checkpoint; forget records of later iterations."""
+        """Continue from the state of a checkpoint."""
         if state.extra.get("order_of_sums") != ORDER:
             raise RunFolderError(
                 f"{self._store.folder}: this run added its gradients in another order, which the "
@@ -296,6 +334,8 @@ class Session:
         for name, value in state.tensors.items():
             if name.startswith(_PRETRAINING):
                 wide[name.removeprefix(_PRETRAINING)] = value
+            elif name.startswith(_WINDOW):
+                self._window[name.removeprefix(_WINDOW)] = float(value)
             else:
                 own[name] = value
         self.pretraining = wide
@@ -304,5 +344,13 @@ class Session:
         except (ValueError, KeyError, RuntimeError) as error:
             raise RunFolderError(f"{self._store.folder}: {error}") from error
         self.iteration, self.bad_updates, self.best = state.iteration, state.bad_updates, state.best
-        self._saved_at = state.iteration
-        self.history.forget_after(state.iteration)
+        # Checkpoints of earlier versions were written after all of it.
+        self.validated_at = state.extra.get("validated_at", state.iteration)
+        self.diagnosed_at = state.extra.get("diagnosed_at", state.iteration)
+        self._window_length = state.extra.get("window_length", 0)
+
+
+def without_window(state: TrainingState) -> TrainingState:
+    """The state without the metrics that wait for their record."""
+    tensors = {n: value for n, value in state.tensors.items() if not n.startswith(_WINDOW)}
+    return replace(state, tensors=tensors, extra={**state.extra, "window_length": 0})

@@ -69,7 +69,7 @@ def test_train_evaluate_resume(experiment_file: Path, tmp_path: Path) -> None:
     assert curves[2]["mean"]["loss"] == [0.0, 0.0, 0.0]
 
     more = ("outer.iterations=8", "--resume", str(run))
-    longer = maml("train", "quick.yaml", *more, cwd=tmp_path)
+    longer = maml("train", *more, cwd=tmp_path)
     assert longer.returncode == 0, longer.stderr
     assert "no warning in 2 diagnoses; runs/first/plots/health_*.png" in longer.stdout
     assert "continuing after iteration 6" in longer.stdout
@@ -109,7 +109,8 @@ def recorded(tmp_path: Path, run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "workers"), [(signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2)]
+    ("number", "workers"),
+    [(signal.SIGINT, 0), (signal.SIGINT, 2), (signal.SIGTERM, 2), (signal.SIGHUP, 0)],
 )
 def test_interrupt_writes_a_checkpoint_and_marks_the_run(
     number: signal.Signals, workers: int, quick: dict[str, Any], tmp_path: Path
@@ -134,7 +135,7 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
     assert process.returncode == 130, err
     stopped, then = err.splitlines()[-2:]
     assert stopped.startswith("stopped after iteration")
-    assert then == "to continue: maml train slow.yaml --resume runs/cut"
+    assert then == "to continue: maml train --resume runs/cut"
     assert "Traceback" not in err
     state = CheckpointStore(run / "checkpoints", keep=2).latest()
     assert state is not None
@@ -159,7 +160,10 @@ def test_interrupt_writes_a_checkpoint_and_marks_the_run(
         (["train", "sinusoid", "run_dir=quick.yaml/run"], "cannot write"),
         (["train", "sinusoid", "compute.device=cuda", "cluster.workers=0"], "no GPU"),
         (["train", "sinusoid", "cluster.workers=99999"], "cluster.workers: 99999 workers on the"),
-        (["train", "quick", "--resume", "nowhere"], "not the folder of a run"),
+        (["train", "--resume", "nowhere"], "not the folder of a run"),
+        (["train", "sinusoid", "--resume", "nowhere"], "sinusoid: "),
+        (["train"], "name an experiment"),
+        (["search"], "name an experiment"),
         (["evaluate", "nowhere"], "not the folder of a run"),
         (["data", "prepare", "omniglot", "--source", "nowhere"], "nowhere"),
         (["data", "prepare", "images", "--source", "nowhere", "--name", "x"], "nowhere"),

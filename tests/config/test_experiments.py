@@ -19,7 +19,6 @@ from pipeline.config.loading import (
     load,
     load_run,
     load_to_resume,
-    new_run_dir,
 )
 from tests.conftest import experiment_of
 
@@ -254,26 +253,14 @@ def test_overrides_leave_the_file_alone() -> None:
 
 def test_resume_allows_what_does_not_touch_results(quick: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(experiment_of(quick).to_yaml())
-    longer = load_to_resume(tmp_path, "quick", ["outer.iterations=9", "cluster.workers=2"])
+    longer = load_to_resume(tmp_path, ["outer.iterations=9", "cluster.workers=2"])
     assert longer.outer.iterations == 9
     with pytest.raises(ConfigError, match=r"inner\.lr: was 0\.01"):
-        load_to_resume(tmp_path, "quick", ["inner.lr=0.5"])
-    with pytest.raises(ConfigError, match="holds a run of quick, not of sinusoid"):
-        load_to_resume(tmp_path, "sinusoid")
+        load_to_resume(tmp_path, ["inner.lr=0.5"])
+    with pytest.raises(ConfigError, match=r"sinusoid: .* says which experiment goes on"):
+        load_to_resume(tmp_path, ["sinusoid"])
     with pytest.raises(ConfigError, match=r"nothing is not the folder of a run: there is no such"):
         load_run(tmp_path / "nothing")
-
-
-def test_run_folders_are_new_and_absolute(
-    quick: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    first = new_run_dir(experiment_of(quick))
-    first.mkdir(parents=True)
-    second = new_run_dir(experiment_of(quick))
-    assert first.is_absolute()
-    assert first.parent == tmp_path / "runs"
-    assert second != first
 
 
 def test_json_schema_covers_every_kind() -> None:

@@ -197,6 +197,8 @@ def test_the_rayjob_is_what_kuberay_expects() -> None:
     assert {"MLFLOW_TRACKING_URI", "MAML_DATA_ROOT"} <= set(environment)
     module, *arguments = shlex.split(spec["entrypoint"].removeprefix("python -m "))
     assert module == "pipeline.cli"
+    assert arguments[-2:] == ["--resume", "auto"], "KubeRay starts it again when it fails"
+    arguments = arguments[:-2]
     assert arguments[0] == "train"
     settings = {"name": "x", "task": {}, "model": {}, "outer": {}}
     changed = apply_overrides(settings, arguments[2:])

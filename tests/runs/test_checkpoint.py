@@ -3,6 +3,8 @@
 import json
 import logging
 import math
+import os
+import re
 from pathlib import Path
 
 import pyarrow.fs
@@ -190,6 +192,32 @@ def test_a_crash_at_any_moment_leaves_an_intact_checkpoint(tmp_path: Path) -> No
         assert [i.iteration for i in after.list()] == ([1, 4] if steps < 3 else [3, 4])
         assert len(list(folder.iterdir())) == 4, steps
     assert 0 < completed < 12
+
+
+def test_superseded_checkpoints_go_when_the_new_one_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both of its files, and the names in the folder: a loss of power takes what was not synced."""
+    happened: list[str] = []
+    fsync = os.fsync
+
+    class Noting(DyingFileSystem):
+        def delete_file(self, path: str) -> None:
+            happened.append("removed")
+            super().delete_file(path)
+
+    def noting(descriptor: int) -> None:
+        happened.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
+        fsync(descriptor)
+
+    store = saved(tmp_path, 1, keep=1)
+    store._fs = pyarrow.fs.PyFileSystem(Noting(99))
+    monkeypatch.setattr(os, "fsync", noting)
+    store.save(state(2), best=False)
+    tensors, manifest, *rest = happened
+    assert re.fullmatch(r"iteration-00000002-\w{8}\.safetensors", tensors)
+    assert re.fullmatch(r"iteration-00000002\.json(\.\w{8}\.tmp)?", manifest)
+    assert rest == [tmp_path.name, "removed", "removed"]
 
 
 def damage_tensors(folder: Path, iteration: int) -> None:

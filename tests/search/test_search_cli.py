@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -91,22 +92,27 @@ def test_interrupt(search_file: Path, tmp_path: Path) -> None:
     finally:
         process.kill()
     assert process.returncode == 130, out + err
-    assert err.splitlines()[-1] == "to continue: maml search quick.yaml --resume runs/search"
+    assert err.splitlines()[-1] == "to continue: maml search --resume runs/search"
     assert "Traceback" not in out + err
     assert [status for _, status, _ in steps_and_runs(tmp_path)] == ["FINISHED", "KILLED"]
 
 
 def test_resume(search_file: Path, tmp_path: Path) -> None:
-    """After a SIGKILL the finished trial is kept, the second goes on from its checkpoint, the third
-    begins; MLflow has each of them once."""
+    """While a search runs nobody else goes on with it. After a SIGKILL the finished trial is kept,
+    the second goes on from its checkpoint, the third begins; MLflow has each of them once."""
     folder = tmp_path / "runs" / "search"
     process = start(folder)
     try:
+        wait_for((folder / "search.yaml").exists)
+        other = maml("search", "--resume", str(folder), cwd=tmp_path)
+        assert other.returncode == 2
+        assert f"run_dir: {folder} is in use by process {process.pid} on " in other.stderr
         wait_until_the_second_trial_is_under_way(folder)
         process.kill()
         process.communicate(timeout=60)
     finally:
         process.kill()
+    auto = ("--resume", "auto")
     first, second = sorted((folder / "trials").glob("*"))
     trained = updates(first)
     reached = max(
@@ -115,7 +121,10 @@ def test_resume(search_file: Path, tmp_path: Path) -> None:
     )
     assert 20 <= reached < 120
 
-    resumed = maml("search", "quick.yaml", "--resume", str(folder), cwd=tmp_path)
+    other = maml("search", "quick.yaml", f"run_dir={folder}", "seed=1", *auto, cwd=tmp_path)
+    assert other.returncode == 2
+    assert "seed: was 0, is 1; a resumed search keeps its settings" in other.stderr
+    resumed = maml("search", "quick.yaml", f"run_dir={folder}", *auto, cwd=tmp_path)
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     assert "Best: inner.lr=0.0" in resumed.stdout
     assert updates(first) == trained  # with the very times that they took
@@ -129,7 +138,8 @@ def test_resume(search_file: Path, tmp_path: Path) -> None:
     assert sorted(table["inner.lr"]) == [0.01, 0.02, 0.03]
     assert set(table["outcome"]) == {"complete"}
 
-    again = maml("search", "quick.yaml", "seed=1", "--resume", str(folder), cwd=tmp_path)
+    assert json.loads((folder / "search.json").read_text())["over"]
+    again = maml("search", "seed=1", "--resume", str(folder), cwd=tmp_path)
     assert again.returncode == 2
     assert "a resumed search keeps its settings" in again.stderr
 

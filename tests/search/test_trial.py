@@ -10,7 +10,7 @@ import ray.tune
 
 from pipeline.config.loading import from_dict
 from pipeline.search.space import search_of
-from pipeline.search.trial import Plan, Reporter, ranking_of
+from pipeline.search.trial import Plan, Reporter, _states, ranking_of
 from pipeline.training.loop import MetaLearning, meta_train
 from pipeline.training.opening import open_session
 
@@ -52,3 +52,22 @@ def test_a_failure_before_the_start(
     Reporter(plan_of(quick, tmp_path), tmp_path / "run").failed("ConfigError: inner.lr")
     (report,) = reports
     assert (report["iteration"], report["validations"]) == (0, 0)
+
+
+def test_a_trial_that_was_killed_before_its_first_checkpoint_begins_again(
+    quick: dict[str, Any], tmp_path: Path, reports: list[dict[str, Any]]
+) -> None:
+    """While it compiled; Tune starts it again, and so does a search that is resumed."""
+    plan = plan_of(quick, tmp_path)
+    folder = plan.trial_dir("one")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(plan.experiment.to_yaml())
+    (folder / "checkpoints").mkdir()
+    own, other = _states(plan.experiment, folder, plan.trial_token("one"), None)
+    assert (own, other) == (None, None)
+    reporter, token = Reporter(plan, folder), plan.trial_token("one")
+    with open_session(
+        plan.experiment, folder, MetaLearning(), False, reporter, token=token
+    ) as session:
+        meta_train(session)
+    assert [report["iteration"] for report in reports] == [2, 4]

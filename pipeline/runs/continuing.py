@@ -1,0 +1,78 @@
+"""What `--resume auto` goes on with: a run, or a search, of the same settings that is not over."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+from pipeline.config.experiment import Experiment
+from pipeline.config.loading import ConfigError, absolute_path, from_dict, load_run, refuse_changes
+from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.runs.claims import named_folders
+
+AUTO = "auto"
+"""The value of `--resume` that asks for it."""
+
+
+def run_to_continue(experiment: Experiment) -> Path | None:
+    """The folder of a run of this experiment that can go on; None if there is none.
+
+    It is `run_dir`, else the newest run of this name and these settings that has not ended; apart
+    from settings that may change when a run is continued. Raises ConfigError if the run in
+    `run_dir` has others.
+    """
+
+    def check(folder: Path) -> None:
+        before = load_run(folder)
+        refuse_changes(before, _comparable(experiment, before), f"the run in {folder}")
+
+    return folder_to_continue(
+        experiment, "config.yaml", check, lambda folder: (folder / "results.json").exists()
+    )
+
+
+def folder_to_continue(
+    experiment: Experiment,
+    config: str,
+    check: Callable[[Path], None],
+    is_over: Callable[[Path], bool],
+) -> Path | None:
+    """`run_dir`, else the newest folder of this name that is not over; None if there is none.
+
+    It holds the file `config`, and `check` raises ConfigError for one whose settings are others.
+    """
+    if experiment.run_dir is not None:
+        folder = absolute_path(experiment.run_dir)
+        if not (folder / config).is_file():
+            return None
+        check(folder)
+        return folder
+    for folder in named_folders(experiment):
+        if (folder / config).is_file() and not is_over(folder):
+            with contextlib.suppress(ConfigError):
+                check(folder)
+                return folder
+    return None
+
+
+def has_checkpoints_elsewhere(experiment: Experiment) -> bool:
+    """Whether the folder `checkpoint.uri` holds a run, which goes on from there though its own
+    folder is gone.
+
+    Raises ConfigError if that run has other settings, CheckpointError if it cannot be read.
+    """
+    uri = experiment.checkpoint.uri
+    state = None if uri is None else CheckpointStore(uri, experiment.checkpoint.keep).latest()
+    if state is None:
+        return False
+    before = from_dict(state.config)
+    refuse_changes(before, _comparable(experiment, before), f"the run in {uri}")
+    return True
+
+
+def _comparable(experiment: Experiment, before: Experiment) -> Experiment:
+    """The experiment without what says nothing about results, to be compared with a run's."""
+    # A checkpoint has the number of threads that was found for `null`.
+    threads = experiment.compute.threads or before.compute.threads
+    return experiment.changed(search=None, run_dir=before.run_dir, compute={"threads": threads})

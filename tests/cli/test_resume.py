@@ -1,0 +1,124 @@
+"""`maml train --resume`, after a driver was killed or its terminal has gone."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from pipeline.runs.checkpoint import CheckpointStore
+from tests.commands import clean_environment, maml
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def slow_file(quick: dict[str, Any], tmp_path: Path) -> Path:
+    """Ten thousand iterations of a hundredth of a second."""
+    quick["task"] = {"kind": "tests.helpers:SlowSinusoid", "seconds": 0.002}
+    quick["outer"]["iterations"] = 10_000
+    quick["outer"]["tasks_per_batch"] = 4
+    quick["tracking"]["every"] = 1
+    path = tmp_path / "slow.yaml"
+    path.write_text(yaml.safe_dump({**quick, "name": "slow"}))
+    return path
+
+
+def start(folder: Path, *arguments: str, **options: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipeline.cli", "train", *arguments]
+    return subprocess.Popen(command, cwd=folder, env=clean_environment(), **options)
+
+
+def the_run(folder: Path) -> Path:
+    """The only run below a folder."""
+    (run,) = (folder / "runs").glob("slow-*")
+    return run
+
+
+def test_a_run_that_is_killed_while_it_starts_begins_again(slow_file: Path, tmp_path: Path) -> None:
+    """`--resume auto` begins, is killed before the first checkpoint, and begins again in the same
+    folder; then there is nothing left to go on with."""
+    command = ["slow.yaml", "--resume", "auto", "outer.iterations=4"]
+    killed = start(tmp_path, *command, "cluster.workers=2", stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(tmp_path.glob("runs/*/config.yaml")) or killed.poll() is not None)
+    killed.kill()
+    killed.wait()
+    run = the_run(tmp_path)
+    assert CheckpointStore(run / "checkpoints", keep=2).list() == (), "killed too late"
+    again = maml("train", *command, cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert the_run(tmp_path) == run
+    assert (run / "results.json").exists()
+    after = maml("train", *command, cwd=tmp_path)
+    assert after.returncode == 0, after.stderr
+    assert len(list((tmp_path / "runs").glob("slow-*"))) == 2
+
+
+def test_a_second_resume_is_told_who_has_the_run(slow_file: Path, tmp_path: Path) -> None:
+    """And once that one is killed, the next one goes on, without the YAML file."""
+    first = start(tmp_path, "slow.yaml", stdout=subprocess.DEVNULL)
+    wait_for(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")) or first.poll() is not None)
+    run = the_run(tmp_path)
+    try:
+        for arguments in (["--resume", str(run)], ["slow.yaml", "--resume", "auto"]):
+            second = maml("train", *arguments, cwd=tmp_path)
+            assert second.returncode == 2
+            assert f"is in use by process {first.pid} on " in second.stderr
+            assert "Traceback" not in second.stderr
+            assert first.poll() is None
+    finally:
+        first.kill()
+        first.wait()
+    slow_file.unlink()
+    reached = len((run / "metrics.jsonl").read_text().splitlines())
+    more = maml("train", "--resume", str(run), f"outer.iterations={reached + 5}", cwd=tmp_path)
+    assert more.returncode == 0, more.stderr
+    recorded = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    iterations = [line["iteration"] for line in recorded if "tasks_per_second" in line]
+    assert iterations == list(range(1, reached + 6)), "each once"
+
+
+def test_a_terminal_that_goes_away_leaves_a_checkpoint(slow_file: Path, tmp_path: Path) -> None:
+    """Closing a terminal sends SIGHUP, and writing to it is an error from then on."""
+    ours, theirs = pty.openpty()
+
+    def in_the_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    places = {"stdin": theirs, "stdout": theirs, "stderr": theirs}
+    process = start(tmp_path, "slow.yaml", preexec_fn=in_the_terminal, close_fds=True, **places)
+    os.close(theirs)
+    try:
+        wait_for(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")) or process.poll() is not None)
+        os.close(ours)
+        assert process.wait(timeout=60) == 130
+    finally:
+        process.kill()
+    state = CheckpointStore(the_run(tmp_path) / "checkpoints", keep=2).latest()
+    assert state is not None
+    assert state.iteration >= 1
+
+
+def test_nohup_is_respected(slow_file: Path, tmp_path: Path) -> None:
+    process = start(
+        tmp_path,
+        "slow.yaml",
+        "outer.iterations=60",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        stdout=subprocess.DEVNULL,
+    )
+    wait_for(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")) or process.poll() is not None)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(timeout=120) == 0
