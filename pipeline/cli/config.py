@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import typer
 
 from pipeline.cli.arguments import ExperimentName, Overrides
 from pipeline.cli.exit_codes import reporting_errors
+from pipeline.config import json_text
 
 config_app = typer.Typer(no_args_is_help=True, help="Look at experiments and their settings.")
 
@@ -63,4 +62,4 @@ def config_schema() -> None:
     """Print the JSON schema of experiments."""
     from pipeline.config.loading import json_schema
 
-    print(json.dumps(json_schema(), indent=1))
+    print(json_text.write(json_schema()))

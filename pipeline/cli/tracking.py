@@ -36,7 +36,7 @@ def resend(
 ) -> None:
     """Send MLflow what a run could not, because the server was away."""
     from pipeline.cli.console import out
-    from pipeline.runs.mlflow_sender import TrackingError
+    from pipeline.runs.mlflow_store import TrackingError
     from pipeline.runs.tracker import resend as send
 
     if not file.is_file():

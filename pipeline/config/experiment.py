@@ -34,6 +34,7 @@ from pipeline.config.settings import (
 from pipeline.config.yaml_text import write
 from tasks.base import TaskDistribution
 from tasks.control.mdp import MDPs
+from tasks.credentials import refusal
 from tasks.data_root import absolute_root
 
 
@@ -131,6 +132,7 @@ class Experiment(Section):
             *super().faults(),
             *component_faults(self.task, variants, self.model, self.data.root),
             *scheduler_faults(self.outer),
+            *(line for path, value in self.flat().items() if (line := refusal(path, str(value)))),
         ]
 
     @property

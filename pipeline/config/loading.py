@@ -24,6 +24,7 @@ from pipeline.config.errors import readable
 from pipeline.config.experiment import Experiment
 from pipeline.config.wording import counted
 from pipeline.config.yaml_text import read
+from tasks.credentials import redacted
 from tasks.errors import ReportedError
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "tune_configs"
@@ -37,7 +38,7 @@ class ConfigError(ReportedError):
 
     def __init__(self, source: str, errors: Sequence[str]):
         """`source` names what the errors are in; '' for an error whose message names it."""
-        self.errors = list(errors)
+        self.errors = [redacted(error) for error in errors]
         title = f"{counted(len(self.errors), 'error')} in {source}:\n  " if source else ""
         super().__init__(title + "\n  ".join(self.errors))
 

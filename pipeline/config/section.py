@@ -29,7 +29,9 @@ class Section(BaseModel):
     Once every field is right by itself, each of the section's `faults` is a line of one ValueError.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
+    )
     rules: ClassVar[tuple[Rule, ...]] = ()
 
     def faults(self) -> list[str]:

@@ -19,7 +19,8 @@ import yaml
 
 from pipeline.config.loading import runs_folder
 from pipeline.maml.confidence import Estimate
-from pipeline.runs.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
+from pipeline.runs.mlflow_sender import client_class, existing_run
+from pipeline.runs.mlflow_store import TrackingError, sqlite_file
 from pipeline.runs.tracker import RANKED_BY, RANKED_MODE, SELECTED_BY, resolve_uri
 from tasks.errors import first_line
 

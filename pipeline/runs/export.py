@@ -23,7 +23,7 @@ import numpy as np
 from pipeline.config.experiment import Experiment
 from pipeline.runs.catalog import find_run, store_of_folder
 from pipeline.runs.folder import Which, parameters_of
-from pipeline.runs.mlflow_sender import TrackingError
+from pipeline.runs.mlflow_store import TrackingError
 from pipeline.runs.predictor import Adapter, Recipe
 
 HOST, PORT = "127.0.0.1", 5001

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
+from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.runs.checkpoint import (
@@ -134,17 +135,14 @@ class History:
     def append(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of an iteration."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            file.write(_line({"iteration": iteration, **metrics}))
 
     def records(self) -> list[dict[str, float]]:
-        """All records, oldest first; none where there is no file. The half of a line that a crash
-        left, or that is being written, is left out."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        """All records, oldest first; none where there is no file. NaN stands for a value that was
+        not finite. The half of a line that a crash left, or that is being written, is left out,
+        and so is whatever else is no record."""
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        return [record for line in lines if (record := _record(line))]
 
     def first(self, name: str) -> float | None:
         """The first finite value of a metric; None if there is none."""
@@ -155,4 +153,20 @@ class History:
         """Drop the records after a checkpoint: they will be made again."""
         if self._path.exists():
             kept = [record for record in self.records() if record["iteration"] <= iteration]
-            write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(self._path, "".join(map(_line, kept)))
+
+
+def _line(record: Mapping[str, float]) -> str:
+    return json_text.write(dict(record), indent=None) + "\n"
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    """The record in a line; None if there is none."""
+    try:
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            return None
+        record = {name: math.nan if v is None else float(v) for name, v in values.items()}
+        return {**record, "iteration": int(values["iteration"])}
+    except (ValueError, TypeError, KeyError, OverflowError):
+        return None

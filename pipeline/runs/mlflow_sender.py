@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import threading
@@ -23,8 +24,11 @@ from typing import Any
 
 from filelock import FileLock
 
+from pipeline.config import json_text
 from pipeline.runs.files import write_atomically
-from tasks.errors import ReportedError, first_line
+from pipeline.runs.mlflow_store import TrackingError, sqlite_file
+from tasks.credentials import redacted
+from tasks.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +45,6 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "MLFLOW_DISABLE_TELEMETRY": "true",
 }
-
-
-class TrackingError(ReportedError):
-    """Tracking cannot work with these settings; `str()` says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +161,7 @@ class Sender:
             try:
                 self._deliver()
                 if away:
-                    log.warning("MLflow at %s is back", self.destination.uri)
+                    log.warning("MLflow at %s is back", redacted(self.destination.uri))
                 away = 0.0
                 if finishing:
                     return
@@ -170,7 +170,7 @@ class Sender:
                     log.warning(
                         "MLflow at %s cannot be reached; training goes on, and its records are "
                         "sent when MLflow is back (%s)",
-                        self.destination.uri,
+                        redacted(self.destination.uri),
                         first_line(error),
                     )
                 away = min(2 * away or _INTERVAL, _LONGEST_BACKOFF)
@@ -373,23 +373,26 @@ def now() -> int:
 
 
 def write_unsent(path: Path, destination: Destination, records: Sequence[Record]) -> None:
-    """Write records that MLflow has not confirmed, one per line. Raises WriteError."""
-    lines = [asdict(destination)]
+    """Write records that MLflow has not confirmed, one per line, without the credentials of its
+    address. Raises WriteError."""
+    lines = [{**asdict(destination), "uri": redacted(destination.uri)}]
     names = {kind: name for name, kind in _KINDS.items()}
     lines += [{"kind": names[type(record)], **asdict(record)} for record in records]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+    write_atomically(path, "".join(json_text.write(line, indent=None) + "\n" for line in lines))
+
+
+def _record(kind: str, **fields: Any) -> Record:
+    """The record that a line holds. Raises TypeError, KeyError."""
+    if kind == "Metrics":
+        values = fields["values"].items()
+        fields["values"] = {name: math.nan if v is None else v for name, v in values}
+    return _KINDS[kind](**fields)
 
 
 def read_unsent(path: Path) -> tuple[Destination, list[Record]]:
     """Read what `write_unsent` wrote. Raises TrackingError."""
     try:
         first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
-        return Destination(**first), [_KINDS[line.pop("kind")](**line) for line in rest]
+        return Destination(**first), [_record(**line) for line in rest]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise TrackingError(f"{path} does not hold unsent records of a run: {error!r}") from error
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The absolute path of a SQLite store, None for other stores."""
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None

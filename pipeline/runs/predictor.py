@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.config import json_text
 from pipeline.config.components import build_model
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import from_dict, load_run
@@ -81,7 +82,7 @@ class Recipe:
             "output_size": self.output_size,
             "steps": self.steps,
         }
-        return json.dumps(values, indent=1)
+        return json_text.write(values)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:

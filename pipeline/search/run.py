@@ -23,13 +23,14 @@ from typing import Literal
 
 from pipeline.cluster.capacity import refuse_or_wait
 from pipeline.cluster.connection import connect
+from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, absolute_path, load
 from pipeline.config.search import Search
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import RunFolderError, check_writable
-from pipeline.runs.mlflow_sender import TrackingError
+from pipeline.runs.mlflow_store import TrackingError
 from pipeline.runs.tracker import (
     RANKED_BY,
     RANKED_MODE,
@@ -191,7 +192,7 @@ def _open_folder(experiment: Experiment, folder: Path, resume: bool) -> str:
         )
     token = uuid.uuid4().hex
     check_writable(folder)
-    path.write_text(json.dumps({"token": token}))
+    path.write_text(json_text.write({"token": token}, indent=None))
     write_atomically(folder / "search.yaml", experiment.to_yaml())
     return token
 
