@@ -126,7 +126,8 @@ def _chosen(folder: Path) -> tuple[list[str], str]:
 
 def _known_to_git(folder: Path) -> dict[str, bool]:
     """The files below the folder that git does not ignore, and whether it tracks them; empty where
-    there is no repository. Raises JobError where git fails."""
+    there is no repository. Those that were deleted are not among them. Raises JobError where git
+    fails."""
     if not any((above / ".git").exists() for above in (folder, *folder.parents)):
         return {}
     command = ["git", "ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard"]
@@ -136,7 +137,8 @@ def _known_to_git(folder: Path) -> dict[str, bool]:
         raise JobError(f"{folder} is in a git repository, but there is no git here") from None
     except subprocess.CalledProcessError as error:
         raise JobError(f"git cannot list {folder}: {error.stderr.strip()}") from None
-    return {entry[2:]: entry[0] != "?" for entry in done.stdout.split("\0") if entry}
+    listed = {entry[2:]: entry[0] != "?" for entry in done.stdout.split("\0") if entry}
+    return {name: tracked for name, tracked in listed.items() if (folder / name).is_file()}
 
 
 def _below(folder: Path) -> Iterator[str]:

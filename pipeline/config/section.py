@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Rule(NamedTuple):
@@ -23,6 +24,30 @@ class Rule(NamedTuple):
         return f"{self.where}: {self.why if isinstance(self.why, str) else self.why(section)}"
 
 
+def refuse_truth_for_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """A validator of all fields: true is no number, though Python takes it for 1."""
+    kinds = _kinds_in(cls.model_fields[str(info.field_name)].annotation)
+    if kinds & {int, float} and not kinds & {bool, Any} and _holds_truth(value):
+        raise PydanticCustomError("number", "Input should be a number")
+    return value
+
+
+def _kinds_in(annotation: Any) -> set[Any]:
+    """The types that an annotation is made of."""
+    if get_origin(annotation) is Literal:
+        return set()
+    parts = get_args(annotation)
+    return set().union(*map(_kinds_in, parts)) if parts else {annotation}
+
+
+def _holds_truth(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(map(_holds_truth, value))
+    if isinstance(value, dict):
+        return any(map(_holds_truth, value.values()))
+    return isinstance(value, bool)
+
+
 class Section(BaseModel):
     """Base of all sections: unknown keys are errors, values cannot be changed afterwards.
 
@@ -33,6 +58,7 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
     rules: ClassVar[tuple[Rule, ...]] = ()
+    _numbers = field_validator("*", mode="before")(refuse_truth_for_number)
 
     def faults(self) -> list[str]:
         """What is wrong with the fields together, as 'path: why': a line for each broken rule."""

@@ -305,6 +305,11 @@ def _newest_first(client: Any) -> Iterator[Run]:
     if client is None:
         return
     experiments = {e.experiment_id: e.name for e in client.search_experiments()}
+    if not experiments and client.tracking_uri.startswith("http"):
+        raise TrackingError(
+            f"{client.tracking_uri} answers, but has not even MLflow's own experiment; is it MLflow"
+            "'s server?"
+        )
     token = None
     while experiments:
         page = client.search_runs(

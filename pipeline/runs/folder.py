@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
@@ -28,7 +28,7 @@ from pipeline.runs.checkpoint import (
     load_theta,
     theta_of,
 )
-from pipeline.runs.files import write_atomically
+from pipeline.runs.files import make_folder, write_atomically
 from pipeline.worker.learner import initial_parameters
 from tasks.errors import ReportedError
 
@@ -43,10 +43,13 @@ class RunFolderError(ReportedError):
 def check_writable(
     folder: Path, setting: str = "run_dir", otherwise: str = "choose another folder"
 ) -> None:
-    """Make a folder, by default that of a run or a search. Raises RunFolderError if nothing can be
-    written; it names the `setting` that chose the folder, and what to do."""
+    """Make a folder, by default that of a run or a search, for its user alone (`make_folder`).
+
+    Raises RunFolderError if nothing can be written; it names the `setting` that chose the folder,
+    and what to do.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
@@ -166,7 +169,11 @@ def _record(line: bytes) -> dict[str, float] | None:
         values = json.loads(line)
         if not isinstance(values, dict):
             return None
-        record = {name: math.nan if v is None else float(v) for name, v in values.items()}
-        return {**record, "iteration": int(values["iteration"])}
-    except (ValueError, TypeError, KeyError, OverflowError):
+        record = {name: math.nan if v is None else v for name, v in values.items()}
+        return record if all(map(_is_number, record.values())) and "iteration" in record else None
+    except ValueError:
         return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from pipeline.config import json_text
-from pipeline.runs.files import write_atomically
+from pipeline.runs.files import make_folder, write_atomically
 from pipeline.runs.mlflow_store import TrackingError, sqlite_file
 from tasks.credentials import redacted
 from tasks.errors import first_line
@@ -205,7 +205,7 @@ class Sender:
             client = new_client(self.destination.uri)
             run_id = self._find_or_create_run(client, None)
         else:
-            database.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(database.parent)
             # Two processes that create MLflow's tables at the same time both fail.
             with FileLock(f"{database}.lock"):
                 client = new_client(self.destination.uri)

@@ -41,7 +41,7 @@ def test_git_decides(tmp_path: Path) -> None:
     write(tmp_path, "new.py", "data/store/images.arrow", "runs/a/config.yaml", "sub/venv/x.py")
     write(tmp_path, ".ssh/id_rsa", ".aws/credentials", ".hidden/x.py", "id_rsa", "weights.pt")
     assert own(tmp_path) == {"mine.yaml", "new.py", "notes.txt", "data/split.csv"}
-    assert "git tracks, 1 new *.py and *.yaml" in files_to_ship(tmp_path).summary()
+    assert "3 that git tracks, 1 new *.py and *.yaml" in files_to_ship(tmp_path).summary()
     write(tmp_path, "sub/inner.py")
     assert own(tmp_path / "sub") == {"inner.py"}, "the current folder, not its repository"
 
