@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,13 +18,14 @@ class Row(NamedTuple):
 
     command: tuple[str, ...]
     said: str
-    file: tuple[str, str] | None = None
-    """A file in the folder: its name and content."""
+    file: tuple[str, str | None] | None = None
+    """A file in the folder: its name and content; None: a pipe that nobody writes to."""
 
 
 def setting(override: str, said: str | None = None) -> Row:
     """A training with one setting that is wrong; its message names the setting, unless `said`."""
-    return Row(("train", "sinusoid", "cluster.workers=0", override), said or override.partition("=")[0])
+    said = said or override.partition("=")[0]
+    return Row(("train", "sinusoid", "cluster.workers=0", override), said)
 
 
 def schedule(name: str, argument: str, said: str) -> Row:
@@ -62,7 +61,7 @@ SETTINGS = {
     "a schedule without steps": schedule("StepLR", "step_size: 0", ": StepLR refuses them"),
     "a schedule of text": schedule("StepLR", "step_size: a", ": StepLR refuses them"),
     "a schedule of no length": schedule("CosineAnnealingLR", "T_max: 0", ": CosineAnnealingLR"),
-    "a schedule of true": schedule("StepLR", "step_size: true, no: 1", ": StepLR refuses them"),
+    "a schedule with what it does not have": schedule("StepLR", "step_size: 1, no_such: 1", ": StepLR refuses them"),
     "a meta-batch of 21 digits": setting(f"outer.tasks_per_batch={'9' * 21}"),
     "a thousand billion shots": setting("task.shots=1000000000000", "task.shots: must be at most"),
     "a layer beyond any memory": setting("model.hidden=[10000000000]"),
@@ -72,14 +71,14 @@ SETTINGS = {
     "a billion iterations of adaptation": setting("inner.steps=1000000000"),
     "a billion workers": setting("cluster.workers=1000000000"),
     "a name of 5,000 characters": setting(f"name={'a' * 5000}", "name: "),
-    "an experiment of 5,000 characters": Row(("train", f"{'a'", "*", "5000}",), "name too long"),
+    "an experiment of 5,000 characters": Row(("train", "a" * 5000), "name too long"),
     "a NUL in the folder": setting('run_dir="a\\0b"', "run_dir: holds a NUL"),
     "nested brackets": setting(f"model.hidden={'[' * 5000}", "model.hidden"),
     "nested brackets, closed": setting(f"model.hidden={'[' * 900}{']' * 900}", "levels deep"),
     "a set for a list": setting("inner.adapted=!!set {head}", "'set'"),
     "bytes for text": setting("description=!!binary aGk=", "'binary'"),
     "a list for a number": setting("inner.lr=[1]"),
-    "a folder for an experiment": Row(("train", "./",), "is a folder"),
+    "a folder for an experiment": Row(("train", "./"), "is a folder"),
     "a password of a store": setting(f"tracking.uri=postgresql://u:{SECRET}@h/db"),
     "a password of a server": setting(f"tracking.uri=http://u:{SECRET}@h:5000"),
     "a token of a server": setting(f"tracking.uri=http://{SECRET}@h:5000"),
@@ -119,32 +118,48 @@ FILES = {
         "tracking.uri: holds credentials",
     ),
 }
+STORE = f"postgresql://u:{SECRET}@h/db"
+JOB = ("--", "train", "sinusoid")
 ADDRESSES = {
-    "a head's port that is no number": Row(("submit", "--address", "http://h:eight", "--", "train", "sinusoid",), "--address: must be the dashboard's"
+    "a port that is no number": Row(
+        ("submit", "--address", "http://h:eight", *JOB), "--address: must be the dashboard's"
     ),
-    "a head's port beyond all": Row(("submit", "--address", "h:99999", "--", "train", "sinusoid",), "--address: must be the dashboard's"
+    "a port beyond all": Row(
+        ("submit", "--address", "h:99999", *JOB), "--address: must be the dash"
     ),
-    "a head with a password": Row(("submit", "--address", f"http://u:{SECRET}@h:8265", "--", "train", "sinusoid",),
-        "--address: holds credentials",
+    "a head without a host": Row(("jobs", "--address", "http://:8265"), "--address: must be the"),
+    "a head with a password": Row(
+        ("submit", "--address", f"http://u:{SECRET}@h:8265", *JOB), "--address: holds credentials"
     ),
-    "a head that is no host": Row(("jobs", "--address", "http://:8265",), "--address"),
-    "a command with a password": Row(("submit", "--", "train", "sinusoid", f"tracking.uri=postgresql://u:{SECRET}@h/db",), "tracking.uri: holds"
+    "a job with a password": Row(
+        ("submit", *JOB, f"tracking.uri={STORE}"), "tracking.uri: holds credentials"
     ),
-    "a variable that is not set": Row(("submit", "--env", "NO_SUCH", "--", "train", "sinusoid",), "NO_SUCH is not set"
-    ),
-    "a store with a password": Row(("runs", "--uri", f"postgresql://u:{SECRET}@h/db",), "holds credentials"),
-    "pages of a store with a password": Row(("ui", "--uri", f"mysql://u:{SECRET}@h/db",), "holds credentials"
-    ),
+    "no job": Row(("submit", "--", "maml"), "give a command to run"),
+    "a variable that is not set": Row(("submit", "--env", "NO_SUCH", *JOB), "NO_SUCH is not set"),
+    "a variable without a name": Row(("submit", "--env", f"={SECRET}", *JOB), "--env: must look"),
+    "runs of a store with a password": Row(("runs", "--uri", STORE), "holds credentials"),
+    "pages of a store with a password": Row(("ui", "--uri", STORE), "holds credentials"),
+    "a store of an unknown kind": Row(("runs", "--uri", "ftp://h/x"), "knows no stores like"),
 }
-
-
-ROWS = {**SETTINGS, **FILES, **ADDRESSES}
+PREPARE = ("data", "prepare", "images", "--name", "mine", "--source")
+IMAGES = {
+    "images of a pipe": Row(
+        (*PREPARE, "pipe"), "pipe is neither a folder nor a file", ("pipe", None)
+    ),
+    "images of a device": Row((*PREPARE, "/dev/zero"), "/dev/zero is neither a folder nor a file"),
+    "images of text": Row((*PREPARE, "a.zip"), "a.zip is damaged", ("a.zip", "text")),
+    "images of a size beyond any memory": Row((*PREPARE, ".", "--size", "100000000"), "--size"),
+    "images from nowhere": Row((*PREPARE, "nowhere"), "nowhere does not exist"),
+}
+ROWS = {**SETTINGS, **FILES, **ADDRESSES, **IMAGES}
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_bad_input_is_named(name: str, tmp_path: Path) -> None:
     command, said, file = ROWS[name]
-    if file is not None:
+    if file is not None and file[1] is None:
+        os.mkfifo(tmp_path / file[0])
+    elif file is not None:
         (tmp_path / file[0]).write_text(file[1])
     before = sorted(tmp_path.rglob("*"))
     done = maml(*command, cwd=tmp_path)
