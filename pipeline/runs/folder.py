@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import shown
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.runs.checkpoint import (
     CheckpointError,
@@ -105,7 +106,29 @@ def state_to_resume(store: CheckpointStore) -> TrainingState:
     state = store.latest()
     if state is None:
         raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
+    _check_state(state, store)
     return state
+
+
+_GOES_ON_WITH: dict[str, dict[str, Any]] = {
+    "scheduler": {"steps": int},
+    "extra": {"compile": bool, "threads": int, "tracking_token": str},
+    "best": {"iteration": int, "value": (int, float), "metric": str},
+}
+"""What a run needs of its checkpoint's state, and of which kind."""
+
+
+def _check_state(state: TrainingState, store: CheckpointStore) -> None:
+    """Raise CheckpointError where the state of a checkpoint lacks what a run goes on with: somebody
+    has edited it."""
+    found = {"scheduler": state.scheduler, "extra": state.extra, "best": state.best}
+    for name, values in found.items():
+        for key, kind in _GOES_ON_WITH[name].items() if values is not None else ():
+            if not isinstance(values.get(key), kind):
+                raise CheckpointError(
+                    f"checkpoint of iteration {state.iteration} in {store.folder} is damaged: "
+                    f"state.{name}.{key} is {shown(values.get(key))}"
+                )
 
 
 def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:

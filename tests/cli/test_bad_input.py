@@ -61,7 +61,9 @@ SETTINGS = {
     "a schedule without steps": schedule("StepLR", "step_size: 0", ": StepLR refuses them"),
     "a schedule of text": schedule("StepLR", "step_size: a", ": StepLR refuses them"),
     "a schedule of no length": schedule("CosineAnnealingLR", "T_max: 0", ": CosineAnnealingLR"),
-    "a schedule with what it does not have": schedule("StepLR", "step_size: 1, no_such: 1", ": StepLR refuses them"),
+    "a schedule with what it does not have": schedule(
+        "StepLR", "step_size: 1, no_such: 1", ": StepLR refuses them"
+    ),
     "a meta-batch of 21 digits": setting(f"outer.tasks_per_batch={'9' * 21}"),
     "a thousand billion shots": setting("task.shots=1000000000000", "task.shots: must be at most"),
     "a layer beyond any memory": setting("model.hidden=[10000000000]"),
