@@ -50,7 +50,8 @@ def list_all(
     if context.invoked_subcommand is not None:
         return
     from pipeline.cli.console import out
-    from pipeline.runs.catalog import default_store, list_runs
+    from pipeline.runs.catalog import list_runs
+    from pipeline.runs.reading import default_store
 
     store = default_store(uri)
     runs = list_runs(store, limit=limit, text=text)

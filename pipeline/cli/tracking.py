@@ -19,8 +19,8 @@ def ui(
 ) -> None:
     """Open MLflow's pages on the runs of this folder."""
     from pipeline.cli.console import out
-    from pipeline.runs.catalog import default_store
     from pipeline.runs.mlflow_ui import serve
+    from pipeline.runs.reading import default_store
 
     def say(address: str) -> None:
         out.print(f"MLflow: {address} (Ctrl-C ends it)", markup=False, soft_wrap=True)

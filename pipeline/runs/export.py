@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.config.experiment import Experiment
-from pipeline.runs.catalog import find_run, store_of_folder
+from pipeline.runs.catalog import find_run
 from pipeline.runs.folder import Which, parameters_of
 from pipeline.runs.mlflow_store import TrackingError
 from pipeline.runs.predictor import Adapter, Recipe
+from pipeline.runs.reading import store_of_folder
 
 HOST, PORT = "127.0.0.1", 5001
 """Where a served model is told to listen; MLflow's own pages take 5000."""
