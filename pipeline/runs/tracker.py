@@ -23,19 +23,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pipeline.runs.mlflow_sender import (
+from pipeline.runs.mlflow_records import (
     Artifact,
     Destination,
     Metrics,
     Record,
     RunParams,
     RunStatus,
-    Sender,
     Tags,
     now,
     read_unsent,
     write_unsent,
 )
+from pipeline.runs.mlflow_sender import Sender
 from pipeline.runs.mlflow_store import STORE, TrackingError, sqlite_file, with_credentials
 from pipeline.runs.source import output_of, source_tags
 from pipeline.worker.cpus import available_cpus

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
@@ -153,6 +156,41 @@ IMAGES = {
     "images of a size beyond any memory": Row((*PREPARE, ".", "--size", "100000000"), "--size"),
     "images from nowhere": Row((*PREPARE, "nowhere"), "nowhere does not exist"),
 }
+
+
+class Stranger(BaseHTTPRequestHandler):
+    """Somebody's web server, which answers everything with an empty object."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    do_POST = do_GET
+
+    def log_message(self, *arguments: object) -> None:
+        """Not into the output of tests."""
+
+
+@pytest.fixture
+def stranger() -> Iterator[str]:
+    with HTTPServer(("127.0.0.1", 0), Stranger) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_server_that_is_not_mlflow(stranger: str, tmp_path: Path) -> None:
+    for command in (("runs",), ("runs", "compare", "a", "b")):
+        done = maml(*command, "--uri", stranger, cwd=tmp_path)
+        assert done.returncode == 2, done.stdout
+        assert f"{stranger} answers, but has not even MLflow's own experiment" in done.stderr
+        assert not list(tmp_path.iterdir())
+
+
 ROWS = {**SETTINGS, **FILES, **ADDRESSES, **IMAGES}
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.job_package import LIMIT, JobError, files_to_ship, hash_of, packed
+from pipeline.runs.source import SOURCE, source_tags
+from pipeline.runs.tracker import environment_tags
+from tests.commands import maml
 from tests.places import ROOT
 
 
@@ -132,3 +135,44 @@ def test_a_broken_repository_is_named(tmp_path: Path) -> None:
     write(tmp_path, "a.py")
     with pytest.raises(JobError, match="git cannot list"):
         files_to_ship(tmp_path)
+
+
+def test_a_dry_run_lists_the_files_and_submits_nothing(tmp_path: Path) -> None:
+    """It needs no head."""
+    write(tmp_path, "mine.py", "photo.jpg", ".env")
+    done = maml(
+        *("submit", "--dry-run", "--env", "API_KEY", "--address", "127.0.0.1:9"),
+        *("--", "train", "sinusoid"),
+        cwd=tmp_path,
+        API_KEY="hunter2",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("          7  mine.py\n")
+    assert "pipeline/cli/__main__.py" in done.stdout
+    assert not {"photo.jpg", ".env", "hunter2"} & set(done.stdout.replace("  ", "\n").split("\n"))
+    assert "hunter2" not in done.stdout + done.stderr
+    assert "API_KEY" in done.stdout
+    assert "*.py and *.yaml outside of git, and the project's packages" in done.stdout
+    assert done.stdout.splitlines()[-1].endswith("nothing was submitted")
+
+
+def test_a_run_says_which_commits_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The project's and that of the user's own repository; in a job, those of where it began."""
+    git(tmp_path, "init")
+    write(tmp_path, "mine.py")
+    monkeypatch.chdir(tmp_path)
+    assert "own.git.commit" not in source_tags(), "nothing is committed"
+    git(tmp_path, "add", "-A")
+    git(tmp_path, "commit", "-m", "x")
+    clean = source_tags()
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    assert clean["own.git.commit"] == head.stdout.strip()
+    assert clean["own.git.dirty"] == "false"
+    write(tmp_path, "mine.py", "new.py")
+    (tmp_path / "mine.py").write_text("changed")
+    assert source_tags() == {**clean, "own.git.dirty": "true"}
+    monkeypatch.chdir(ROOT)
+    assert not any(name.startswith("own.") for name in source_tags())
+    monkeypatch.setenv(SOURCE, '{"mlflow.source.git.commit": "abc", "job.package": "def"}')
+    assert source_tags() == {"mlflow.source.git.commit": "abc", "job.package": "def"}
+    assert environment_tags()["job.package"] == "def"
