@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,15 +68,8 @@ def submit(
     MLFLOW_TRACKING_URI and MAML_DATA_ROOT are passed on.
     """
     from pipeline.cli.console import err, out
-    from pipeline.cluster.job_package import files_to_ship, hash_of, packed
-    from pipeline.cluster.submission import (
-        check_command,
-        default_name,
-        job_environment,
-        what_to_know,
-    )
-    from pipeline.config import json_text
-    from pipeline.runs.source import PACKAGE, SOURCE, source_tags
+    from pipeline.cluster.job_package import files_to_ship
+    from pipeline.cluster.submission import check_command, job_environment, what_to_know
 
     if arguments[0] == "maml":
         arguments = arguments[1:]
@@ -90,15 +83,31 @@ def submit(
     head.check_versions()
     for line in (*what_to_know(arguments, Path.cwd(), environment), f"ships {selection.summary()}"):
         err.print(line, markup=False, soft_wrap=True)
-    with packed(selection) as package:
-        tags = {**source_tags(), PACKAGE: hash_of(package)}
-        environment[SOURCE] = json_text.write(tags, indent=None)
-        job = head.submit(arguments, package, name or default_name(arguments), environment)
+    job = _submitted(head, arguments, selection, name, environment)
     out.print(f"job     {job.id}", markup=False, soft_wrap=True)
     if follow:
         _follow(head, job.id, address)
     out.print(f"output  {_command('logs', job.id, address)} --follow", markup=False, soft_wrap=True)
     out.print(f"stop    {_command('stop', job.id, address)}", markup=False, soft_wrap=True)
+
+
+def _submitted(
+    head: Head,
+    arguments: Sequence[str],
+    selection: Selection,
+    name: str | None,
+    environment: Mapping[str, str],
+) -> ClusterJob:
+    """Submit the files with a command, which learns from its environment which code it is."""
+    from pipeline.cluster.job_package import hash_of, packed
+    from pipeline.cluster.submission import default_name
+    from pipeline.config import json_text
+    from pipeline.runs.source import PACKAGE, SOURCE, source_tags
+
+    with packed(selection) as package:
+        tags = {**source_tags(), PACKAGE: hash_of(package)}
+        known = {**environment, SOURCE: json_text.write(tags, indent=None)}
+        return head.submit(arguments, package, name or default_name(arguments), known)
 
 
 @jobs_app.callback()

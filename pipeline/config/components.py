@@ -17,7 +17,7 @@ from typing import Any, cast, get_type_hints
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model, field_validator
 
-from pipeline.config.section import refuse_truth_for_number
+from pipeline.config.section import truth_is_no_number
 from pipeline.config.wording import shown
 from tasks.base import TaskDistribution
 
@@ -109,7 +109,7 @@ def _settings_model(target: Callable[..., Any]) -> type[BaseModel]:
     return create_model(
         getattr(target, "__name__", "settings"),
         __config__=ConfigDict(extra=extra, allow_inf_nan=False, arbitrary_types_allowed=True),
-        __validators__={"numbers": field_validator("*", mode="before")(refuse_truth_for_number)},
+        __validators__={"numbers": field_validator("*", mode="before")(truth_is_no_number)},
         **fields,
     )
 

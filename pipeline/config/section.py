@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar, Literal, NamedTuple, Self, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
-from pydantic_core import PydanticCustomError
 
 
 class Rule(NamedTuple):
@@ -24,12 +23,13 @@ class Rule(NamedTuple):
         return f"{self.where}: {self.why if isinstance(self.why, str) else self.why(section)}"
 
 
-def refuse_truth_for_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
-    """A validator of all fields: true is no number, though Python takes it for 1."""
+def truth_is_no_number(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """A validator of all fields: where a number is wanted, true is the text 'true', which is none.
+
+    Python, and so pydantic, takes it for 1.
+    """
     kinds = _kinds_in(cls.model_fields[str(info.field_name)].annotation)
-    if kinds & {int, float} and not kinds & {bool, Any} and _holds_truth(value):
-        raise PydanticCustomError("number", "Input should be a number")
-    return value
+    return _as_text(value) if kinds & {int, float} and not kinds & {bool, Any} else value
 
 
 def _kinds_in(annotation: Any) -> set[Any]:
@@ -40,12 +40,14 @@ def _kinds_in(annotation: Any) -> set[Any]:
     return set().union(*map(_kinds_in, parts)) if parts else {annotation}
 
 
-def _holds_truth(value: Any) -> bool:
+def _as_text(value: Any) -> Any:
+    """The value with the words true and false for what they name, also within lists and
+    mappings."""
     if isinstance(value, list | tuple):
-        return any(map(_holds_truth, value))
+        return [_as_text(each) for each in value]
     if isinstance(value, dict):
-        return any(map(_holds_truth, value.values()))
-    return isinstance(value, bool)
+        return {name: _as_text(each) for name, each in value.items()}
+    return str(value).lower() if isinstance(value, bool) else value
 
 
 class Section(BaseModel):
@@ -58,7 +60,7 @@ class Section(BaseModel):
         extra="forbid", frozen=True, allow_inf_nan=False, hide_input_in_errors=True
     )
     rules: ClassVar[tuple[Rule, ...]] = ()
-    _numbers = field_validator("*", mode="before")(refuse_truth_for_number)
+    _numbers = field_validator("*", mode="before")(truth_is_no_number)
 
     def faults(self) -> list[str]:
         """What is wrong with the fields together, as 'path: why': a line for each broken rule."""

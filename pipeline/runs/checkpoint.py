@@ -44,7 +44,7 @@ _MANIFEST = re.compile(r"iteration-(\d{8,})\.json")
 _OURS = re.compile(r"iteration-\d{8,}(-[0-9a-f]{8}\.safetensors|\.json(\.[0-9a-f]{8}\.tmp)?)")
 
 
-_KINDS = {
+_KINDS: dict[str, type | tuple[type, ...]] = {
     "scheduler": dict,
     "best": (dict, NoneType),
     "bad_updates": int,

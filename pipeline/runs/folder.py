@@ -123,7 +123,9 @@ def _check_state(state: TrainingState, store: CheckpointStore) -> None:
     has edited it."""
     found = {"scheduler": state.scheduler, "extra": state.extra, "best": state.best}
     for name, values in found.items():
-        for key, kind in _GOES_ON_WITH[name].items() if values is not None else ():
+        if values is None:  # no validation yet
+            continue
+        for key, kind in _GOES_ON_WITH[name].items():
             if not isinstance(values.get(key), kind):
                 raise CheckpointError(
                     f"checkpoint of iteration {state.iteration} in {store.folder} is damaged: "

@@ -157,34 +157,6 @@ def test_a_run_that_is_gone_goes_on_as_a_new_one(store: str, tmp_path: Path, cap
     assert MlflowClient(store).get_run(str(tracker.run_id)).info.status == "FINISHED"
 
 
-def test_a_run_has_ended_only_when_its_files_are_there(tmp_path: Path) -> None:
-    """Whoever reacts to FINISHED finds the parameters."""
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
-    tracker = start(tmp_path / "run", uri=uri)
-    assert tracker.wait_for_run_id(PATIENCE) is not None
-    artifacts = tmp_path / "mlartifacts"
-    artifacts.write_text("no folder: files cannot be stored")
-    (tmp_path / "theta.safetensors").write_text("θ")
-    tracker.log_artifact(tmp_path / "theta.safetensors")
-    left = tracker.close("FINISHED", timeout=2)
-    assert left is not None
-    client = MlflowClient(uri)
-    assert client.get_run(str(tracker.run_id)).info.status == "RUNNING"
-    artifacts.unlink()
-    assert resend(left, PATIENCE)
-    assert client.get_run(str(tracker.run_id)).info.status == "FINISHED"
-    [artifact] = client.list_artifacts(str(tracker.run_id))
-    assert artifact.path == "theta.safetensors"
-
-
-def test_a_deleted_experiment_is_said_as_what_it_is(store: str, tmp_path: Path, caplog) -> None:
-    client = MlflowClient(store)
-    client.delete_experiment(client.create_experiment("gone"))
-    start(tmp_path / "run", uri=store, experiment="gone").close("FINISHED", timeout=1)
-    assert "refuses the records of this run" in caplog.text
-    assert "cannot be reached" not in caplog.text
-
-
 def test_what_cannot_be_recorded_is_named_and_holds_nothing_up(store, tmp_path, caplog) -> None:
     tracker = start(tmp_path / "run", uri=store)
     tracker.log_artifact(tmp_path / "never-written.png")
