@@ -237,7 +237,7 @@ class Compute(Section):
     )
 
 
-_MOST_WORKERS = 10_000
+_MOST_WORKERS = 100_000
 
 
 class Cluster(Section):
