@@ -13,7 +13,6 @@ Every run is `maml train` with a shipped experiment and the overrides below, in 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import statistics
 import time
@@ -26,6 +25,7 @@ from pipeline.config.loading import ConfigError, load
 from pipeline.evaluation.comparison import compare_runs
 from pipeline.evaluation.health import PREFIX, by_step
 from pipeline.maml.flat_vector import Layout
+from pipeline.runs.folder import History
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.learner import initial_parameters
 
@@ -129,7 +129,7 @@ def health() -> list[str]:
         "|---|---|---|---|---|---|---|",
     ]
     for name in ("steps/maml", "steps/annealed"):
-        records = map(json.loads, (FOLDER / name / "metrics.jsonl").read_text().splitlines())
+        records = History(FOLDER / name).records()
         found = [record for record in records if f"{PREFIX}hurt_share" in record]
         size = -(-len(found) // 4)
         for window in (found[i : i + size] for i in range(0, len(found), size)):

@@ -14,7 +14,6 @@ Every run is `maml train` with a shipped experiment and the overrides below, in 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -32,6 +31,7 @@ from pipeline.maml.flat_vector import FlatVector, flat_vector
 from pipeline.rl.policies import GAUSSIAN
 from pipeline.rl.rollouts import rollout
 from pipeline.runs.checkpoint import load_theta
+from pipeline.runs.folder import History
 from pipeline.worker.chunk import ChunkComputer
 from pipeline.worker.jobs import GradientJob
 from pipeline.worker.learner import initial_parameters
@@ -153,7 +153,7 @@ def plot_validations(path: Path) -> None:
     for axes, kind in zip(grid[0], kinds, strict=True):
         there = [n for n in RUNS if n.startswith(kind) and (FOLDER / n / "metrics.jsonl").exists()]
         for name, colour in zip(there, COLORS, strict=False):
-            records = map(json.loads, (FOLDER / name / "metrics.jsonl").read_text().splitlines())
+            records = History(FOLDER / name).records()
             found = [r for r in records if "validation/return_step1" in r]
             mean = np.array([r["validation/return_step1"] for r in found])
             half = np.array([r["validation/return_step1_ci95"] for r in found])

@@ -183,10 +183,16 @@ def supervised(task: TaskDistribution, what: str) -> Supervised:
     return task
 
 
+_LARGEST = 1_000_000  # more than any size of tasks that fits into memory
+
+
 def at_least(name: str, value: float, minimum: float) -> None:
-    """Raise ValueError unless value >= minimum; the configuration reports it for field `name`."""
+    """Raise ValueError unless minimum <= value <= 1,000,000; the configuration reports it for field
+    `name`."""
     if not value >= minimum:
         raise ValueError(f"{name}: must be at least {minimum}, got {value}")
+    if value > _LARGEST:
+        raise ValueError(f"{name}: must be at most {_LARGEST:,}, got {value}")
 
 
 def ascending(name: str, bounds: tuple[float, float]) -> None:

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tasks.errors import first_line
 from tasks.image_store import StoreError, UInt8
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
@@ -53,6 +54,8 @@ def image_files(source: Path) -> Iterator[ImageFiles]:
         raise StoreError(f"{source} does not exist")
     if source.is_dir():
         kind = _folder
+    elif not source.is_file():  # reading a pipe or a device may take for ever
+        raise StoreError(f"{source} is neither a folder nor a file")
     else:
         kind = _zip if source.suffix.lower() == ".zip" or zipfile.is_zipfile(source) else _tar
     with contextlib.ExitStack() as stack:
@@ -92,7 +95,7 @@ def decode(data: bytes, name: str, size: int | None, channels: int) -> UInt8:
                 image = image.resize((size, size), Image.Resampling.LANCZOS)
             return np.asarray(image).reshape(image.height, image.width, channels)
     except Exception as error:  # Pillow raises nearly anything on broken bytes
-        raise StoreError(f"{name} is not a readable image: {error}") from error
+        raise StoreError(f"{name} is not a readable image: {first_line(error)}") from error
 
 
 def is_grey(data: bytes, name: str) -> bool:
@@ -123,6 +126,7 @@ def _folder(source: Path) -> Iterator[ImageFiles]:
         os.path.relpath(os.path.join(folder, name), source)
         for folder, _, names in os.walk(source)
         for name in names
+        if os.path.isfile(os.path.join(folder, name))  # and no pipe
     )
     yield ImageFiles(_wanted(names), lambda path: (source / path).read_bytes())
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 from pipeline.cli.arguments import ExperimentName, Overrides
 from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors
+from pipeline.config import json_text
 
 config_app = ClearTyper(no_args_is_help=True, help="Look at experiments and their settings.")
 
@@ -62,4 +61,4 @@ def config_schema() -> None:
     """Print the JSON schema of experiments."""
     from pipeline.config.loading import json_schema
 
-    print(json.dumps(json_schema(), indent=1))
+    print(json_text.write(json_schema()))

@@ -37,6 +37,7 @@ Root = Annotated[
     typer.Option("--root", envvar=DATA_ROOT, help="folder of the image stores (data.root)"),
 ]
 _DATA = Path("data")
+_LARGEST = 4096  # pixels
 
 
 @prepare_app.command("omniglot")
@@ -50,7 +51,7 @@ def prepare_omniglot(
         ),
     ] = None,
     root: Root = _DATA,
-    size: Annotated[int, typer.Option(min=8, help="images become size x size")] = 28,
+    size: Annotated[int, typer.Option(min=8, max=_LARGEST, help="images become size x size")] = 28,
 ) -> None:
     """Omniglot: 1623 handwritten characters x 20 drawings."""
     from tasks.omniglot import prepare_omniglot as prepare
@@ -72,7 +73,9 @@ def prepare_images(
     ],
     name: Annotated[str, typer.Option(help="name of the store, for task.store")],
     root: Root = _DATA,
-    size: Annotated[int | None, typer.Option(min=8, help="resize to size x size")] = None,
+    size: Annotated[
+        int | None, typer.Option(min=8, max=_LARGEST, help="resize to size x size")
+    ] = None,
     split: Annotated[
         str | None,
         typer.Option(
@@ -108,7 +111,9 @@ def prepare_images(
 @reporting_errors
 def prepare_glyphs(
     root: Root = _DATA,
-    classes: Annotated[int, typer.Option(min=10, help="number of characters")] = 1200,
+    classes: Annotated[
+        int, typer.Option(min=10, max=1_000_000, help="number of characters")
+    ] = 1200,
 ) -> None:
     """Drawn characters of an invented script (also made by themselves at first use)."""
     from tasks.glyphs import NUM_CLASSES, store_name

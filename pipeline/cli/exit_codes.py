@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import typer
 from rich.markup import escape
 
+from tasks.credentials import redacted
 from tasks.errors import INTERRUPTED, ReportedError
 
 DEBUG = "MAML_DEBUG"
@@ -41,7 +43,8 @@ def reporting_errors(command: Callable[..., None]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except Exception as error:
             if show_tracebacks():
-                raise
+                sys.stderr.write(redacted("".join(traceback.format_exception(error))))
+                raise typer.Exit(1) from None
             _fail(*_described(error), _notes(error))
 
     return run
@@ -66,9 +69,9 @@ def _fail(message: str, code: int, notes: Sequence[str] = ()) -> None:
     code."""
     from pipeline.cli.console import err
 
-    text = escape(message)
+    text = escape(redacted(message))
     said = f"[yellow]{text}[/]" if code == INTERRUPTED else f"[bold red]error:[/] {text}"
     err.print(said, soft_wrap=True)
     for note in notes:
-        err.print(note, markup=False, soft_wrap=True)
+        err.print(redacted(note), markup=False, soft_wrap=True)
     raise typer.Exit(code)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,6 +16,7 @@ from pipeline.cli.exit_codes import reporting_errors
 from tasks.errors import INTERRUPTED
 
 if TYPE_CHECKING:
+    from pipeline.cluster.job_package import Selection
     from pipeline.cluster.submission import ClusterJob, Head
 
 jobs_app = ClearTyper(
@@ -47,36 +50,65 @@ def submit(
         str | None, typer.Option(help="the job's ID; by default made from the command")
     ] = None,
     env: Annotated[
-        list[str] | None, typer.Option(metavar="K=V", help="environment variable of the job")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME[=VALUE]",
+            help="environment variable of the job; without a value its value here, not shown",
+        ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="list the files that would travel; submit nothing")
+    ] = False,
 ) -> None:
     """Run a maml command as a job of a Ray cluster.
 
-    The current folder travels with it: what git knows of it, at most 100 MiB packed. Data does not:
-    nodes read it from data.root, a path that all see or a URI.
+    The current folder travels with it, at most 100 MiB packed: what git tracks, new *.py and
+    *.yaml, nothing whose name begins with a dot. Data does not: nodes read it from data.root, a
+    path that all see or a URI.
 
     MLFLOW_TRACKING_URI and MAML_DATA_ROOT are passed on.
     """
     from pipeline.cli.console import err, out
-    from pipeline.cluster.job_package import packed
-    from pipeline.cluster.submission import default_name, job_environment, what_to_know
+    from pipeline.cluster.job_package import files_to_ship
+    from pipeline.cluster.submission import check_command, job_environment, what_to_know
 
     if arguments[0] == "maml":
         arguments = arguments[1:]
-    if not arguments:
-        raise ValueError("give a command to run: maml submit -- train sinusoid")
+    check_command(arguments)
     environment = job_environment(_parsed(env or []))
+    selection = files_to_ship(Path.cwd())
+    if dry_run:
+        _list(selection, environment)
+        return
     head = _head(address)
     head.check_versions()
-    for line in what_to_know(arguments, Path.cwd(), environment):
+    for line in (*what_to_know(arguments, Path.cwd(), environment), f"ships {selection.summary()}"):
         err.print(line, markup=False, soft_wrap=True)
-    with packed(Path.cwd()) as package:
-        job = head.submit(arguments, package, name or default_name(arguments), environment)
+    job = _submitted(head, arguments, selection, name, environment)
     out.print(f"job     {job.id}", markup=False, soft_wrap=True)
     if follow:
         _follow(head, job.id, address)
     out.print(f"output  {_command('logs', job.id, address)} --follow", markup=False, soft_wrap=True)
     out.print(f"stop    {_command('stop', job.id, address)}", markup=False, soft_wrap=True)
+
+
+def _submitted(
+    head: Head,
+    arguments: Sequence[str],
+    selection: Selection,
+    name: str | None,
+    environment: Mapping[str, str],
+) -> ClusterJob:
+    """Submit the files with a command, which learns from its environment which code it is."""
+    from pipeline.cluster.job_package import hash_of, packed
+    from pipeline.cluster.submission import default_name
+    from pipeline.config import json_text
+    from pipeline.runs.source import PACKAGE, SOURCE, source_tags
+
+    with packed(selection) as package:
+        tags = {**source_tags(), PACKAGE: hash_of(package)}
+        known = {**environment, SOURCE: json_text.write(tags, indent=None)}
+        return head.submit(arguments, package, name or default_name(arguments), known)
 
 
 @jobs_app.callback()
@@ -170,6 +202,14 @@ def _command(verb: str, job: str, address: str | None) -> str:
     return f"maml jobs {verb} {job}" + (f" --address {address}" if address else "")
 
 
+def _list(selection: Selection, environment: Mapping[str, str]) -> None:
+    """Print what would travel with a job: each file and its bytes, the names of its variables."""
+    for name, size in sorted(selection.sizes.items()):
+        print(f"{size:>11,}  {name}")
+    print(f"variables: {', '.join(sorted(environment))}")
+    print(f"would ship {selection.summary()}; nothing was submitted")
+
+
 def _write(text: str) -> None:
     """Write output of a job as it is, at once."""
     sys.stdout.write(text)
@@ -177,8 +217,13 @@ def _write(text: str) -> None:
 
 
 def _parsed(pairs: list[str]) -> dict[str, str]:
-    """The pairs of `--env K=V` as a mapping. Raises ValueError."""
+    """The variables of `--env` as a mapping; of a NAME alone the value here. Raises ValueError."""
+    found = {}
     for pair in pairs:
-        if not pair.partition("=")[1] or not pair.partition("=")[0]:
-            raise ValueError(f"--env: must look like NAME=value, got {pair!r}")
-    return dict(pair.split("=", 1) for pair in pairs)
+        name, given, value = pair.partition("=")
+        if not name:
+            raise ValueError("--env: must look like NAME or NAME=value")
+        if not given and name not in os.environ:
+            raise ValueError(f"--env: {name} is not set here, so it cannot be passed on")
+        found[name] = value if given else os.environ[name]
+    return found

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tasks.credentials import redacted
+
 if TYPE_CHECKING:
     from pipeline.config.experiment import Experiment
 
@@ -21,6 +23,6 @@ def ui_command(experiment: Experiment, run_dir: Path) -> str:
 
     uri = resolve_uri(experiment.tracking.uri, run_dir)
     if uri.startswith(("http://", "https://")):
-        return uri
+        return redacted(uri)
     default = resolve_uri(None, runs_folder() / "any")
-    return "maml ui" if uri == default else f"maml ui --uri {uri}"
+    return "maml ui" if uri == default else f"maml ui --uri {redacted(uri)}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 from collections.abc import Sequence
@@ -13,6 +12,8 @@ import typer
 
 from pipeline.cli.exit_codes import reporting_errors
 from pipeline.cli.next_commands import typed
+from pipeline.config import json_text
+from tasks.credentials import redacted
 
 _FORMATS = (".png", ".svg", ".pdf")
 RunDir = Annotated[Path, typer.Argument(help="folder of a run", show_default=False)]
@@ -72,7 +73,7 @@ def evaluate(
         checkpoint=checkpoint,
     )
     if as_json:
-        print(json.dumps([curve.to_json() for curve in curves], indent=1))
+        print(json_text.write([curve.to_json() for curve in curves]))
     else:
         out.print(curves_table(loaded.build_task(), curves))
     if video is not None:
@@ -125,7 +126,7 @@ def compare(
     task = load_run(run_dirs[0], overrides or []).build_task()
     plot_comparison(task, found, plot)
     if as_json:
-        print(json.dumps([each.to_json() for each in found], indent=1))
+        print(json_text.write([each.to_json() for each in found]))
         return
     if recipes := recipes_table(found):
         out.print(recipes)
@@ -224,7 +225,7 @@ def _log_analysis(run_dir: Path, files: Sequence[Path]) -> None:
     """Log the files of an analysis to the run's MLflow record; say so if that does not work."""
     from pipeline.cli.console import err
     from pipeline.runs.catalog import log_to_run
-    from pipeline.runs.mlflow_sender import TrackingError
+    from pipeline.runs.mlflow_store import TrackingError
 
     try:
         log_to_run(run_dir, files, "analysis")
@@ -269,9 +270,10 @@ def export(
     if exported.version is not None:
         uri = f"models:/{register}@{alias}" if alias else f"models:/{register}/{exported.version}"
         say(f"registered {register}, version {exported.version}{f', {alias}' if alias else ''}")
-    say(f"store      {exported.store}")
+    store = redacted(exported.store)
+    say(f"store      {store}")
     say(
-        f"serve      MLFLOW_TRACKING_URI={shlex.quote(exported.store)} "
+        f"serve      MLFLOW_TRACKING_URI={shlex.quote(store)} "
         f"mlflow models serve -m {uri} --env-manager local --host {HOST} --port {PORT}"
     )
     say(f"ask        {exported.request}")

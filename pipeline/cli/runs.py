@@ -13,6 +13,8 @@ import typer
 from pipeline.cli.arguments import StoreUri
 from pipeline.cli.clear_errors import ClearTyper
 from pipeline.cli.exit_codes import reporting_errors
+from pipeline.config import json_text
+from tasks.credentials import redacted
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -58,19 +60,20 @@ def list_all(
     if context.invoked_subcommand is not None:
         return
     from pipeline.cli.console import out
-    from pipeline.runs.catalog import default_store, list_runs
+    from pipeline.runs.catalog import list_runs
+    from pipeline.runs.reading import default_store
 
     store = default_store(uri)
     runs = list_runs(store, limit=limit, text=text)
     if as_json:
-        print(json.dumps([run.to_json() for run in runs], indent=1))
+        print(json_text.write([run.to_json() for run in runs]))
     elif runs:
         _print_runs(runs, text)
     elif text:
-        out.print(f"no run in {store} matches {text!r}", markup=False, soft_wrap=True)
+        out.print(f"no run in {redacted(store)} matches {text!r}", markup=False, soft_wrap=True)
     else:
         out.print(
-            f"no runs in {store} yet; maml train makes one, --uri names another store",
+            f"no runs in {redacted(store)} yet; maml train makes one, --uri names another store",
             markup=False,
             soft_wrap=True,
         )
@@ -97,7 +100,7 @@ def compare_some(
         raise ValueError("compare needs two runs or more: maml runs compare A B")
     comparison = compare([find_run(name, uri or context.obj) for name in runs])
     if as_json:
-        print(json.dumps(comparison.to_json(), indent=1))
+        print(json_text.write(comparison.to_json()))
     else:
         _print_wide(_comparison_table(comparison))
 

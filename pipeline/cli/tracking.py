@@ -19,8 +19,8 @@ def ui(
 ) -> None:
     """Open MLflow's pages on the runs of this folder."""
     from pipeline.cli.console import out
-    from pipeline.runs.catalog import default_store
     from pipeline.runs.mlflow_ui import serve
+    from pipeline.runs.reading import default_store
 
     def say(address: str) -> None:
         out.print(f"MLflow: {address} (Ctrl-C ends it)", markup=False, soft_wrap=True)
@@ -36,7 +36,7 @@ def resend(
 ) -> None:
     """Send MLflow what a run could not, because the server was away."""
     from pipeline.cli.console import out
-    from pipeline.runs.mlflow_sender import TrackingError
+    from pipeline.runs.mlflow_store import TrackingError
     from pipeline.runs.tracker import resend as send
 
     if not file.is_file():

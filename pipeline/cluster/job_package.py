@@ -1,18 +1,24 @@
-"""Packs what travels with a job: the files of the current folder that git does not ignore.
+"""Packs what travels with a job: what git tracks in the current folder, and new code and settings.
 
-Where the folder is not the project itself, the project's packages travel with it, so that a job
-always runs the code of this machine; the nodes need only the libraries that it imports.
+Code and settings are `*.py` and `*.yaml`: of files that git does not track, and outside of git,
+they alone travel. Names that begin with a dot never do, nor what is below one: keys and passwords
+are there. Where the folder is not the project itself, the project's packages travel with it, so
+that a job always runs the code of this machine; the nodes need only the libraries that it imports.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import os
 import subprocess
 import tempfile
 import zipfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePath
 
+from pipeline.config.wording import counted
 from tasks.errors import ReportedError
 
 LIMIT = 100 * 2**20
@@ -20,26 +26,46 @@ LIMIT = 100 * 2**20
 
 _PROJECT = Path(__file__).resolve().parents[2]
 _PACKAGES = ("pipeline", "tasks", "tune_configs")
+_CODE = (".py", ".yaml", ".yml")
 
 
 class JobError(ReportedError):
     """A job cannot be submitted or found; `str()` says what to do."""
 
 
+@dataclass(frozen=True)
+class Selection:
+    """The files of a job's working directory."""
+
+    files: Mapping[str, Path]
+    """By their path in it."""
+    why: str
+    """What chose them, for a person."""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file."""
+        return {name: path.stat().st_size for name, path in self.files.items()}
+
+    def summary(self) -> str:
+        """How many files, how large, and why these, in one line."""
+        size = sum(self.sizes.values()) / 1e6
+        return f"{counted(len(self.files), 'file')}, {size:,.1f} MB: {self.why}"
+
+
 @contextlib.contextmanager
-def packed(folder: Path) -> Iterator[Path]:
-    """Pack the folder as a job's working directory; yields the path of a temporary zip.
+def packed(selection: Selection) -> Iterator[Path]:
+    """Pack a job's working directory; yields the path of a temporary zip.
 
     The same files give the same bytes, so that the head recognises a package that it has already.
-    Raises JobError where the folder is too large.
+    Raises JobError where they are too large.
     """
-    files = files_to_ship(folder)
-    sizes = {name: path.stat().st_size for name, path in files.items()}
+    sizes = selection.sizes
     with tempfile.TemporaryDirectory(prefix="maml-job-") as scratch:
         package = Path(scratch) / "working_dir.zip"
         fits = sum(sizes.values()) <= 10 * LIMIT  # what is larger is not worth packing
         with package.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as zipped:
-            for name, path in sorted(files.items()):
+            for name, path in sorted(selection.files.items()):
                 if not fits:
                     break
                 # Without the date of the file, which would change the bytes.
@@ -49,21 +75,33 @@ def packed(folder: Path) -> Iterator[Path]:
             largest = sorted(sizes, key=lambda name: -sizes[name])[:3]
             named = ", ".join(f"{name} ({sizes[name] / 2**20:,.1f} MiB)" for name in largest)
             raise JobError(
-                f"{folder} does not fit into a job, which takes {LIMIT // 2**20} MiB packed; its "
-                f"largest files: {named}\n"
-                "leave them out with .gitignore; data is given by data.root"
+                f"this folder does not fit into a job, which takes {LIMIT // 2**20} MiB packed; "
+                f"its largest files: {named}\n"
+                "start the job in another folder; data is given by data.root"
             )
         yield package
 
 
-def files_to_ship(folder: Path) -> dict[str, Path]:
-    """The files of a job's working directory, by their path in it.
+def hash_of(package: Path) -> str:
+    """The SHA-256 of a packed working directory, in hex."""
+    return hashlib.sha256(package.read_bytes()).hexdigest()
 
-    Raises JobError where a file would hide one of the project's packages, or git fails.
+
+def files_to_ship(folder: Path) -> Selection:
+    """The files that travel with a job that is submitted in a folder.
+
+    Raises JobError for a home directory or one that holds it, where a file would hide one of the
+    project's packages, and where git fails.
     """
-    files = {name: folder / name for name in _listed(folder) if (folder / name).is_file()}
+    if Path.home().resolve().is_relative_to(folder.resolve()):
+        raise JobError(
+            f"{folder} is a home directory, or holds one: it does not travel with a job; make a "
+            "folder for your experiments, and submit there"
+        )
+    names, why = _chosen(folder)
+    files = {name: folder / name for name in names if (folder / name).is_file()}
     if "pipeline/cli/__main__.py" in files:
-        return files
+        return Selection(files, why)
     for package in _PACKAGES:
         for own in (f"{package}.py", f"{package}/__init__.py"):
             if own in files:
@@ -73,35 +111,58 @@ def files_to_ship(folder: Path) -> dict[str, Path]:
         for path in (_PROJECT / package).rglob("*"):
             if path.is_file() and "__pycache__" not in path.parts:
                 files[str(path.relative_to(_PROJECT))] = path
-    return files
+    return Selection(files, f"{why}, and the project's packages")
 
 
-def _listed(folder: Path) -> list[str]:
-    """Paths of the files below the folder that travel.
-
-    In a repository those that git tracks, and others that neither git ignores nor `_left_out`
-    excludes; elsewhere all that `_left_out` does not exclude. Raises JobError where git fails.
-    """
-    if any((above / ".git").exists() for above in (folder, *folder.parents)):
-        command = ["git", "ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard"]
-        try:
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
-        except FileNotFoundError:
-            raise JobError(f"{folder} is in a git repository, but there is no git here") from None
-        except subprocess.CalledProcessError as error:
-            raise JobError(f"git cannot list {folder}: {error.stderr.strip()}") from None
-        entries = [(entry[2:], entry[0] != "?") for entry in done.stdout.split("\0") if entry]
-        if entries:  # a folder that the repository ignores has none
-            return [name for name, tracked in entries if tracked or not _left_out(name)]
-    found = (path.relative_to(folder) for path in folder.rglob("*"))
-    return [str(path) for path in found if not _left_out(str(path))]
+def _chosen(folder: Path) -> tuple[list[str], str]:
+    """Paths of the files below the folder that travel, and what chose them. Raises JobError."""
+    listed = _known_to_git(folder)
+    if not listed:  # no repository, or a folder that its repository ignores
+        return [name for name in _below(folder) if _is_code(name)], "*.py and *.yaml outside of git"
+    tracked = [name for name, is_tracked in listed.items() if is_tracked and not _is_hidden(name)]
+    new = [name for name, is_tracked in listed.items() if not is_tracked and _is_code(name)]
+    return [*tracked, *new], f"{len(tracked)} that git tracks, {len(new)} new *.py and *.yaml"
 
 
-def _left_out(name: str) -> bool:
-    """Whether a file is data, a run's, or a tool's, and so has no place in a job."""
-    parts = Path(name).parts
-    hidden = {".git", ".venv", "venv", "__pycache__"}
-    return parts[0] in ("data", "runs") or not hidden.isdisjoint(parts)
+def _known_to_git(folder: Path) -> dict[str, bool]:
+    """The files below the folder that git does not ignore, and whether it tracks them; empty where
+    there is no repository. Those that were deleted are not among them. Raises JobError where git
+    fails."""
+    if not any((above / ".git").exists() for above in (folder, *folder.parents)):
+        return {}
+    command = ["git", "ls-files", "-t", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    except FileNotFoundError:
+        raise JobError(f"{folder} is in a git repository, but there is no git here") from None
+    except subprocess.CalledProcessError as error:
+        raise JobError(f"git cannot list {folder}: {error.stderr.strip()}") from None
+    listed = {entry[2:]: entry[0] != "?" for entry in done.stdout.split("\0") if entry}
+    return {name: tracked for name, tracked in listed.items() if (folder / name).is_file()}
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """Paths of all files below a folder; looks into none that cannot hold any of a job's."""
+    for where, folders, names in os.walk(folder):
+        inside = Path(where).relative_to(folder)
+        folders[:] = sorted(name for name in folders if not _is_left_out(str(inside / name)))
+        yield from (str(inside / name) for name in sorted(names))
+
+
+def _is_code(name: str) -> bool:
+    """Whether a file is code or settings, and has a place in a job."""
+    return PurePath(name).suffix in _CODE and not _is_left_out(name)
+
+
+def _is_left_out(name: str) -> bool:
+    """Whether a path is hidden, data, a run's, or a tool's."""
+    parts = PurePath(name).parts
+    of_a_tool = not {"venv", "__pycache__"}.isdisjoint(parts)
+    return _is_hidden(name) or of_a_tool or parts[0] in ("data", "runs")
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in PurePath(name).parts)
 
 
 def _plain(name: str) -> zipfile.ZipInfo:

@@ -2,7 +2,7 @@
 
     here                                          head                           every node
     ----                                          ----                           ----------
-    files that git knows ───── zip ─────────────▶ working directory ───────────▶ working directory
+    files that git tracks ──── zip ─────────────▶ working directory ───────────▶ working directory
     MLFLOW_TRACKING_URI, MAML_DATA_ROOT, --env ─▶ environment ─────────────────▶ environment
     maml ARGUMENTS ─────────────────────────────▶ the driver, python -m pipeline.cli ARGUMENTS
     log lines, exit code ◀─────────────────────── ...
@@ -22,6 +22,7 @@ import re
 import shlex
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from typing import Any
 
 from pipeline.cluster.job_package import JobError
 from pipeline.config.loading import RUNS
+from tasks.credentials import redacted, refusal
 from tasks.data_root import DATA_ROOT, absolute_root
 from tasks.errors import INTERRUPTED, ReportedError, first_line
 
@@ -85,7 +87,9 @@ class Head:
         """Raises JobError where nobody answers, or wants a token that is not here."""
         if "://" not in address:
             address = f"http://{address}"
-        if not address.startswith(("http://", "https://")):
+        if refused := refusal("--address", address):
+            raise JobError(refused)
+        if not address.startswith(("http://", "https://")) or not _has_port(address):
             raise JobError(f"--address: must be the dashboard's, http://HEAD:8265, got {address}")
         self.address = address.rstrip("/")
         headers: dict[str, str] = {}
@@ -254,6 +258,16 @@ def job_environment(chosen: Mapping[str, str]) -> dict[str, str]:
     return {**passed, **chosen}
 
 
+def check_command(arguments: Sequence[str]) -> None:
+    """Raise JobError for a command that cannot be a job: none, or one with credentials, which the
+    cluster would show to everybody."""
+    if not arguments:
+        raise JobError("give a command to run: maml submit -- train sinusoid")
+    for argument in arguments:
+        if refused := refusal(argument.partition("=")[0], argument):
+            raise JobError(f"{refused}; pass variables on with --env NAME")
+
+
 def what_to_know(
     arguments: Sequence[str], folder: Path, environment: Mapping[str, str]
 ) -> list[str]:
@@ -263,7 +277,7 @@ def what_to_know(
         return []
     given = {argument.partition("=")[0] for argument in arguments if "=" in argument}
     lines = []
-    uri = environment.get("MLFLOW_TRACKING_URI")
+    uri = redacted(environment.get("MLFLOW_TRACKING_URI", ""))
     if "tracking.uri" not in given and not uri:
         lines.append(
             f"MLFLOW_TRACKING_URI is not set: unless the cluster sets it, the MLflow record goes "
@@ -283,6 +297,15 @@ def what_to_know(
             "checkpoint.uri=s3://BUCKET/FOLDER keeps checkpoints elsewhere"
         )
     return lines
+
+
+def _has_port(address: str) -> bool:
+    """Whether an address has a host, and its port, if any, is a number that a port can have."""
+    try:
+        parts = urllib.parse.urlsplit(address)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

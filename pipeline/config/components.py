@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any, cast, get_type_hints
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, ValidationError, create_model, field_validator
 
+from pipeline.config.section import truth_is_no_number
+from pipeline.config.wording import shown
 from tasks.base import TaskDistribution
 
 _KINDS = {
@@ -43,6 +45,7 @@ _KINDS = {
 }
 POLICIES = {"continuous": "gaussian-policy", "discrete": "categorical-policy"}
 """The built-in model for reinforcement learning tasks, by the kind of their actions."""
+_LARGEST = 1_000_000_000  # parameters
 # Parameters that the pipeline fills in, so that they are no settings.
 _SUPPLIED = {"self", "data_root", "input_shape", "output_size"}
 
@@ -106,6 +109,7 @@ def _settings_model(target: Callable[..., Any]) -> type[BaseModel]:
     return create_model(
         getattr(target, "__name__", "settings"),
         __config__=ConfigDict(extra=extra, allow_inf_nan=False, arbitrary_types_allowed=True),
+        __validators__={"numbers": field_validator("*", mode="before")(truth_is_no_number)},
         **fields,
     )
 
@@ -131,7 +135,7 @@ def check_settings(
                 messages.append(f"{path}: missing")
             else:
                 message = e["msg"][0].lower() + e["msg"][1:]
-                messages.append(f"{path}: {message}, got {e['input']!r}")
+                messages.append(f"{path}: {message}, got {shown(e['input'])}")
         raise ComponentError(messages) from None
 
 
@@ -160,9 +164,16 @@ def build_model(
     """
     target = resolve("model", kind)
     typed = _settings_model(target).model_validate(settings)
+    arguments = {name: getattr(typed, name) for name in settings}
+    if kind in kinds("model"):
+        with torch.device("meta"):  # without the memory
+            size = sum(
+                p.numel() for p in target(input_shape, output_size, **arguments).parameters()
+            )
+        if size > _LARGEST:
+            raise ValueError(f"model: would have {size:,} parameters, at most {_LARGEST:,} work")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        arguments = {name: getattr(typed, name) for name in settings}
         model = target(input_shape, output_size, **arguments)
     if not isinstance(model, torch.nn.Module):
         raise ValueError(f"model.kind: {kind} returned {type(model).__name__}, not a torch module")

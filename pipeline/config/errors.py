@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.section import Section
+from pipeline.config.wording import shown
 
 _TYPE = re.compile(r"int|(literal|tuple)\[.*\]")
 """Parts of an error's path that name a type: pydantic adds them for settings of several types."""
@@ -44,7 +45,7 @@ def _message(path: str, errors: Sequence[Any]) -> str:
     for other in errors[1:]:
         wanted += " or " + str(other["msg"]).removeprefix("Input should be ").partition(",")[0]
     wanted = wanted.replace("a valid tuple", "a list").replace("a valid dictionary", "a mapping")
-    return f"{path}: {wanted}, got {errors[0]['input']!r}"
+    return f"{path}: {wanted}, got {shown(errors[0]['input'])}"
 
 
 def _meant(path: str) -> str:

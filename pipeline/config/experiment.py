@@ -34,6 +34,7 @@ from pipeline.config.settings import (
 from pipeline.config.yaml_text import write
 from tasks.base import TaskDistribution
 from tasks.control.mdp import MDPs
+from tasks.credentials import refusal
 from tasks.data_root import absolute_root
 
 
@@ -47,7 +48,7 @@ class Experiment(Section):
     are right, everything that contradicts each other and all that task, policy or schedule refuse.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=100)
     description: str = ""
     seed: int = Field(0, ge=0, lt=2**63)
     run_dir: str | None = Field(None, description="null: runs/NAME-DATE-TIME")
@@ -131,6 +132,7 @@ class Experiment(Section):
             *super().faults(),
             *component_faults(self.task, variants, self.model, self.data.root),
             *scheduler_faults(self.outer),
+            *(fault for path, value in self.flat().items() for fault in _text_faults(path, value)),
         ]
 
     @property
@@ -233,6 +235,14 @@ class Experiment(Section):
     def to_yaml(self) -> str:
         """`plain` as YAML text."""
         return write(self.plain())
+
+
+def _text_faults(path: str, value: Any) -> list[str]:
+    """What no text of a setting may hold: credentials, and the character that ends no file name."""
+    faults = [refusal(path, str(value))]
+    if isinstance(value, str) and "\0" in value:
+        faults.append(f"{path}: holds a NUL character")
+    return [fault for fault in faults if fault]
 
 
 def _settings_of_model(model: Any) -> Mapping[str, Any]:

@@ -21,8 +21,9 @@ from pipeline.config.algorithms import choose
 from pipeline.config.components import component_schema, kinds
 from pipeline.config.errors import readable
 from pipeline.config.experiment import Experiment
-from pipeline.config.wording import counted
+from pipeline.config.wording import counted, cut, shown
 from pipeline.config.yaml_text import read
+from tasks.credentials import redacted
 from tasks.errors import ReportedError
 
 EXPERIMENTS = Path(__file__).resolve().parents[2] / "tune_configs"
@@ -36,7 +37,7 @@ class ConfigError(ReportedError):
 
     def __init__(self, source: str, errors: Sequence[str]):
         """`source` names what the errors are in; '' for an error whose message names it."""
-        self.errors = list(errors)
+        self.errors = [redacted(error) for error in errors]
         title = f"{counted(len(self.errors), 'error')} in {source}:\n  " if source else ""
         super().__init__(title + "\n  ".join(self.errors))
 
@@ -69,9 +70,11 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
     error. All unknown names and wrong values are reported at once; only when there are none of
     these is the rest looked for: everything that contradicts each other or cannot be built.
     """
-    path = _file_of(name_or_path)
     try:
+        path = _file_of(name_or_path)
         data = read(path.read_text())
+    except OSError as error:
+        raise ConfigError("", [f"{shown(name_or_path)}: {error.strerror}"]) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"not YAML: {error}"]) from None
     if not isinstance(data, dict):
@@ -86,7 +89,8 @@ def load(name_or_path: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def _file_of(name_or_path: str) -> Path:
-    """The YAML file of an experiment. Raises ConfigError, with a suggestion, if there is none."""
+    """The YAML file of an experiment. Raises ConfigError, with a suggestion, if there is none, and
+    OSError for what can be no name."""
     path = Path(name_or_path)
     if path.is_file():
         return path
@@ -121,7 +125,7 @@ def _meant(name: str) -> str:
 
 def _to_blame(path: Path, data: dict[str, Any], overrides: Sequence[str]) -> str:
     """The text that names what to mend: the overrides, and the file if it is wrong without them."""
-    given = " ".join(overrides)
+    given = " ".join(map(cut, overrides))
     try:
         from_dict(data)
     except ConfigError:
@@ -202,12 +206,13 @@ def apply_overrides(data: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         path, equals, text = override.partition("=")
         keys = path.split(".")
         if not equals or not all(keys):
-            errors.append(f"override {override!r}: must look like inner.lr=0.1")
+            errors.append(f"override {shown(override)}: must look like inner.lr=0.1")
             continue
         try:
             value = read(text)
-        except yaml.YAMLError:
-            errors.append(f"override {override!r}: the value is not YAML")
+        except yaml.YAMLError as error:
+            why = getattr(error, "problem", None) or str(error)
+            errors.append(f"override {shown(override)}: the value is not YAML: {why}")
             continue
         _set(data, keys, value)
     if errors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 
 import torch
 
@@ -50,7 +51,7 @@ def build_scheduler(
             arguments.setdefault(name, outer.iterations)
     try:
         scheduler: torch.optim.lr_scheduler.LRScheduler = factory(optimizer, **arguments)
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # torch's classes check little, and fail in many ways
         raise _refusal(outer, error) from None
     return scheduler
 
@@ -60,6 +61,9 @@ def check_scheduler(outer: Outer) -> None:
 
     Raises ValueError naming the setting.
     """
+    for name, value in outer.scheduler_args.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"outer.scheduler_args.{name}: must be a finite number, got {value}")
     if outer.scheduler is None:
         return  # the first optimiser of a process has torch import its compiler, for two seconds
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=outer.lr)
@@ -68,9 +72,13 @@ def check_scheduler(outer: Outer) -> None:
     optimizer.step()
     try:
         scheduler.step()
-    except (TypeError, ValueError) as error:
+        rate = float(optimizer.param_groups[0]["lr"])
+        if not math.isfinite(rate):
+            raise ValueError(f"the rate becomes {rate}")
+    except Exception as error:
         raise _refusal(outer, error) from None
 
 
 def _refusal(outer: Outer, error: Exception) -> ValueError:
-    return ValueError(f"outer.scheduler_args: {outer.scheduler} refuses them: {error}")
+    why = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return ValueError(f"outer.scheduler_args: {outer.scheduler} refuses them: {why}")

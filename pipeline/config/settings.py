@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from pipeline.config.section import Rule, Section
+from pipeline.config.wording import shown
 from tasks.data_root import default_root
 
 
@@ -23,6 +24,7 @@ class Component(Section):
         return dict(self.model_extra or {})
 
 
+_MOST_STEPS = 10_000
 Names = tuple[str, ...]
 
 
@@ -34,6 +36,7 @@ class Inner(Section):
     steps: int = Field(
         1,
         ge=0,
+        le=_MOST_STEPS,
         description="gradient steps of adaptation while meta-training; 0, in reinforcement "
         "learning: one policy for all tasks",
     )
@@ -89,8 +92,8 @@ class Outer(Section):
     """The meta-update (eq. 4); the meta-gradient is the mean over the tasks of a meta-batch."""
 
     lr: float = Field(1e-3, gt=0, description="outer learning rate β")
-    iterations: int = Field(..., ge=1, description="meta-updates")
-    tasks_per_batch: int = Field(..., ge=1, description="tasks per meta-update")
+    iterations: int = Field(..., ge=1, le=10**9, description="meta-updates")
+    tasks_per_batch: int = Field(..., ge=1, le=10**6, description="tasks per meta-update")
     tasks_per_chunk: int | None = Field(
         None,
         ge=1,
@@ -234,6 +237,9 @@ class Compute(Section):
     )
 
 
+_MOST_WORKERS = 100_000
+
+
 class Cluster(Section):
     """Who computes the chunks."""
 
@@ -263,16 +269,17 @@ class Cluster(Section):
         None, description="of a running Ray cluster; null: RAY_ADDRESS, else a local Ray"
     )
     chunk_timeout: float | None = Field(
-        None,
-        gt=0,
-        description="seconds after which a chunk is issued again; null: from the chunks before it",
+        None, gt=0, description="seconds until a chunk is issued again; null: from chunks before it"
     )
 
     rules = (
         Rule(
             "cluster.workers",
-            lambda cluster: cluster.workers != "auto" and cluster.workers < 0,
-            lambda cluster: f"must be 'auto' or at least 0, got {cluster.workers}",
+            lambda cluster: cluster.workers != "auto" and not 0 <= cluster.workers <= _MOST_WORKERS,
+            lambda cluster: (
+                f"must be 'auto' or at least 0, at most {_MOST_WORKERS:,}, got "
+                f"{shown(cluster.workers)}"
+            ),
         ),
     )
 
@@ -283,8 +290,8 @@ class Evaluation(Section):
     every: int | None = Field(
         None, ge=1, description="iterations between validations; null: ten times per run"
     )
-    validation_tasks: int = Field(200, ge=2)
-    tasks: int = Field(600, ge=2, description="test tasks")
+    validation_tasks: int = Field(200, ge=2, le=10**6)
+    tasks: int = Field(600, ge=2, le=10**6, description="test tasks")
     steps: tuple[int, ...] | None = Field(
         None,
         description="gradient steps to report; null: 0 to inner.steps, and ten if that is fewer",
@@ -302,14 +309,17 @@ class Evaluation(Section):
         Rule(
             "evaluation.steps",
             lambda evaluation: evaluation.steps is not None and not _ascends(evaluation.steps),
-            lambda evaluation: f"must be ascending and not negative, got {list(evaluation.steps)}",
+            lambda evaluation: (
+                f"must be ascending, from 0 to {_MOST_STEPS:,}, got {shown(list(evaluation.steps))}"
+            ),
         ),
     )
 
 
 def _ascends(steps: tuple[int, ...]) -> bool:
-    """Whether there are steps, from 0 on, each larger than the one before."""
-    return bool(steps) and list(steps) == sorted(set(steps)) and steps[0] >= 0
+    """Whether there are steps, within what is possible, each larger than the one before."""
+    possible = bool(steps) and min(steps) >= 0 and max(steps) <= _MOST_STEPS
+    return possible and list(steps) == sorted(set(steps))
 
 
 class Pretraining(Section):
@@ -323,9 +333,12 @@ class Pretraining(Section):
         "head for each of `tasks` training tasks on one body",
     )
     batch_size: int = Field(
-        128, ge=1, description="examples per update; of multi-task, tasks with all their examples"
+        128,
+        ge=1,
+        le=10**6,
+        description="examples per update; of multi-task, tasks with all their examples",
     )
-    tasks: int = Field(100, ge=1, description="training tasks of multi-task")
+    tasks: int = Field(100, ge=1, le=10**6, description="training tasks of multi-task")
     part_size: int = Field(
         64,
         ge=1,
@@ -343,7 +356,7 @@ class Diagnostics(Section):
     every: int | None = Field(
         None, ge=1, description="iterations between diagnoses of the meta-gradient; null: none"
     )
-    tasks: int = Field(32, ge=1, description="validation tasks that are looked at")
+    tasks: int = Field(32, ge=1, le=10**6, description="validation tasks that are looked at")
 
 
 class Tracking(Section):
@@ -355,9 +368,7 @@ class Tracking(Section):
     )
     experiment: str = Field("maml", min_length=1)
     every: int | None = Field(
-        None,
-        ge=1,
-        description="iterations per record (means over them); null: at most 1,000 records a run",
+        None, ge=1, description="iterations per record, their means; null: at most 1,000 records"
     )
     tags: dict[str, str] = Field(default_factory=dict)
 

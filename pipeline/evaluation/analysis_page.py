@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 
+from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
 from pipeline.config.wording import counted
 from pipeline.evaluation.analysis import ALL, CENTROID, FRACTIONS, Analysis
@@ -62,7 +62,7 @@ def write_analysis(
     _plot_layers(analysis, folder / "layers.png")
     _plot_paths(analysis, folder / "paths.png")
     numbers = {**run, **analysis.to_json(), "finding": finding(analysis)}
-    write_atomically(folder / "analysis.json", json.dumps(_plain(numbers), indent=1))
+    write_atomically(folder / "analysis.json", json_text.write(_plain(numbers)))
     images = "".join(
         f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{_base64(folder / name)}">'
         for name, alt in plots.items()
@@ -231,14 +231,14 @@ def _html_table(rows: list[list[str]]) -> str:
 
 
 def _plain(value: object) -> object:
-    """Plain values for JSON: NaN becomes null, an estimate an object."""
+    """Plain values for JSON: an estimate becomes an object."""
     if isinstance(value, Estimate):
         return value.to_json()
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value
 
 
 def _base64(path: Path) -> str:

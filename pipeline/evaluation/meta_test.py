@@ -7,7 +7,6 @@ nothing of the spread over training seeds.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cluster.group import InProcess, WorkerGroup
+from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, absolute_path
 from pipeline.maml.confidence import interval, mean_and_ci95
@@ -293,7 +293,7 @@ def protocol(experiment: Experiment, spec: EvaluationSpec) -> dict[str, Any]:
 
 def write_results(run_dir: Path, curves: Sequence[Curve]) -> None:
     """Write the curves of a meta-test to results.json."""
-    content = json.dumps([curve.to_json() for curve in curves], indent=1)
+    content = json_text.write([curve.to_json() for curve in curves])
     write_atomically(run_dir / "results.json", content)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+_WIDEST = 1_000_000
 Normalisation = Literal["batch", "batch-affine", "none"]
 
 
@@ -130,6 +131,8 @@ def mlp(
     ValueError naming the setting.
     """
     check_sizes("hidden", hidden)
+    if init_std is not None and not init_std > 0:
+        raise ValueError(f"model.init_std: must be positive, or null, got {init_std}")
     layers: list[nn.Module] = [nn.Flatten()]
     features = math.prod(input_shape)
     for width in hidden:
@@ -197,6 +200,9 @@ def conv4(
 
 
 def check_sizes(name: str, sizes: Sequence[int]) -> None:
-    """Raise ValueError naming the setting `model.NAME` unless all sizes are positive."""
-    if any(size < 1 for size in sizes):
-        raise ValueError(f"model.{name}: must be positive, got {list(sizes)}")
+    """Raise ValueError naming the setting `model.NAME` unless all sizes are positive, and not
+    beyond any memory."""
+    if any(not 1 <= size <= _WIDEST for size in sizes):
+        raise ValueError(
+            f"model.{name}: must be positive, and at most {_WIDEST:,}, got {list(sizes)}"
+        )

@@ -5,22 +5,20 @@ Only reads, but for `log_to_run`. The trials of a search have its id in the tag 
 
 from __future__ import annotations
 
-import contextlib
 import datetime
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
-from pipeline.config.loading import runs_folder
 from pipeline.maml.confidence import Estimate
-from pipeline.runs.mlflow_sender import TrackingError, client_class, existing_run, sqlite_file
-from pipeline.runs.tracker import RANKED_BY, RANKED_MODE, SELECTED_BY, has_runs, resolve_uri
-from tasks.errors import first_line
+from pipeline.runs.mlflow_sender import existing_run
+from pipeline.runs.mlflow_store import TrackingError
+from pipeline.runs.reading import default_store, reading, store_of_folder
+from pipeline.runs.tracker import RANKED_BY, RANKED_MODE, SELECTED_BY
 
 STATUSES = ("running", "scheduled", "finished", "failed", "killed")
 _PAGE = 500  # runs per request
@@ -168,7 +166,7 @@ def list_runs(uri: str, *, limit: int | None = None, text: str = "") -> list[Run
     """
     trials: dict[str, list[Run]] = {}
     listed: list[Run] = []
-    with _reading(uri) as client:
+    with reading(uri) as client:
         for run in _newest_first(client):
             # A trial starts after its search, so it was seen before.
             if run.parent_id is not None:
@@ -197,29 +195,39 @@ def find_run(reference: str, uri: str | None) -> Run:
     folder = Path(reference).expanduser().absolute()
     is_folder = (folder / "config.yaml").is_file()
     store = store_of_folder(folder, uri) if is_folder else default_store(uri)
-    with _reading(store, must_exist=True) as client:
-        runs = list(_newest_first(client))
-    if is_folder:
-        # The newest: a folder that was emptied and used again holds the last of its runs.
-        for run in runs:
-            if run.tags.get("run_dir") == str(folder):
+    with reading(store, must_exist=True) as client:
+        if is_folder:
+            # The newest: a folder that was emptied and used again holds the last of its runs.
+            for run in _newest_first(client, _where("tags.run_dir", "=", str(folder))):
                 return run
-        reference = folder.name  # a folder that was moved still has its name
-    for found in (
-        [run for run in runs if run.run_id == reference],
-        [run for run in runs if run.name == reference],
-        [run for run in runs if reference and run.run_id.startswith(reference)],
-    ):
-        if len(found) == 1:
-            return found[0]
-        if found:
-            raise TrackingError(
-                f"{len(found)} runs are called {reference!r}: {_named(found)}; give more of the id"
-            )
-    there = f"the newest are {_named(runs)}" if runs else "it is empty"
+            reference = folder.name  # a folder that was moved still has its name
+        for found in _called(client, reference):
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise TrackingError(
+                    f"{len(found)} runs are called {reference!r}: {_named(found)}; give more of "
+                    "the id"
+                )
+        newest = list(islice(_newest_first(client), _NAMED))
+    there = f"the newest are {_named(newest)}" if newest else "it is empty"
     raise TrackingError(
         f"no run in {store} has the id, the name or the folder {reference!r}; {there}"
     )
+
+
+def _called(client: Any, reference: str) -> Iterator[list[Run]]:
+    """The runs of this name, then those whose id is this one or begins so."""
+    if reference:
+        yield list(_newest_first(client, _where("attributes.run_name", "=", reference)))
+    if re.fullmatch("[0-9a-f]+", reference):
+        yield list(_newest_first(client, _where("attributes.run_id", "LIKE", f"{reference}%")))
+
+
+def _where(what: str, how: str, value: str) -> str:
+    """A condition of MLflow's search; its language has no way to write both kinds of quotes."""
+    quote = '"' if "'" in value else "'"
+    return f"{what} {how} {quote}{value.replace(quote, '')}{quote}"
 
 
 def compare(runs: Sequence[Run]) -> SideBySide:
@@ -245,14 +253,9 @@ def compare(runs: Sequence[Run]) -> SideBySide:
 def log_to_run(run_dir: Path, files: Sequence[Path], folder: str) -> None:
     """Log files to the MLflow run of a folder, as artifacts in `folder`. Raises TrackingError."""
     run = find_run(str(run_dir), None)
-    with _reading(store_of_folder(run_dir.absolute(), None)) as client:
+    with reading(store_of_folder(run_dir.absolute(), None)) as client:
         for file in files:
             client.log_artifact(run.run_id, str(file), folder)
-
-
-def default_store(uri: str | None = None) -> str:
-    """The store that `maml ui` shows here. Raises TrackingError."""
-    return resolve_uri(uri, runs_folder() / "any")
 
 
 def estimate(metrics: dict[str, float], name: str) -> Estimate | None:
@@ -295,15 +298,21 @@ def _matches(run: Run, text: str) -> bool:
     return any(text in word.lower() for word in words) or run.run_id.startswith(text)
 
 
-def _newest_first(client: Any) -> Iterator[Run]:
-    """Every run of the store that was not deleted, the newest first."""
+def _newest_first(client: Any, condition: str = "") -> Iterator[Run]:
+    """The runs of the store that were not deleted and meet the condition, the newest first."""
     if client is None:
         return
     experiments = {e.experiment_id: e.name for e in client.search_experiments()}
+    if not experiments and client.tracking_uri.startswith("http"):
+        raise TrackingError(
+            f"{client.tracking_uri} answers, but has not even MLflow's own experiment; is it MLflow"
+            "'s server?"
+        )
     token = None
     while experiments:
         page = client.search_runs(
             list(experiments),
+            condition,
             max_results=_PAGE,
             order_by=["attributes.start_time DESC"],
             page_token=token,
@@ -337,41 +346,6 @@ def _run_of(found: Any, tracking_experiment: str) -> Run:
 
 def _local(milliseconds: int) -> datetime.datetime:
     return datetime.datetime.fromtimestamp(milliseconds / 1000, datetime.UTC).astimezone()
-
-
-@contextlib.contextmanager
-def _reading(uri: str, must_exist: bool = False) -> Iterator[Any]:
-    """A client that reads this store, or None where there is nothing to read.
-
-    Raises TrackingError, also for what goes wrong while reading.
-    """
-    database = sqlite_file(uri)
-    if database is not None and not has_runs(database):
-        if must_exist:
-            raise TrackingError(f"there are no runs in {database}: train something first")
-        yield None
-        return
-    try:
-        yield client_class()(uri)
-    except Exception as error:
-        from mlflow.exceptions import MlflowException
-
-        if not isinstance(error, MlflowException):
-            raise
-        raise TrackingError(f"cannot read the runs of {uri}: {first_line(error)}") from error
-
-
-def store_of_folder(folder: Path, uri: str | None) -> str:
-    """The tracking store of the run in a folder; `uri` wins. Raises TrackingError."""
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        tracking = config.get("tracking") or {}
-        wanted, enabled = tracking.get("uri"), tracking.get("enabled", True)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, AttributeError) as error:
-        raise TrackingError(f"{folder / 'config.yaml'} is not a run's configuration") from error
-    if not enabled:
-        raise TrackingError(f"{folder}: this run was made with tracking.enabled=false")
-    return resolve_uri(uri or wanted, folder)
 
 
 def _named(runs: Sequence[Run]) -> str:

@@ -22,6 +22,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pyarrow.fs
@@ -31,6 +32,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from pipeline.config.experiment import Experiment
+from pipeline.config.wording import shown
 from pipeline.maml.flat_vector import Params
 from pipeline.runs.files import sync, unique_suffix, write_atomically
 from tasks.errors import ReportedError
@@ -41,6 +43,17 @@ _FORMAT = 1
 _MANIFEST = re.compile(r"iteration-(\d{8,})\.json")
 # What this module writes, finished or not; it removes nothing else from the folder.
 _OURS = re.compile(r"iteration-\d{8,}(-[0-9a-f]{8}\.safetensors|\.json(\.[0-9a-f]{8}\.tmp)?)")
+
+
+_KINDS: dict[str, type | tuple[type, ...]] = {
+    "scheduler": dict,
+    "best": (dict, NoneType),
+    "bad_updates": int,
+    "config": dict,
+    "mlflow_run_id": (str, NoneType),
+    "extra": dict,
+}
+"""The kinds of the values in a state."""
 
 
 class CheckpointError(ReportedError):
@@ -66,6 +79,12 @@ class TrainingState:
     """The resolved experiment."""
     mlflow_run_id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise TypeError for a value of another kind, as an edited manifest has."""
+        for name, kind in _KINDS.items():
+            if not isinstance(getattr(self, name), kind):
+                raise TypeError(f"state.{name} is {shown(getattr(self, name))}")
 
 
 @dataclass(frozen=True)

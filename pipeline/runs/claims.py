@@ -24,6 +24,7 @@ from typing import IO
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import absolute_path, runs_folder
+from pipeline.runs.files import folder_mode, make_folder
 from pipeline.runs.folder import RunFolderError
 
 LEASE = ".lease"
@@ -70,9 +71,9 @@ def named_folders(experiment: Experiment) -> list[Path]:
 
 def _made(folder: Path) -> bool:
     """Make a folder; whether there was none before. Raises OSError."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(folder.parent)
     try:
-        folder.mkdir()
+        folder.mkdir(folder_mode())
     except FileExistsError:
         return False
     return True

@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.config.experiment import Experiment
-from pipeline.runs.catalog import find_run, store_of_folder
+from pipeline.runs.catalog import find_run
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import Which, check_writable, parameters_of
-from pipeline.runs.mlflow_sender import TrackingError
+from pipeline.runs.mlflow_store import TrackingError
 from pipeline.runs.predictor import Adapter, Array, Recipe
+from pipeline.runs.reading import store_of_folder
 from pipeline.worker.task_source import EVALUATION_SEED
 from tasks.base import Examples, supervised
 

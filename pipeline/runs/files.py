@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import uuid
 from pathlib import Path
 
 from tasks.errors import ReportedError
+
+SHARED = "MAML_SHARED_RUNS"
+"""Environment variable: 1 for folders of runs that others may read, as the umask says."""
 
 
 class WriteError(ReportedError):
@@ -28,6 +32,23 @@ def sync(path: str | Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def folder_mode() -> int:
+    """The permissions of a new folder, before the umask."""
+    return 0o777 if os.environ.get(SHARED) == "1" else 0o700
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, for their user alone; one that is there stays as it is.
+
+    With MAML_SHARED_RUNS=1 they get the permissions that the umask says. Raises OSError.
+    """
+    missing = [each for each in (folder, *folder.parents) if not each.exists()]
+    for each in reversed(missing):
+        each.mkdir(folder_mode(), exist_ok=True)
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

@@ -18,10 +18,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import load_run
+from pipeline.config.wording import shown
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.runs.checkpoint import (
     CheckpointError,
@@ -30,7 +32,7 @@ from pipeline.runs.checkpoint import (
     load_theta,
     theta_of,
 )
-from pipeline.runs.files import write_atomically
+from pipeline.runs.files import make_folder, write_atomically
 from pipeline.worker.learner import initial_parameters
 from tasks.errors import ReportedError
 
@@ -46,10 +48,13 @@ class RunFolderError(ReportedError):
 def check_writable(
     folder: Path, setting: str = "run_dir", otherwise: str = "choose another folder"
 ) -> None:
-    """Make a folder, by default that of a run or a search. Raises RunFolderError if nothing can be
-    written; it names the `setting` that chose the folder, and what to do."""
+    """Make a folder, by default that of a run or a search, for its user alone (`make_folder`).
+
+    Raises RunFolderError if nothing can be written; it names the `setting` that chose the folder,
+    and what to do.
+    """
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         (folder / ".writable").touch()
         (folder / ".writable").unlink()
     except OSError as error:
@@ -110,6 +115,8 @@ def state_to_resume(run_dir: Path, store: CheckpointStore) -> TrainingState | No
     begun = (run_dir / "config.yaml").is_file()
     if state is None and (not begun or _has_trained(run_dir)):
         raise RunFolderError(f"{store.folder} holds no checkpoint to resume from")
+    if state is not None:
+        _check_state(state, store)
     return state
 
 
@@ -123,6 +130,29 @@ def _has_trained(run_dir: Path) -> bool:
         return bool(CheckpointStore.of_run(load_run(run_dir), run_dir).list())
     except ReportedError:
         return True  # a configuration that cannot be read may be that of a run
+
+
+_GOES_ON_WITH: dict[str, dict[str, Any]] = {
+    "scheduler": {"steps": int},
+    "extra": {"compile": bool, "threads": int, "tracking_token": str},
+    "best": {"iteration": int, "value": (int, float), "metric": str},
+}
+"""What a run needs of its checkpoint's state, and of which kind."""
+
+
+def _check_state(state: TrainingState, store: CheckpointStore) -> None:
+    """Raise CheckpointError where the state of a checkpoint lacks what a run goes on with: somebody
+    has edited it."""
+    found = {"scheduler": state.scheduler, "extra": state.extra, "best": state.best}
+    for name, values in found.items():
+        if values is None:  # no validation yet
+            continue
+        for key, kind in _GOES_ON_WITH[name].items():
+            if not isinstance(values.get(key), kind):
+                raise CheckpointError(
+                    f"checkpoint of iteration {state.iteration} in {store.folder} is damaged: "
+                    f"state.{name}.{key} is {shown(values.get(key))}"
+                )
 
 
 def parameters_of(experiment: Experiment, run_dir: Path, checkpoint: Which = "final") -> Params:
@@ -155,17 +185,14 @@ class History:
     def append(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Append the metrics of an iteration."""
         with self._path.open("a") as file:
-            file.write(json.dumps({"iteration": iteration, **metrics}) + "\n")
+            file.write(_line({"iteration": iteration, **metrics}))
 
     def records(self) -> list[dict[str, float]]:
-        """All records, oldest first; none where there is no file. The half of a line that a crash
-        left, or that is being written, is left out."""
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        found = []
-        for line in lines:
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-        return found
+        """All records, oldest first; none where there is no file. NaN stands for a value that was
+        not finite. The half of a line that a crash left, or that is being written, is left out,
+        and so is whatever else is no record."""
+        lines = self._path.read_bytes().splitlines() if self._path.exists() else []
+        return [record for line in lines if (record := _record(line))]
 
     def first(self, name: str) -> float | None:
         """The first finite value of a metric; None if there is none."""
@@ -176,4 +203,24 @@ class History:
         """Drop the records after a checkpoint: they will be made again."""
         if self._path.exists():
             kept = [record for record in self.records() if record["iteration"] <= iteration]
-            write_atomically(self._path, "".join(json.dumps(record) + "\n" for record in kept))
+            write_atomically(self._path, "".join(map(_line, kept)))
+
+
+def _line(record: Mapping[str, float]) -> str:
+    return json_text.write(dict(record), indent=None) + "\n"
+
+
+def _record(line: bytes) -> dict[str, float] | None:
+    """The record in a line; None if there is none."""
+    try:
+        values = json.loads(line)
+        if not isinstance(values, dict):
+            return None
+        record = {name: math.nan if v is None else v for name, v in values.items()}
+        return record if all(map(_is_number, record.values())) and "iteration" in record else None
+    except ValueError:
+        return None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,4 +1,4 @@
-"""The thread that carries records of a run to MLflow, and the file for those it could not deliver.
+"""The thread that carries records of a run to MLflow.
 
 Records are kept, in order, until MLflow has confirmed them, and every request can be repeated
 without effect: a metric carries the time at which it was logged, which is part of its identity in
@@ -8,23 +8,32 @@ that dies in the middle of a request, or comes back after an hour, has each reco
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from pipeline.runs.files import write_atomically
-from tasks.errors import ReportedError, first_line
+from pipeline.runs.files import make_folder
+from pipeline.runs.mlflow_records import (
+    Artifact,
+    Destination,
+    Metrics,
+    Record,
+    RunParams,
+    RunStatus,
+    Tags,
+)
+from pipeline.runs.mlflow_store import sqlite_file
+from tasks.credentials import redacted
+from tasks.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -43,73 +52,26 @@ _ENVIRONMENT = {
 }
 
 
-class TrackingError(ReportedError):
-    """Tracking cannot work with these settings; `str()` says what to do."""
+_AWAY = (
+    "MLflow at %s cannot be reached; training goes on, and its records are sent when MLflow is "
+    "back (%s)"
+)
+_REFUSED = (
+    "MLflow at %s refuses the records of this run; training goes on, but nothing is recorded there "
+    "until that is mended: restore the experiment or choose another with tracking.experiment, or "
+    "log in (%s)"
+)
+_REFUSALS = (
+    *("RESOURCE_DOES_NOT_EXIST", "INVALID_STATE", "INVALID_PARAMETER_VALUE", "BAD_REQUEST"),
+    *("PERMISSION_DENIED", "UNAUTHENTICATED", "CUSTOMER_UNAUTHORIZED"),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    """Values measured at one step; `time` in milliseconds since 1970."""
-
-    values: dict[str, float]
-    step: int
-    time: int
-
-
-@dataclass(frozen=True, slots=True)
-class RunParams:
-    """Settings of the run: MLflow's params."""
-
-    values: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Tags:
-    """Labels of the run."""
-
-    values: dict[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """A local file, and the folder among the run's artifacts that it goes to."""
-
-    path: str
-    folder: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class RunStatus:
-    """RUNNING again, or how the run ended; `time` in milliseconds since 1970."""
-
-    status: str
-    time: int
-
-
-Record = Metrics | RunParams | Tags | Artifact | RunStatus
-_KINDS: dict[str, type[Record]] = {
-    "Metrics": Metrics,
-    "Params": RunParams,
-    "Tags": Tags,
-    "Artifact": Artifact,
-    "RunStatus": RunStatus,
-}
-"""Records by the name that they have in a file of unsent ones."""
-
-
-@dataclass(frozen=True)
-class Destination:
-    """The MLflow run that records are for."""
-
-    uri: str
-    experiment: str
-    run_name: str
-    run_id: str | None = None
-    """None: the run is not created yet, or nobody has confirmed it (see `token`)."""
-    parent_run_id: str | None = None
-    token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    """Finds the run again if its creation was never confirmed."""
-    start: int = field(default_factory=lambda: now())
+def _is_refusal(error: Exception) -> bool:
+    """Whether MLflow answered, and will answer so again: the experiment was deleted, a login is
+    wrong or missing."""
+    code = getattr(error, "error_code", "")
+    return code in _REFUSALS or re.search(r"\b40[13]\b", first_line(error)) is not None
 
 
 class Sender:
@@ -123,6 +85,7 @@ class Sender:
         self._queue = queue
         self._taken: list[Record] = []
         self._files: list[Artifact] = []
+        self._ending: RunStatus | None = None
         self._client: Any = None
         self._recorded: set[tuple[str, int]] = set()
         self._complaints: set[str] = set()
@@ -152,7 +115,8 @@ class Sender:
 
     def unsent(self) -> list[Record]:
         """What MLflow has not confirmed."""
-        return [*self._files, *self._taken, *self._queue]
+        ending = [self._ending] if self._ending is not None else []
+        return [*self._files, *self._taken, *self._queue, *ending]
 
     def _run(self) -> None:
         away = 0.0  # seconds to wait before the next attempt, 0 while MLflow answers
@@ -161,18 +125,14 @@ class Sender:
             try:
                 self._deliver()
                 if away:
-                    log.warning("MLflow at %s is back", self.destination.uri)
+                    log.warning("MLflow at %s is back", redacted(self.destination.uri))
                 away = 0.0
                 if finishing:
                     return
             except Exception as error:  # whatever it is, training goes on
                 if not away:
-                    log.warning(
-                        "MLflow at %s cannot be reached; training goes on, and its records are "
-                        "sent when MLflow is back (%s)",
-                        self.destination.uri,
-                        first_line(error),
-                    )
+                    said = _REFUSED if _is_refusal(error) else _AWAY
+                    log.warning(said, redacted(self.destination.uri), first_line(error))
                 away = min(2 * away or _INTERVAL, _LONGEST_BACKOFF)
                 if finishing:
                     self._stopped.wait(_INTERVAL)
@@ -196,6 +156,11 @@ class Sender:
             self._send_file(self._files[0])
             del self._files[0]
             self._progress = time.monotonic()
+        # After all else: whoever waits for the run's end finds everything there.
+        if self._ending is not None and not self._stopped.is_set():
+            ending = self._ending
+            self._client.set_terminated(self.destination.run_id, ending.status, ending.time)
+            self._ending = None
 
     def _connect(self) -> None:
         """Find or create the run."""
@@ -205,7 +170,7 @@ class Sender:
             client = new_client(self.destination.uri)
             run_id = self._find_or_create_run(client, None)
         else:
-            database.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(database.parent)
             # Two processes that create MLflow's tables at the same time both fail.
             with FileLock(f"{database}.lock"):
                 client = new_client(self.destination.uri)
@@ -269,8 +234,8 @@ class Sender:
                 self._files.append(file)
             case RunStatus("RUNNING"):
                 self._client.update_run(self.destination.run_id, "RUNNING")
-            case RunStatus(status, ended):
-                self._client.set_terminated(self.destination.run_id, status, ended)
+            case RunStatus() as ending:
+                self._ending = ending
 
     def _send_file(self, file: Artifact) -> None:
         if Path(file.path).exists():
@@ -365,31 +330,3 @@ def _name(name: str) -> str:
 def _short(value: str, longest: int) -> str:
     value = str(value)
     return value if len(value) <= longest else f"{value[: longest - 1]}…"
-
-
-def now() -> int:
-    """Milliseconds since 1970."""
-    return time.time_ns() // 1_000_000
-
-
-def write_unsent(path: Path, destination: Destination, records: Sequence[Record]) -> None:
-    """Write records that MLflow has not confirmed, one per line. Raises WriteError."""
-    lines = [asdict(destination)]
-    names = {kind: name for name, kind in _KINDS.items()}
-    lines += [{"kind": names[type(record)], **asdict(record)} for record in records]
-    write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
-
-
-def read_unsent(path: Path) -> tuple[Destination, list[Record]]:
-    """Read what `write_unsent` wrote. Raises TrackingError."""
-    try:
-        first, *rest = [json.loads(line) for line in path.read_text().splitlines()]
-        return Destination(**first), [_KINDS[line.pop("kind")](**line) for line in rest]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise TrackingError(f"{path} does not hold unsent records of a run: {error!r}") from error
-
-
-def sqlite_file(uri: str) -> Path | None:
-    """The absolute path of a SQLite store, None for other stores."""
-    prefix = "sqlite:///"
-    return Path(uri.removeprefix(prefix)).absolute() if uri.startswith(prefix) else None

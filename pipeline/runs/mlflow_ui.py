@@ -14,7 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable
 
-from pipeline.runs.mlflow_sender import TrackingError, sqlite_file
+from pipeline.runs.mlflow_store import TrackingError, sqlite_file
 
 _STARTUP = 60.0  # seconds within which the server answers
 
@@ -62,7 +62,7 @@ def start_server(uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
                 f"cannot listen on {host}:{port} ({error.strerror or error}); "
                 "choose another with --port"
             ) from None
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", uri]
+    command = [sys.executable, "-m", "mlflow", "server"]
     command += ["--host", host, "--port", str(port)]
     # One worker and no job runner: a third of the start-up time and a quarter of the memory.
     command += ["--workers", "1"]
@@ -74,6 +74,8 @@ def start_server(uri: str, host: str, port: int) -> subprocess.Popen[bytes]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "PYTHONWARNINGS": "ignore",
         **os.environ,
+        # Not an argument, which all users of the machine could read.
+        "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
     # In a group of its own, so that Ctrl-C reaches this process alone, which then ends the group.

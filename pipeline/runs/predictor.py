@@ -20,12 +20,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from pipeline.config import json_text
 from pipeline.config.components import build_model
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import from_dict, load_run
+from pipeline.config.loading import ConfigError, from_dict, load_run
 from pipeline.maml.adaptation_curve import adapt
 from pipeline.maml.flat_vector import Layout, Params
 from pipeline.maml.meta_loss import Objective
+from pipeline.runs.checkpoint import load_theta
 from pipeline.worker.learner import adaptation_of, meta_parameters_of
 from tasks.base import Examples, supervised
 
@@ -81,18 +83,33 @@ class Recipe:
             "output_size": self.output_size,
             "steps": self.steps,
         }
-        return json.dumps(values, indent=1)
+        return json_text.write(values)
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
         """Read what `to_json` wrote. Raises ConfigError."""
-        values = json.loads(text)
-        return cls(
-            from_dict(values["experiment"], RECIPE),
-            tuple(values["input_shape"]),
-            values["output_size"],
-            values["steps"],
-        )
+        try:
+            values = json.loads(text)
+            given, shape = values["experiment"], tuple(map(_count, values["input_shape"]))
+            size, steps = _count(values["output_size"]), _count(values["steps"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            why = f"not a recipe that `maml export` wrote: {type(error).__name__}: {error}"
+            raise ConfigError(RECIPE, [why]) from None
+        return cls(from_dict(given, RECIPE), shape, size, steps)
+
+
+def _count(value: Any) -> int:
+    """A number of a recipe. Raises ValueError."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{value!r} is no number of something")
+    return value
+
+
+def _steps(value: Any) -> int:
+    """The argument `steps`. Raises ValueError."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise ValueError(f"steps: must be an integer of at least 0, got {value!r}")
+    return int(value)
 
 
 class Adapter:
@@ -124,15 +141,16 @@ class Adapter:
     def load(cls, folder: str | Path) -> Adapter:
         """Load a run's final parameters from its folder, or a model from one that `save` wrote.
 
-        Raises ConfigError if `folder` is neither, FileNotFoundError if the run has no final
-        parameters yet, ValueError if they do not fit the model, or for reinforcement learning.
+        Raises ConfigError if `folder` is neither, CheckpointError if the run has no final
+        parameters yet or they cannot be read, ValueError if they do not fit the model, or for
+        reinforcement learning.
         """
         folder = Path(folder)
         path = folder / RECIPE
         recipe = (
             Recipe.from_json(path.read_text()) if path.is_file() else Recipe.of(load_run(folder))
         )
-        return cls(recipe, safetensors.torch.load_file(folder / PARAMETERS))
+        return cls(recipe, load_theta(folder / PARAMETERS))
 
     def save(self, folder: str | Path) -> None:
         """Write the two files that `load` needs into `folder`, which is made if need be."""
@@ -154,6 +172,7 @@ class Adapter:
         of the recipe. With batch normalisation, queries are normalised by the statistics of all of
         them, as in training. Computes on the CPU. Raises ValueError naming the argument.
         """
+        steps = self.recipe.steps if steps is None else _steps(steps)
         support = self._inputs("support_x", support_x)
         query = self._inputs("query_x", query_x)
         targets, labels = self._targets(support_y, len(support))
@@ -165,7 +184,7 @@ class Adapter:
             self._theta,
             one_task,
             self._alpha,
-            self.recipe.steps if steps is None else steps,
+            steps,
             1,
         ):
             params = {**slow, **{name: value[0] for name, value in fast.items()}}
@@ -203,7 +222,10 @@ class Adapter:
         Raises ValueError naming the argument.
         """
         size = self.recipe.output_size
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except ValueError as error:  # lists of several lengths
+            raise ValueError(f"support_y: not an array: {error}") from None
         if not self.classifies:
             if array.shape != (count, size):
                 raise ValueError(

@@ -17,30 +17,29 @@ import logging
 import os
 import platform
 import shutil
-import sqlite3
-import subprocess
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from pipeline.runs.mlflow_sender import (
+from pipeline.runs.mlflow_records import (
     Artifact,
     Destination,
     Metrics,
     Record,
     RunParams,
     RunStatus,
-    Sender,
     Tags,
-    TrackingError,
     now,
     read_unsent,
-    sqlite_file,
     write_unsent,
 )
+from pipeline.runs.mlflow_sender import Sender
+from pipeline.runs.mlflow_store import STORE, TrackingError, sqlite_file, with_credentials
+from pipeline.runs.source import output_of, source_tags
 from pipeline.worker.cpus import available_cpus
+from tasks.credentials import redacted, refusal
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +143,8 @@ class MlflowTracker:
         unsent_path = run_dir / UNSENT
         if unsent_path.exists():
             before, unsent = read_unsent(unsent_path)
-            if before.uri == uri and run_id in (None, before.run_id):
-                destination = before
+            if before.uri == redacted(uri) and run_id in (None, before.run_id):
+                destination = replace(before, uri=uri)
                 records += [record for record in unsent if not isinstance(record, RunStatus)]
             else:
                 aside = unsent_path.with_name(f"unsent-tracking-{before.token}.jsonl")
@@ -202,7 +201,7 @@ class MlflowTracker:
                 log.warning(
                     "%d records did not reach MLflow at %s; they are in %s",
                     len(unsent),
-                    self._sender.destination.uri,
+                    redacted(self._sender.destination.uri),
                     self._unsent_path,
                 )
             else:
@@ -217,15 +216,20 @@ def resend(path: str | Path, timeout: float = 30.0) -> bool:
     """
     path = Path(path)
     destination, records = read_unsent(path)
+    destination = replace(destination, uri=with_credentials(destination.uri))
     return MlflowTracker(destination, path, records)._finish(timeout) is None
 
 
 def resolve_uri(uri: str | None, run_dir: Path) -> str:
     """The tracking store: `uri`, else MLFLOW_TRACKING_URI, else SQLite beside `run_dir`.
 
-    Raises TrackingError for what MLflow cannot write to, such as a folder of files.
+    Only the variable may hold credentials; a recorded `uri` is given them back. Raises
+    TrackingError for others, and for what MLflow cannot write to, such as a folder of files.
     """
-    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
+    known = os.environ.get(STORE)
+    if uri and uri != known and (refused := refusal("tracking.uri", uri)):
+        raise TrackingError(refused)
+    uri = with_credentials(uri or known or "")
     if not uri:
         return f"sqlite:///{run_dir.absolute().parent / 'mlflow.db'}"
     if uri.startswith("file:") or not (":" in uri or uri.startswith("databricks")):
@@ -242,29 +246,6 @@ def resolve_uri(uri: str | None, run_dir: Path) -> str:
     database = sqlite_file(uri)
     # Absolute: another working directory must not mean another database.
     return uri if database is None else f"sqlite:///{database}"
-
-
-def has_runs(database: Path) -> bool:
-    """Whether there is anything in a SQLite store; MLflow would create it by looking.
-
-    Raises TrackingError for what cannot be read.
-    """
-    try:
-        database.stat()  # which, unlike is_file, also tells where nobody may look
-        if database.is_dir():
-            raise TrackingError(f"{database} is not a tracking store: it is a folder")
-        with contextlib.closing(sqlite3.connect(f"{database.as_uri()}?mode=ro", uri=True)) as store:
-            tables = store.execute("SELECT name FROM sqlite_master WHERE name = 'runs'").fetchall()
-            return bool(tables) and bool(store.execute("SELECT 1 FROM runs LIMIT 1").fetchall())
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except (OSError, sqlite3.OperationalError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise TrackingError(
-            f"cannot open {database}: {why}; make it readable, or name another store"
-        ) from error
-    except sqlite3.Error as error:
-        raise TrackingError(f"{database} is not a tracking store: {error}") from error
 
 
 def recorded_title(title: str) -> str:
@@ -285,13 +266,9 @@ def environment_tags() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             tags[package] = importlib.metadata.version(package)
     if shutil.which("nvidia-smi"):
-        gpus = _output("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+        gpus = output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
         tags["gpus"] = ", ".join(gpus.splitlines())
-    git = ("git", "-C", str(Path(__file__).parent))
-    if commit := _output(*git, "rev-parse", "HEAD"):
-        tags["mlflow.source.git.commit"] = commit
-        changes = _output(*git, "status", "--porcelain", "--untracked-files=no")
-        tags["git.dirty"] = str(bool(changes)).lower()
+    tags |= source_tags()
     with contextlib.suppress(OSError, KeyError):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
     return {name: value for name, value in tags.items() if value}
@@ -304,12 +281,3 @@ def _cpu_model() -> str:
         return platform.processor()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor()
-
-
-def _output(*command: str) -> str:
-    """The output of a command; '' if it fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()

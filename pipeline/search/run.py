@@ -23,6 +23,7 @@ from typing import Any, Literal
 
 from pipeline.cluster.capacity import refuse_or_wait
 from pipeline.cluster.connection import connect
+from pipeline.config import json_text
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import ConfigError, absolute_path, changes, load
 from pipeline.config.search import Search
@@ -31,7 +32,7 @@ from pipeline.runs.claims import leased
 from pipeline.runs.continuing import folder_to_continue
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import RunFolderError, check_writable
-from pipeline.runs.mlflow_sender import TrackingError
+from pipeline.runs.mlflow_store import TrackingError
 from pipeline.runs.tracker import (
     RANKED_BY,
     RANKED_MODE,
@@ -231,7 +232,7 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _write_facts(folder: Path, facts: Mapping[str, Any]) -> None:
-    write_atomically(folder / _FACTS, json.dumps(facts))
+    write_atomically(folder / _FACTS, json_text.write(facts, indent=None))
 
 
 @contextlib.contextmanager

@@ -26,12 +26,14 @@ from pipeline.config.loading import with_settings
 from pipeline.config.search import Search
 from pipeline.evaluation.meta_test import Curve
 from pipeline.runs.checkpoint import CheckpointError, CheckpointStore, TrainingState
+from pipeline.runs.mlflow_store import STORE
 from pipeline.search.space import in_flight, search_of, settings_of
 from pipeline.training.endings import Interrupted
 from pipeline.training.loop import MetaLearning, meta_train
 from pipeline.training.opening import name_of_state, open_session
 from pipeline.training.session import Session, Watcher
 from pipeline.training.validation import validate
+from tasks.credentials import redacted
 
 WORST = 1e30
 """Replaces a value that is not finite, which schedulers and samplers could not sort."""
@@ -173,7 +175,7 @@ def trial_experiment(plan: Plan, trial_id: str, settings: Mapping[str, Any]) -> 
     tags = {**experiment.tracking.tags, "search": plan.folder.name, "search.trial": trial_id}
     if plan.parent_run_id is not None:
         tags["mlflow.parentRunId"] = plan.parent_run_id
-    uri = plan.tracking_uri or experiment.tracking.uri
+    uri = redacted(plan.tracking_uri or "") or experiment.tracking.uri
     return experiment.changed(tracking={"tags": tags, "uri": uri})
 
 
@@ -187,6 +189,8 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
     trial_id = tune.get_context().get_trial_id()
     folder = plan.trial_dir(trial_id)
     watcher = Reporter(plan, folder)
+    if plan.tracking_uri is not None:  # with the credentials that the trial does not record
+        os.environ[STORE] = plan.tracking_uri
     try:
         experiment = trial_experiment(plan, trial_id, settings_of(plan.search, draw))
         own, other = _states(experiment, folder, plan.trial_token(trial_id), tune.get_checkpoint())
@@ -209,7 +213,8 @@ def run_trial(plan: Plan, draw: Mapping[str, Any]) -> None:
     except Exception as error:
         # Not raised: it would happen again, and a new actor takes seconds to start. What Tune
         # starts again are trials whose process died.
-        watcher.failed(f"{type(error).__name__}: {error}".removeprefix("TrainingFailed: "))
+        said = redacted(f"{type(error).__name__}: {error}")
+        watcher.failed(said.removeprefix("TrainingFailed: "))
 
 
 def _states(

@@ -28,7 +28,9 @@ from pipeline.cluster.submission import (
     job_environment,
     what_to_know,
 )
+from pipeline.runs.catalog import list_runs
 from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.runs.source import source_tags
 from pipeline.training.loop import train
 from tests.commands import clean_environment, maml
 from tests.conftest import experiment_of
@@ -116,13 +118,18 @@ def test_a_job_trains_from_a_uri_and_succeeds(
     assert "MLFLOW_TRACKING_URI is not set" in done.stderr
     assert "first ended with exit code 0" in done.stderr
     assert "INFO" not in done.stderr
+    assert re.search(
+        r"^ships \d+ files, \d\.\d MB: \*\.py and \*\.yaml outside of", done.stderr, re.M
+    )
     assert "meta-test on 6 tasks" in done.stdout
     (run,) = (cluster.home / "maml-runs").glob("quick-*")
     assert str(run) in done.stdout
     config = yaml.safe_load((run / "config.yaml").read_text())
     assert (config["seed"], config["data"]["root"]) == (3, stores.as_uri())
     assert len(list(cache.glob("*/tiny/images.arrow"))) == 1
-    assert (run.parent / "mlflow.db").exists()
+    (recorded,) = list_runs(f"sqlite:///{run.parent}/mlflow.db")
+    assert source_tags().items() <= recorded.tags.items(), "which code it was"
+    assert re.fullmatch("[0-9a-f]{64}", recorded.tags["job.package"])
     assert list(tmp_path.iterdir()) == [tmp_path / "mine.yaml"]
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
+from pipeline.config import json_text
+from pipeline.evaluation.meta_test import Curve, write_results
 from pipeline.runs.folder import History
 
 
@@ -34,6 +37,41 @@ def test_records_after_a_checkpoint_are_forgotten(history: History, tmp_path: Pa
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == first, "byte for byte"
     history.append(3, {"loss": 6.0})
     assert [record["iteration"] for record in history.records()] == [1, 2, 3]
+
+
+def test_every_line_is_strict_json(tmp_path: Path) -> None:
+    """NaN and infinity, which JSON does not have, are null, and NaN again for who computes."""
+    history = History(tmp_path)
+    history.append(1, {"loss": math.nan})
+    history.append(5, {"loss": math.inf, "other": -math.inf, "count": 2})
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+
+    def refused(name: str) -> None:
+        raise AssertionError(name)
+
+    values = [json.loads(line, parse_constant=refused) for line in lines]
+    assert values[0] == {"iteration": 1, "loss": None}
+    assert values[-1] == {"iteration": 5, "loss": None, "other": None, "count": 2}
+    assert math.isnan(history.records()[0]["loss"])
+    assert history.records()[-1]["count"] == 2
+
+
+def test_strict_json_all_the_way_down() -> None:
+    deep = {"a": [math.nan, (1, math.inf)], "b": {"c": -math.inf, "d": 0.5}, "e": "NaN"}
+    assert json.loads(json_text.write(deep)) == {
+        "a": [None, [1, None]],
+        "b": {"c": None, "d": 0.5},
+        "e": "NaN",
+    }
+    assert "\n" not in json_text.write(deep, indent=None)
+
+
+def test_results_are_strict_json(tmp_path: Path) -> None:
+    values = {"loss": [math.nan, 1.0]}
+    curve = Curve("trained", "", (0, 1), values, values, {})
+    write_results(tmp_path, [curve])
+    (written,) = json.loads((tmp_path / "results.json").read_text())
+    assert written["mean"] == {"loss": [None, 1.0]}
 
 
 def test_a_run_without_records(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from pipeline.cli.main import app
 from pipeline.runs.catalog import Run, compare, find_run, list_runs
-from pipeline.runs.mlflow_sender import TrackingError, client_class
+from pipeline.runs.mlflow_sender import client_class
+from pipeline.runs.mlflow_store import TrackingError
 from pipeline.runs.tracker import MlflowTracker
 from pipeline.training.loop import train
 from tests.commands import maml
