@@ -10,7 +10,7 @@ import time
 import urllib.request
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 BUCKET = "bucket"
 
@@ -24,6 +24,13 @@ class Store:
         self.faults: deque[str] = deque()
         """What happens to the next requests that write: an error of this number is answered; 'slow'
         answers after a second; 'cut' ends the connection in the middle; '' does nothing."""
+
+    environment: ClassVar[dict[str, str]] = {
+        "AWS_ACCESS_KEY_ID": "me",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    """Of a process that uses it; nobody checks the credentials."""
 
     def uri(self, folder: str) -> str:
         """Of a folder in the bucket; pyarrow's own way to name another server than Amazon's."""
@@ -46,7 +53,7 @@ class Store:
 
 @contextlib.contextmanager
 def object_store() -> Iterator[Store]:
-    """Start one; the credentials, which nobody checks, are in the environment meanwhile."""
+    """Start one; meanwhile its `environment` is this process's."""
     from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import WSGIRequestHandler, make_server
 
@@ -59,13 +66,8 @@ def object_store() -> Iterator[Store]:
     store.port = server.server_port
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
-    ours = {
-        "AWS_ACCESS_KEY_ID": "me",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    before = {name: os.environ.get(name) for name in ours}
-    os.environ.update(ours)
+    before = {name: os.environ.get(name) for name in store.environment}
+    os.environ.update(store.environment)
     try:
         url = f"http://127.0.0.1:{store.port}/{BUCKET}"
         with urllib.request.urlopen(urllib.request.Request(url, method="PUT")):

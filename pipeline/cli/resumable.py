@@ -29,6 +29,8 @@ class Kind(NamedTuple):
     """The folder with which `--resume auto` goes on, if there is one."""
     continues_elsewhere: Callable[[Experiment], bool] = lambda experiment: False
     """Whether it goes on though there is no such folder."""
+    load_from_uri: Callable[[str, Sequence[str]], Experiment] | None = None
+    """Reads what the checkpoints at a URI say, with overrides; None: it is in folders alone."""
 
 
 class Request(NamedTuple):
@@ -44,11 +46,13 @@ class Request(NamedTuple):
 def new_or_resumed(
     kind: Kind, name: str | None, overrides: Sequence[str], resume: str | None
 ) -> Iterator[Request]:
-    """What `[NAME] [OVERRIDES] [--resume FOLDER|auto]` asks for.
+    """What `[NAME] [OVERRIDES] [--resume FOLDER|URI|auto]` asks for.
 
     Without `resume` the experiment is read by its name and the folder is a new one, which goes
-    again if nothing is written to it. A folder to be resumed says all that a name would. With
-    `auto`, the named experiment goes on where there is something to go on with, and else begins.
+    again if nothing is written to it. A folder to be resumed says all that a name would; so do
+    checkpoints at a URI, from which a run goes on in a new folder. With `auto`, the named
+    experiment goes on where there is something to go on with, and else begins.
+
     Raises ConfigError, RunFolderError, and what the functions of `kind` raise.
     """
     from pipeline.config.loading import ConfigError, absolute_path, load
@@ -56,8 +60,15 @@ def new_or_resumed(
     from pipeline.runs.continuing import AUTO
 
     if resume not in (None, AUTO):
-        folder = absolute_path(resume)
         words = [*([name] if name else []), *overrides]  # the first word stands where names do
+        if "://" in resume:
+            if kind.load_from_uri is None:
+                raise ConfigError("", [f"--resume: {resume} is no folder, from which this goes on"])
+            experiment = kind.load_from_uri(resume, words)
+            with new_folder(experiment) as folder:
+                yield Request(experiment, folder, True)
+            return
+        folder = absolute_path(resume)
         yield Request(kind.load_to_resume(folder, words), folder, True)
         return
     if name is None:

@@ -29,10 +29,10 @@ def train(
     resume: Annotated[
         str | None,
         typer.Option(
-            metavar="RUN_DIR|auto",
-            help="continue the run in this folder, which says all but what overrides change; auto: "
-            "the newest unfinished run of EXPERIMENT with these settings (or that in run_dir), or "
-            "begin one",
+            metavar="RUN_DIR|URI|auto",
+            help="continue the run in this folder, which says all but what overrides change; the "
+            "run whose checkpoint.uri this was, in a new folder; or auto: the newest unfinished "
+            "run of EXPERIMENT with these settings (or that in run_dir), or begin one",
         ),
     ] = None,
 ) -> None:
@@ -42,10 +42,14 @@ def train(
     """
     from pipeline.cli.console import ConsoleWatcher, curves_table, out
     from pipeline.config.loading import load_to_resume
-    from pipeline.runs.continuing import has_checkpoints_elsewhere, run_to_continue
+    from pipeline.runs.continuing import (
+        experiment_at,
+        has_checkpoints_elsewhere,
+        run_to_continue,
+    )
     from pipeline.training.loop import train as meta_train
 
-    kind = Kind(load_to_resume, run_to_continue, has_checkpoints_elsewhere)
+    kind = Kind(load_to_resume, run_to_continue, has_checkpoints_elsewhere, experiment_at)
     watcher = ConsoleWatcher()
     with new_or_resumed(kind, experiment, overrides or [], resume) as request:
         curves = carry_out(

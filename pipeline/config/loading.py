@@ -162,15 +162,18 @@ def load_to_resume(run_dir: Path, overrides: Sequence[str] = ()) -> Experiment:
     The run's own configuration counts; overrides may change how long it goes on and everything
     that does not touch its results.
     """
-    for word in overrides:
-        if "=" not in word:
-            raise ConfigError(
-                "", [f"{word}: {run_dir} says which experiment goes on; leave it out"]
-            )
+    refuse_names(overrides, str(run_dir))
     before = load_run(run_dir)
     after = load_run(run_dir, overrides)
     refuse_changes(before, after, "the overrides")
     return after
+
+
+def refuse_names(overrides: Sequence[str], source: str) -> None:
+    """Raise ConfigError for a word that is no override, where `source` says which run goes on."""
+    for word in overrides:
+        if "=" not in word:
+            raise ConfigError("", [f"{word}: {source} says which experiment goes on; leave it out"])
 
 
 def refuse_changes(before: Experiment, after: Experiment, source: str) -> None:

@@ -1,15 +1,28 @@
-"""What `--resume auto` goes on with: a run, or a search, of the same settings that is not over."""
+"""What `--resume` goes on with where it names no folder.
+
+auto    a run, or a search, of the same settings that is not over
+a URI   the run that has its checkpoints there
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pipeline.config.experiment import Experiment
-from pipeline.config.loading import ConfigError, absolute_path, from_dict, load_run, refuse_changes
+from pipeline.config.loading import (
+    ConfigError,
+    absolute_path,
+    apply_overrides,
+    from_dict,
+    load_run,
+    refuse_changes,
+    refuse_names,
+)
 from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.runs.claims import named_folders
+from pipeline.runs.folder import RunFolderError
 
 AUTO = "auto"
 """The value of `--resume` that asks for it."""
@@ -69,6 +82,22 @@ def has_checkpoints_elsewhere(experiment: Experiment) -> bool:
     before = from_dict(state.config)
     refuse_changes(before, _comparable(experiment, before), f"the run in {uri}")
     return True
+
+
+def experiment_at(uri: str, overrides: Sequence[str]) -> Experiment:
+    """The experiment of the run whose checkpoints are at a URI, to be continued in a new folder.
+
+    Its last state says what its own folder would; overrides may change what they may when it goes
+    on from that. Raises ConfigError, RunFolderError without a checkpoint, CheckpointError.
+    """
+    refuse_names(overrides, uri)
+    state = CheckpointStore(uri, keep=1).latest()
+    if state is None:
+        raise RunFolderError(f"{uri} holds no checkpoint to resume from")
+    before = from_dict(state.config).changed(run_dir=None, checkpoint={"uri": uri})
+    after = from_dict(apply_overrides(before.model_dump(mode="json"), overrides))
+    refuse_changes(before, after.changed(run_dir=None), "the overrides")
+    return after
 
 
 def _comparable(experiment: Experiment, before: Experiment) -> Experiment:

@@ -194,6 +194,15 @@ class History:
         lines = self._path.read_bytes().splitlines() if self._path.exists() else []
         return [record for line in lines if (record := _record(line))]
 
+    def content(self) -> bytes:
+        """The file; nothing where there is none."""
+        return self._path.read_bytes() if self._path.exists() else b""
+
+    def rebuild(self, content: bytes) -> None:
+        """Write the file anew from what `content` was, unless it is there."""
+        if content and not self._path.exists():
+            write_atomically(self._path, content)
+
     def first(self, name: str) -> float | None:
         """The first finite value of a metric; None if there is none."""
         values = (record.get(name, math.nan) for record in self.records())

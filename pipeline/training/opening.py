@@ -35,7 +35,7 @@ from pipeline.runs.tracker import (
     resolve_uri,
 )
 from pipeline.training.endings import Interruption
-from pipeline.training.session import Method, Session, Watcher, without_window
+from pipeline.training.session import Method, Session, Watcher, without_records
 from pipeline.worker.learner import compute_device, initial_parameters
 from tasks.data_root import absolute_root
 
@@ -46,7 +46,7 @@ def first_state_from(state: TrainingState) -> TrainingState:
     It takes over θ, the optimiser, the iteration, `compile` and `threads`, not the MLflow run, the
     metrics that wait for their record, nor the best checkpoint.
     """
-    state = without_window(state)
+    state = without_records(state)
     extra = {**state.extra, "tracking_token": None, "ancestor": name_of_state(state)}
     return replace(state, best=None, bad_updates=0, mlflow_run_id=None, extra=extra)
 
@@ -162,7 +162,7 @@ def _prepared(opening: _Opening) -> Session:
         session = _started(opening._replace(experiment=experiment), theta)
     if state is not None:  # only now, because a resume that is refused changes nothing
         write_atomically(run_dir / "config.yaml", config)
-        session.history.forget_after(state.iteration)
+        session.rebuild_history()
     return session
 
 

@@ -35,6 +35,7 @@ from pipeline.worker.jobs import Cut, tasks_per_chunk
 from pipeline.worker.tree import ORDER
 
 _PRETRAINING = "pretraining."  # prefix of the names of pretraining's tensors in a checkpoint
+_RECORDS = "records"  # those of RUN_DIR/metrics.jsonl, as bytes, where checkpoints are elsewhere
 _WINDOW = "window."  # and of the sums of metrics since the last record, float64 scalars
 
 
@@ -173,6 +174,7 @@ class Session:
         self._seconds_tracking = 0.0
         self._warned: set[str] = set()
         self.history = History(run_dir)
+        self._kept_records = b""  # of the checkpoint
         if state is not None:
             self._restore(state)
         saved_at = None if state is None else state.iteration
@@ -278,6 +280,7 @@ class Session:
                 **self.optimizer.tensors(),
                 **{f"{_PRETRAINING}{name}": v for name, v in self.pretraining.items()},
                 **{f"{_WINDOW}{name}": v for name, v in window.items()},
+                **self._records(),
             },
             scheduler=self.optimizer.scheduler_state(),
             best=self.best,
@@ -295,6 +298,19 @@ class Session:
                 "window_length": self._window_length,
             },
         )
+
+    def _records(self) -> dict[str, Tensor]:
+        """What a checkpoint that may outlive the run's folder holds of its records."""
+        content = self.history.content() if self.experiment.checkpoint.uri else b""
+        if not content:
+            return {}
+        return {_RECORDS: torch.frombuffer(bytearray(content), dtype=torch.uint8)}
+
+    def rebuild_history(self) -> None:
+        """Have records up to this iteration alone; those of the checkpoint where the folder has
+        none."""
+        self.history.rebuild(self._kept_records)
+        self.history.forget_after(self.iteration)
 
     def save_theta(self) -> None:
         """Write the current θ as the run's result, theta.safetensors."""
@@ -336,6 +352,8 @@ class Session:
                 wide[name.removeprefix(_PRETRAINING)] = value
             elif name.startswith(_WINDOW):
                 self._window[name.removeprefix(_WINDOW)] = float(value)
+            elif name == _RECORDS:
+                self._kept_records = value.numpy().tobytes()
             else:
                 own[name] = value
         self.pretraining = wide
@@ -350,7 +368,8 @@ class Session:
         self._window_length = state.extra.get("window_length", 0)
 
 
-def without_window(state: TrainingState) -> TrainingState:
-    """The state without the metrics that wait for their record."""
-    tensors = {n: value for n, value in state.tensors.items() if not n.startswith(_WINDOW)}
+def without_records(state: TrainingState) -> TrainingState:
+    """The state without records, and without the metrics that wait for theirs."""
+    records = (_WINDOW, _RECORDS)
+    tensors = {n: value for n, value in state.tensors.items() if not n.startswith(records)}
     return replace(state, tensors=tensors, extra={**state.extra, "window_length": 0})

@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from pipeline.runs.checkpoint import CheckpointStore
 from tests.commands import clean_environment, maml
+from tests.helpers import final_theta
+from tests.object_store import object_store
 from tests.waiting import wait_for
 
 pytestmark = pytest.mark.long
@@ -122,3 +125,47 @@ def test_nohup_is_respected(slow_file: Path, tmp_path: Path) -> None:
     wait_for(lambda: list(tmp_path.glob("runs/*/metrics.jsonl")) or process.poll() is not None)
     process.send_signal(signal.SIGHUP)
     assert process.wait(timeout=120) == 0
+
+
+def test_a_run_whose_machine_is_gone_goes_on_elsewhere(
+    quick: dict[str, Any], tmp_path: Path
+) -> None:
+    """From its checkpoints in an object store alone; to the same parameters and records."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    for folder in (here, there):
+        folder.mkdir()
+    quick["outer"]["iterations"] = 30
+    quick["tracking"]["every"] = 1
+    quick["checkpoint"] = {"every": 4}
+    (here / "quick.yaml").write_text(yaml.safe_dump(quick))
+    whole = maml("train", "quick.yaml", "run_dir=whole", cwd=here)
+    assert whole.returncode == 0, whole.stderr
+    with object_store() as store:
+        uri, environment = store.uri("runs/one"), store.environment
+        ended = maml(
+            "train",
+            "quick.yaml",
+            f"checkpoint.uri={uri}",
+            "outer.iterations=10",
+            cwd=here,
+            **environment,
+        )
+        assert ended.returncode == 0, ended.stderr
+        nothing = maml("train", "--resume", store.uri("runs/two"), cwd=there, **environment)
+        assert (nothing.returncode, list(there.iterdir())) == (2, [])
+        assert "holds no checkpoint to resume from" in nothing.stderr
+        other = ["--resume", uri, "inner.lr=0.5"]
+        refused = maml("train", *other, cwd=there, **environment)
+        assert (refused.returncode, list(there.iterdir())) == (2, [])
+        assert "inner.lr: was 0.01; a resumed run cannot change it to 0.5" in refused.stderr
+        resumed = maml("train", "--resume", uri, "outer.iterations=30", cwd=there, **environment)
+    assert resumed.returncode == 0, resumed.stderr
+    (run,) = (there / "runs").glob("quick-*")
+    assert torch.equal(final_theta(run), final_theta(here / "whole"))
+    assert query_losses(run) == query_losses(here / "whole")
+
+
+def query_losses(run: Path) -> list[tuple[int, float]]:
+    """What was recorded, by iteration."""
+    records = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(r["iteration"], r["train/query_loss"]) for r in records if "train/query_loss" in r]
