@@ -94,6 +94,28 @@ def ray_local() -> Iterator[None]:
     """One local Ray for all tests that take it; started here, so stopped here."""
     import ray
 
+    start_local_ray()
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def no_ray() -> Iterator[None]:
+    """No Ray in this process; that of other tests comes back afterwards."""
+    import ray
+
+    there = ray.is_initialized()
+    ray.shutdown()
+    yield
+    ray.shutdown()
+    if there:
+        start_local_ray()
+
+
+def start_local_ray() -> None:
+    """Four CPUs, nothing printed."""
+    import ray
+
     ray.init(
         address="local",
         num_cpus=4,
@@ -101,8 +123,6 @@ def ray_local() -> Iterator[None]:
         log_to_driver=False,
         logging_level="ERROR",
     )
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(autouse=True)

@@ -25,7 +25,6 @@ from pathlib import Path
 from types import NoneType
 from typing import Any
 
-import pyarrow.fs
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -106,6 +105,8 @@ class CheckpointStore:
 
     def __init__(self, uri_or_path: str | Path, keep: int):
         """Open a store; reads and writes nothing. Raises CheckpointError for an unknown URI."""
+        import pyarrow.fs  # here, because a served model reads its parameters without it
+
         self.folder = str(uri_or_path)
         self.keep = keep
         try:
@@ -115,6 +116,7 @@ class CheckpointStore:
                 self._fs = pyarrow.fs.LocalFileSystem()
                 self._root = str(Path(self.folder).expanduser().absolute())
             self._is_local = isinstance(self._fs, pyarrow.fs.LocalFileSystem)
+            self._selector = pyarrow.fs.FileSelector
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"checkpoint folder {self.folder}: {error}; use a local path or a URI such as "
@@ -283,7 +285,7 @@ class CheckpointStore:
 
     def _names(self) -> set[str]:
         try:
-            selector = pyarrow.fs.FileSelector(self._root, allow_not_found=True)
+            selector = self._selector(self._root, allow_not_found=True)
             return {info.base_name for info in self._fs.get_file_info(selector)}
         except OSError as error:
             raise CheckpointError(

@@ -37,13 +37,14 @@ def new_folder(experiment: Experiment) -> Iterator[Path]:
     """The absolute folder of a new run or search: `run_dir`, else one with a name of its own.
 
     Such a name is claimed by making the folder, so that of two runs that start in the same second
-    each has its own. Left empty, the folder goes again. Raises RunFolderError.
+    each has its own. Left empty, it goes again, with those above it that were made for it. Raises RunFolderError.
     """
     if experiment.run_dir is not None:
         yield absolute_path(experiment.run_dir)
         return
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     folder, attempt = runs_folder() / f"{experiment.name}-{stamp}", 1
+    new = [each for each in folder.parents if not each.exists()]
     try:
         while not _made(folder):
             attempt += 1
@@ -56,7 +57,8 @@ def new_folder(experiment: Experiment) -> Iterator[Path]:
         yield folder
     finally:
         with contextlib.suppress(OSError):  # there is something in it
-            folder.rmdir()
+            for each in (folder, *new):
+                each.rmdir()
 
 
 def named_folders(experiment: Experiment) -> list[Path]:

@@ -48,7 +48,7 @@ def make_folder(folder: Path) -> None:
     for each in reversed(missing):
         each.mkdir(folder_mode(), exist_ok=True)
     if not folder.is_dir():
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(folder))
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> None:

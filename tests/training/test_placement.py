@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,11 @@ def pretend(monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
 
 
 @pytest.fixture
-def one_gpu() -> Iterator[None]:
+def one_gpu(no_ray: None) -> None:
     """A Ray that believes in one."""
     ray.init(
         address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR"
     )
-    yield
-    ray.shutdown()
 
 
 @pytest.mark.parametrize(
@@ -99,14 +96,14 @@ def test_a_crowd_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch,
     sections: dict[str, Any],
     tmp_path: Path,
+    no_ray: None,
 ) -> None:
     """Also where each asks for next to nothing of a CPU: it is a process all the same."""
     monkeypatch.setattr(capacity, "available_cpus", lambda: 2)
     crowd = experiment_of(quick, **sections, cluster={"workers": 17, "cpus_per_worker": 0.01})
-    running = ray.is_initialized()  # by other tests
     with pytest.raises(ValueError, match=r"^cluster\.workers: 17 workers on the 2 CPUs of this"):
         train(crowd, tmp_path / "run")
-    assert ray.is_initialized() == running
+    assert not ray.is_initialized()
     assert not (tmp_path / "run").exists()
     capacity.refuse_crowd(experiment_of(quick, cluster={"workers": 16}))
     far = {"workers": 500, "address": "ray://somewhere"}
