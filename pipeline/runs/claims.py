@@ -37,7 +37,9 @@ def new_folder(experiment: Experiment) -> Iterator[Path]:
     """The absolute folder of a new run or search: `run_dir`, else one with a name of its own.
 
     Such a name is claimed by making the folder, so that of two runs that start in the same second
-    each has its own. Left empty, it goes again, with those above it that were made for it. Raises RunFolderError.
+    each has its own. Left empty, it goes again, with those above it that were made for it.
+
+    Raises RunFolderError.
     """
     if experiment.run_dir is not None:
         yield absolute_path(experiment.run_dir)
