@@ -126,6 +126,8 @@ class Session:
     Raises RunFolderError for a checkpoint that is not of this model.
     """
 
+    _kept_records = b""  # of the checkpoint that the run goes on from
+
     def __init__(
         self,
         experiment: Experiment,
@@ -174,7 +176,6 @@ class Session:
         self._seconds_tracking = 0.0
         self._warned: set[str] = set()
         self.history = History(run_dir)
-        self._kept_records = b""  # of the checkpoint
         if state is not None:
             self._restore(state)
         saved_at = None if state is None else state.iteration
