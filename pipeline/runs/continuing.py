@@ -12,7 +12,6 @@ from pathlib import Path
 
 from pipeline.config.experiment import Experiment
 from pipeline.config.loading import (
-    ConfigError,
     absolute_path,
     apply_overrides,
     from_dict,
@@ -20,9 +19,10 @@ from pipeline.config.loading import (
     refuse_changes,
     refuse_names,
 )
-from pipeline.runs.checkpoint import CheckpointStore
+from pipeline.runs.checkpoint import CheckpointStore, TrainingState
 from pipeline.runs.claims import named_folders
 from pipeline.runs.folder import RunFolderError
+from tasks.errors import ReportedError
 
 AUTO = "auto"
 """The value of `--resume` that asks for it."""
@@ -62,8 +62,8 @@ def folder_to_continue(
         check(folder)
         return folder
     for folder in named_folders(experiment):
-        if (folder / config).is_file() and not is_over(folder):
-            with contextlib.suppress(ConfigError):
+        with contextlib.suppress(ReportedError):  # others, or what cannot be read
+            if (folder / config).is_file() and not is_over(folder):
                 check(folder)
                 return folder
     return None
@@ -79,16 +79,23 @@ def has_checkpoints_elsewhere(experiment: Experiment) -> bool:
     state = None if uri is None else CheckpointStore(uri, experiment.checkpoint.keep).latest()
     if state is None:
         return False
-    before = from_dict(state.config)
-    refuse_changes(before, _comparable(experiment, before), f"the run in {uri}")
+    refuse_another(experiment, state, f"the run in {uri}")
     return True
+
+
+def refuse_another(experiment: Experiment, state: TrainingState, source: str) -> None:
+    """Raise ConfigError where `state`, which `source` has, is that of a run with other settings
+    than may change when one goes on."""
+    before = from_dict(state.config)
+    refuse_changes(before, _comparable(experiment, before), source)
 
 
 def experiment_at(uri: str, overrides: Sequence[str]) -> Experiment:
     """The experiment of the run whose checkpoints are at a URI, to be continued in a new folder.
 
-    Its last state says what its own folder would; overrides may change what they may when it goes
-    on from that. Raises ConfigError, RunFolderError without a checkpoint, CheckpointError.
+    Its last state says what its own folder would; overrides may change the same settings as with
+    that. Raises ConfigError, CheckpointError, and RunFolderError without a checkpoint, or for a
+    `run_dir` that holds a run.
     """
     refuse_names(overrides, uri)
     state = CheckpointStore(uri, keep=1).latest()
@@ -97,6 +104,12 @@ def experiment_at(uri: str, overrides: Sequence[str]) -> Experiment:
     before = from_dict(state.config).changed(run_dir=None, checkpoint={"uri": uri})
     after = from_dict(apply_overrides(before.model_dump(mode="json"), overrides))
     refuse_changes(before, after.changed(run_dir=None), "the overrides")
+    folder = None if after.run_dir is None else absolute_path(after.run_dir)
+    if folder is not None and (folder / "config.yaml").exists():
+        raise RunFolderError(
+            f"run_dir: {folder} already holds a run; continue it with --resume {folder}, or choose "
+            "another folder"
+        )
     return after
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.runs.mlflow_sender import TOKEN
 from pipeline.search.trial import COMPLETE, FAILED, STOPPED, UNFINISHED, Plan, TrialResult
+from tasks.errors import first_line
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,9 @@ class TrialRuns:
         try:
             self._set(result)
         except Exception as error:  # the search goes on without MLflow
-            log.warning("the end of trial %s could not be recorded: %s", result.trial_id, error)
+            log.warning(
+                "the end of trial %s could not be recorded: %s", result.trial_id, first_line(error)
+            )
 
     def _set(self, result: TrialResult) -> None:
         """Write outcome, failure and status where MLflow has other ones."""

@@ -19,8 +19,10 @@ from pipeline.evaluation.meta_test import check_tasks
 from pipeline.maml.flat_vector import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
 from pipeline.runs.claims import Lease, leased
+from pipeline.runs.continuing import refuse_another
 from pipeline.runs.files import write_atomically
 from pipeline.runs.folder import (
+    RunFolderError,
     check_writable,
     refuse_to_overwrite,
     state_to_resume,
@@ -81,6 +83,8 @@ def open_session(
     with contextlib.ExitStack() as held:
         lease = None if token is not None else held.enter_context(_writing(run_dir, store))
         state = _state_to_begin_with(store, run_dir, resume, start_from)
+        if state is not None and token is None:  # a search may change what its trials are
+            _refuse_another_run(experiment, state, store)
         begun = _Opening(experiment, run_dir, method, state, store, watcher, token, lease)
         session = _prepared(begun)
         with _closed(session):
@@ -207,6 +211,19 @@ def _state_to_begin_with(
         return state_to_resume(run_dir, store)
     refuse_to_overwrite(run_dir, store)
     return None
+
+
+def _refuse_another_run(
+    experiment: Experiment, state: TrainingState, store: CheckpointStore
+) -> None:
+    """Raise ConfigError for the state of a run with other settings, as `checkpoint.uri` may name,
+    RunFolderError for one that has gone further than this experiment does."""
+    refuse_another(experiment, state, f"the run in {store.folder}")
+    if state.iteration > experiment.outer.iterations:
+        raise RunFolderError(
+            f"outer.iterations: {experiment.outer.iterations:,} are fewer than the "
+            f"{state.iteration:,} that the run in {store.folder} has done"
+        )
 
 
 def _first_theta(experiment: Experiment, run_dir: Path, store: CheckpointStore) -> Params:

@@ -158,6 +158,12 @@ def test_a_run_whose_machine_is_gone_goes_on_elsewhere(
         refused = maml("train", *other, cwd=there, **environment)
         assert (refused.returncode, list(there.iterdir())) == (2, [])
         assert "inner.lr: was 0.01; a resumed run cannot change it to 0.5" in refused.stderr
+        before = (here / "whole" / "config.yaml").read_text()
+        taken = ["--resume", uri, f"run_dir={here / 'whole'}"]
+        refused = maml("train", *taken, cwd=there, **environment)
+        assert refused.returncode == 2
+        assert "already holds a run" in refused.stderr
+        assert (here / "whole" / "config.yaml").read_text() == before
         resumed = maml("train", "--resume", uri, "outer.iterations=30", cwd=there, **environment)
     assert resumed.returncode == 0, resumed.stderr
     (run,) = (there / "runs").glob("quick-*")

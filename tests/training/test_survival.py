@@ -373,3 +373,25 @@ def test_checkpoints_elsewhere_outlive_their_run_folder(
     assert len(recorder.metrics) == 1
     trained(experiment_of(quick), tmp_path / "whole")
     assert torch.equal(final_theta(tmp_path / "second"), final_theta(tmp_path / "whole"))
+
+
+# -- Another run's state
+
+
+def test_another_runs_checkpoints_are_refused(quick: dict[str, Any], tmp_path: Path) -> None:
+    """`checkpoint.uri` may change when a run goes on, but not into those of other settings."""
+    mine, other = tmp_path / "mine", tmp_path / "other"
+    trained(experiment_of(quick), mine)
+    trained(experiment_of(quick, inner={"lr": 0.5}), other)
+    before = (mine / "metrics.jsonl").read_bytes()
+    elsewhere = {"uri": str(other / "checkpoints")}
+    with pytest.raises(ConfigError, match=r"inner\.lr: was 0\.5; a resumed run cannot change it"):
+        trained(experiment_of(quick, checkpoint=elsewhere), mine, resume=True)
+    assert (mine / "metrics.jsonl").read_bytes() == before
+
+
+def test_no_run_goes_on_to_fewer_iterations(quick: dict[str, Any], tmp_path: Path) -> None:
+    """Its last parameters would count as the result of another experiment."""
+    trained(experiment_of(quick), tmp_path / "run")
+    with pytest.raises(RunFolderError, match=r"outer\.iterations: 3 are fewer than the 6"):
+        trained(experiment_of(quick, outer={"iterations": 3}), tmp_path / "run", resume=True)
