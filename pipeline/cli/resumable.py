@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     to_continue: Callable[[Experiment], Path | None]
     """The folder with which `--resume auto` goes on, if there is one."""
     continues_elsewhere: Callable[[Experiment], bool] = lambda experiment: False
-    """Whether it goes on though there is no such folder."""
+    """Whether `checkpoint.uri` holds a run with which it goes on though there is no such folder."""
     load_from_uri: Callable[[str, Sequence[str]], Experiment] | None = None
     """Reads what the checkpoints at a URI say, with overrides; None: it is in folders alone."""
 

@@ -238,7 +238,7 @@ class Experiment(Section):
 
 
 def _text_faults(path: str, value: Any) -> list[str]:
-    """What no text of a setting may hold: credentials, and the character that ends no file name."""
+    """What no text of a setting may hold: credentials, and NUL, which no file name can."""
     faults = [refusal(path, str(value))]
     if isinstance(value, str) and "\0" in value:
         faults.append(f"{path}: holds a NUL character")

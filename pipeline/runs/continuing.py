@@ -19,7 +19,7 @@ from pipeline.config.loading import (
     refuse_changes,
     refuse_names,
 )
-from pipeline.runs.checkpoint import CheckpointStore, TrainingState
+from pipeline.runs.checkpoint import CheckpointStore
 from pipeline.runs.claims import named_folders
 from pipeline.runs.folder import RunFolderError
 from tasks.errors import ReportedError
@@ -37,8 +37,7 @@ def run_to_continue(experiment: Experiment) -> Path | None:
     """
 
     def check(folder: Path) -> None:
-        before = load_run(folder)
-        refuse_changes(before, _comparable(experiment, before), f"the run in {folder}")
+        refuse_another(experiment, load_run(folder), f"the run in {folder}")
 
     return folder_to_continue(
         experiment, "config.yaml", check, lambda folder: (folder / "results.json").exists()
@@ -79,15 +78,18 @@ def has_checkpoints_elsewhere(experiment: Experiment) -> bool:
     state = None if uri is None else CheckpointStore(uri, experiment.checkpoint.keep).latest()
     if state is None:
         return False
-    refuse_another(experiment, state, f"the run in {uri}")
+    refuse_another(experiment, from_dict(state.config), f"the run in {uri}")
     return True
 
 
-def refuse_another(experiment: Experiment, state: TrainingState, source: str) -> None:
-    """Raise ConfigError where `state`, which `source` has, is that of a run with other settings
-    than may change when one goes on."""
-    before = from_dict(state.config)
-    refuse_changes(before, _comparable(experiment, before), source)
+def refuse_another(experiment: Experiment, before: Experiment, source: str) -> None:
+    """Raise ConfigError where a run of `before`, which `source` says, cannot go on as one of
+    `experiment`: they differ in more than may change then."""
+    # A checkpoint has the number of threads that was found for `null`; where results are, and how
+    # they were searched for, says nothing about them.
+    threads = experiment.compute.threads or before.compute.threads
+    after = experiment.changed(search=None, run_dir=before.run_dir, compute={"threads": threads})
+    refuse_changes(before, after, source)
 
 
 def experiment_at(uri: str, overrides: Sequence[str]) -> Experiment:
@@ -111,10 +113,3 @@ def experiment_at(uri: str, overrides: Sequence[str]) -> Experiment:
             "another folder"
         )
     return after
-
-
-def _comparable(experiment: Experiment, before: Experiment) -> Experiment:
-    """The experiment without what says nothing about results, to be compared with a run's."""
-    # A checkpoint has the number of threads that was found for `null`.
-    threads = experiment.compute.threads or before.compute.threads
-    return experiment.changed(search=None, run_dir=before.run_dir, compute={"threads": threads})

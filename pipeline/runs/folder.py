@@ -109,7 +109,8 @@ def refuse_to_overwrite(run_dir: Path, store: CheckpointStore) -> None:
 def state_to_resume(run_dir: Path, store: CheckpointStore) -> TrainingState | None:
     """Load the newest state; None if the run was killed before it had one.
 
-    Raises RunFolderError if there is no run, or if it had one; CheckpointError if all are damaged.
+    Raises RunFolderError if there is no run, or if it has trained but its checkpoints are gone;
+    CheckpointError if all are damaged.
     """
     state = store.latest()
     begun = (run_dir / "config.yaml").is_file()
@@ -200,7 +201,7 @@ class History:
 
     def rebuild(self, content: bytes) -> None:
         """Write the file anew from what `content` was, unless it is there."""
-        if content and not self._path.exists():
+        if not self._path.exists():
             write_atomically(self._path, content)
 
     def first(self, name: str) -> float | None:

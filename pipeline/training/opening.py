@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 from pipeline.cluster.connection import cluster_address
 from pipeline.cluster.group import threads_per_chunk
 from pipeline.config.experiment import Experiment
+from pipeline.config.loading import from_dict
 from pipeline.evaluation.meta_test import check_tasks
 from pipeline.maml.flat_vector import Params
 from pipeline.runs.checkpoint import CheckpointStore, TrainingState
@@ -166,7 +167,7 @@ def _prepared(opening: _Opening) -> Session:
         session = _started(opening._replace(experiment=experiment), theta)
     if state is not None:  # only now, because a resume that is refused changes nothing
         write_atomically(run_dir / "config.yaml", config)
-        session.rebuild_history()
+        session.rebuild_history(state)
     return session
 
 
@@ -218,7 +219,7 @@ def _refuse_another_run(
 ) -> None:
     """Raise ConfigError for the state of a run with other settings, as `checkpoint.uri` may name,
     RunFolderError for one that has gone further than this experiment does."""
-    refuse_another(experiment, state, f"the run in {store.folder}")
+    refuse_another(experiment, from_dict(state.config), f"the run in {store.folder}")
     if state.iteration > experiment.outer.iterations:
         raise RunFolderError(
             f"outer.iterations: {experiment.outer.iterations:,} are fewer than the "

@@ -126,8 +126,6 @@ class Session:
     Raises RunFolderError for a checkpoint that is not of this model.
     """
 
-    _kept_records = b""  # of the checkpoint that the run goes on from
-
     def __init__(
         self,
         experiment: Experiment,
@@ -307,11 +305,12 @@ class Session:
             return {}
         return {_RECORDS: torch.frombuffer(bytearray(content), dtype=torch.uint8)}
 
-    def rebuild_history(self) -> None:
-        """Have records up to this iteration alone; those of the checkpoint where the folder has
-        none."""
-        self.history.rebuild(self._kept_records)
-        self.history.forget_after(self.iteration)
+    def rebuild_history(self, state: TrainingState) -> None:
+        """Take the checkpoint's records where metrics.jsonl is missing; drop those of later
+        iterations."""
+        if _RECORDS in state.tensors:
+            self.history.rebuild(state.tensors[_RECORDS].numpy().tobytes())
+        self.history.forget_after(state.iteration)
 
     def save_theta(self) -> None:
         """Write the current θ as the run's result, theta.safetensors."""
@@ -353,9 +352,7 @@ class Session:
                 wide[name.removeprefix(_PRETRAINING)] = value
             elif name.startswith(_WINDOW):
                 self._window[name.removeprefix(_WINDOW)] = float(value)
-            elif name == _RECORDS:
-                self._kept_records = value.numpy().tobytes()
-            else:
+            elif name != _RECORDS:
                 own[name] = value
         self.pretraining = wide
         try:
